@@ -1,0 +1,140 @@
+"""Moving handwritten digits: a real, tiny text-to-video data set that needs no download.
+
+A 16x16 digit (one of scikit-learn's 8x8 scans, enlarged) starts at an edge of a 24x24 frame and crosses to the opposite
+edge in 21 frames. The caption names the digit and the axis, "a seven moves sideways" or "a seven moves up and down",
+but not the sign: tokens of pure noise carry almost no absolute position under rotary embeddings, so a text-to-video
+model cannot decide at which edge to start.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rehyat_jax.codecs import SpaceToDepth
+from rehyat_jax.errors import InputError
+from rehyat_jax.text_encoders import WordVectors
+
+NUM_FRAMES = 21
+FRAME_SIZE = 24
+DIGIT_SIZE = 16
+TRAVEL = FRAME_SIZE - DIGIT_SIZE
+"""Pixels from the position at one edge to the position at the opposite one."""
+
+Axis = Literal["sideways", "up and down"]
+AXES: tuple[Axis, ...] = ("sideways", "up and down")
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+NUM_TRAINING_SCANS = 1297
+"""The other 500 of the 1,797 scans belong to the judge."""
+
+
+def caption(digit: int, axis: Axis) -> str:
+    article = "an" if digit == 8 else "a"
+    return f"{article} {DIGIT_NAMES[digit]} moves {axis}"
+
+
+CAPTIONS: dict[str, tuple[int, Axis]] = {caption(digit, axis): (digit, axis) for digit in range(10) for axis in AXES}
+"""All captions, and what each asks for."""
+
+
+class Scans(NamedTuple):
+    """images [N, 16, 16] float32 in [0, 1]; digits [N] int."""
+
+    images: np.ndarray
+    digits: np.ndarray
+
+
+def load_scans(split: Literal["train", "judge"]) -> Scans:
+    """The scans of one split, enlarged bilinearly from 8x8 to 16x16.
+
+    The first 1,297 scans train the diffusion transformer, the last 500 train the judge. So neither has seen the other's
+    scans, and the judge cannot reward memorised pixels. The cut is by position, not shuffled, because neighbouring scans
+    come from the same writer.
+
+    Raises:
+      InputError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InputError(
+            "the moving digits are scikit-learn's scans, and scikit-learn is not installed; "
+            "install the demo extra: pip install 'rehyat_jax[demo]'"
+        ) from error
+    images, digits = load_digits(return_X_y=True)
+    part = {"train": slice(None, NUM_TRAINING_SCANS), "judge": slice(NUM_TRAINING_SCANS, None)}[split]
+    images = images[part].reshape(-1, 8, 8) / 16
+    # Bilinear enlargement with half-pixel centres, as one matrix on either side.
+    centers = ((np.arange(DIGIT_SIZE) + 0.5) / 2 - 0.5).clip(0, 7)
+    enlarge = _hat(centers[:, None] - np.arange(8))
+    return Scans((enlarge @ images @ enlarge.T).astype(np.float32), digits[part])
+
+
+def render(image: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Places a digit at sub-pixel positions, bilinearly.
+
+    Args:
+      image: [16, 16] float32.
+      top, left: [T] positions of the digit's corner in pixels, from 0 to 8.
+
+    Returns:
+      [T, 24, 24] float32.
+    """
+    rows, columns = _placement(top), _placement(left)
+    return rows @ image @ columns.swapaxes(-1, -2)
+
+
+def _placement(start: np.ndarray) -> np.ndarray:
+    """[T] -> [T, 24, 16]: the matrix that shifts a digit's row (or column) of pixels to `start` in the frame."""
+    offsets = np.arange(FRAME_SIZE)[:, None] - np.arange(DIGIT_SIZE)
+    return _hat(offsets - np.asarray(start)[:, None, None]).astype(np.float32)
+
+
+def _hat(distance: np.ndarray) -> np.ndarray:
+    """Bilinear interpolation's weight at a distance in pixels."""
+    return np.maximum(0, 1 - np.abs(distance))
+
+
+class Draw(NamedTuple):
+    """One example before it is encoded: video [21, 24, 24] float32 in [0, 1], and its caption."""
+
+    video: np.ndarray
+    caption: str
+
+
+class DigitVideos:
+    """Grain random-access source of moving digits; index i is always the same draw for the same seed.
+
+    An example is {"latents": [21, 6, 6, 16] float32, "text": [8, 64] float32}, from codec "space_to_depth" and text
+    encoder "word_vectors".
+
+    Args:
+      split: "train" draws from the scans the transformer trains on, "judge" from those it never sees.
+      seed: a non-negative int; another seed is another endless set of draws.
+    """
+
+    def __init__(self, split: Literal["train", "judge"] = "train", seed: int = 0):
+        self._scans = load_scans(split)
+        self._seed = seed
+        self._codec = SpaceToDepth()
+        self._text = dict(zip(CAPTIONS, WordVectors()(list(CAPTIONS)), strict=True))
+
+    def __len__(self) -> int:
+        return 2**20
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        video, caption = self.draw(index)
+        rgb = np.broadcast_to(video[None, ..., None], (1, *video.shape, 3))
+        return {"latents": self._codec.encode(rgb)[0], "text": self._text[caption]}
+
+    def draw(self, index: int) -> Draw:
+        """The video and caption behind example `index`."""
+        rng = np.random.default_rng((self._seed, index))
+        scan = rng.integers(len(self._scans.digits))
+        axis = AXES[rng.integers(2)]
+        along = np.linspace(0, TRAVEL, NUM_FRAMES)
+        if rng.integers(2):
+            along = along[::-1]
+        across = np.full(NUM_FRAMES, rng.uniform(0, TRAVEL))
+        top, left = (across, along) if axis == "sideways" else (along, across)
+        return Draw(render(self._scans.images[scan], top, left), caption(int(self._scans.digits[scan]), axis))

@@ -1,0 +1,71 @@
+"""Text encoders: prompts to the embeddings that the diffusion transformer's cross attention reads."""
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from rehyat_jax.errors import InputError
+
+
+class TextEncoder(Protocol):
+    """What sampling and data preparation need of a text encoder.
+
+    Attributes:
+      length: tokens per prompt; shorter prompts are padded with zero vectors.
+      text_dim: width of an embedding.
+    """
+
+    length: int
+    text_dim: int
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """B prompts -> [B, length, text_dim] float32. Raises InputError for a prompt that is too long."""
+
+
+class WordVectors:
+    """The demo's text encoder: a fixed random vector for each lower-cased word, without any learned meaning.
+
+    The empty prompt is all zeros, which is also the unconditional input of classifier-free guidance. Every word has a
+    vector, so a word that a model was never trained on is not an error; it just carries no meaning for that model.
+    """
+
+    length = 8
+    text_dim = 64
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """B prompts of at most 8 words -> [B, 8, 64] float32, entries uniform with mean 0 and variance 1."""
+        if isinstance(prompts, str):
+            raise ValueError(f"expected a sequence of prompts, found one string {prompts!r}; wrap it in a list")
+        embeddings = np.zeros((len(prompts), self.length, self.text_dim), np.float32)
+        for row, prompt in zip(embeddings, prompts, strict=True):
+            words = prompt.lower().split()
+            if len(words) > self.length:
+                raise InputError(
+                    f"prompt {prompt!r}: expected at most {self.length} words, found {len(words)}; shorten the prompt"
+                )
+            for position, word in enumerate(words):
+                row[position] = self._vector(word)
+        return embeddings
+
+    def _vector(self, word: str) -> np.ndarray:
+        # Straight from a cryptographic hash: numpy's generators may change their streams between versions, and a trained
+        # model's vocabulary must not.
+        stream = hashlib.shake_256(word.encode()).digest(4 * self.text_dim)
+        unit_interval = np.frombuffer(stream, "<u4") / 2**32
+        return (unit_interval - 0.5) * np.sqrt(12)
+
+
+def get_text_encoder(name: str) -> TextEncoder:
+    """The encoder that a model's checkpoint names. Raises InputError for an unknown or not yet available one."""
+    if name == "word_vectors":
+        return WordVectors()
+    if name == "umt5":
+        raise InputError(
+            'text encoder "umt5" is not available yet in this version of rehyat_jax; only "word_vectors" is, so encode '
+            "prompts elsewhere and give the embeddings to the programming interface"
+        )
+    known = difflib.get_close_matches(name, ("word_vectors", "umt5"), n=2, cutoff=0)
+    raise InputError(f"unknown text encoder {name!r}; the known ones, closest first: {', '.join(known)}")
