@@ -14,8 +14,8 @@ Array = Any
 class Codec(Protocol):
     """What sampling and data preparation need of a codec.
 
-    Videos are RGB, [batch, frames, height, width, 3] float32 in [0, 1]; latents are [batch, T, H, W, C] float32, already
-    normalised to roughly zero mean and unit variance.
+    Videos are RGB, [batch, frames, height, width, 3] float32 in [0, 1]; latents are [batch, T, H, W, C] float32,
+    already normalised to roughly zero mean and unit variance.
 
     Attributes:
       fps: frames per second of the videos.

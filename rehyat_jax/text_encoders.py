@@ -51,8 +51,8 @@ class WordVectors:
         return embeddings
 
     def _vector(self, word: str) -> np.ndarray:
-        # Straight from a cryptographic hash: numpy's generators may change their streams between versions, and a trained
-        # model's vocabulary must not.
+        # Straight from a cryptographic hash: numpy's generators may change their streams between versions, and a
+        # trained model's vocabulary must not.
         stream = hashlib.shake_256(word.encode()).digest(4 * self.text_dim)
         unit_interval = np.frombuffer(stream, "<u4") / 2**32
         return (unit_interval - 0.5) * np.sqrt(12)
