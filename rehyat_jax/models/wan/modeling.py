@@ -1,0 +1,438 @@
+"""The Wan2.1 text-to-video diffusion transformer as Flax NNX modules, with softmax or hybrid self-attention per block.
+
+The numerics follow Wan2.1's `WanModel` and diffusers' `WanTransformer3DModel`: parameters are float32, matrix products
+run in the compute dtype, and the timestep path, modulation, normalisation, gated residuals and head are float32.
+
+Blocks are stacked on a leading axis and scanned, so compile time does not grow with depth. A block does not know which
+attention it runs: it is given `attend`, a function from queries, keys and values to the attention's output. Softmax
+blocks, hybrid blocks and the distillation of one into the other are three such functions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from rehyat_jax.attention import FeatureMap, hybrid_attention, softmax_attention
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.rope import rope_table, rotate
+
+REMAT_POLICIES = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a block keeps for the backward pass: everything, only its input, or the outputs of its weight products too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionInputs:
+    """What one block hands to `attend`.
+
+    Attributes:
+      query, key, value: [B, N, H, d] in the compute dtype; query and key are normalised and rotated.
+      unrotated_query, unrotated_key: the same before RoPE, for feature maps that want them.
+      tokens_per_frame: tokens of one latent frame.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    unrotated_query: jax.Array
+    unrotated_key: jax.Array
+    tokens_per_frame: int
+
+
+Attend = Callable[[AttentionInputs, Any], tuple[jax.Array, Any]]
+"""(inputs, this block's slice of the per-block arguments) -> (attention output [B, N, H, d], auxiliary output)."""
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm without parameters over the last axis, in float32 with the biased variance."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+
+
+def timestep_embedding(timestep: jax.Array, dim: int) -> jax.Array:
+    """Sinusoids [cos, sin] of timesteps [B] in 0..1000 at frequencies 10000^(-2i/dim); float32 [B, dim]."""
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the model's whole width, before the split into heads; float32 inside."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections and query-key norms shared by self-attention and cross-attention."""
+
+    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width = config.width
+        linear = lambda: nnx.Linear(width, width, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
+        self.query_norm = RMSNorm(width, eps=config.eps)
+        self.key_norm = RMSNorm(width, eps=config.eps)
+        self.num_heads = config.num_heads
+
+    def project(self, x: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries of x [B, N, D] and keys and values of context [B, M, D], each [B, tokens, H, d]."""
+        heads = lambda y: rearrange(y, "b n (h d) -> b n h d", h=self.num_heads)
+        query = heads(self.query_norm(self.query(x)))
+        key = heads(self.key_norm(self.key(context)))
+        return query, key, heads(self.value(context))
+
+    def merge(self, y: jax.Array) -> jax.Array:
+        """Output projection of y [B, N, H, d]; [B, N, D]."""
+        return self.output(rearrange(y, "b n h d -> b n (h d)"))
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers around a tanh-GELU."""
+
+    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.xavier_uniform()
+        self.up = nnx.Linear(config.width, config.ffn_dim, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.down = nnx.Linear(config.ffn_dim, config.width, dtype=dtype, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.gelu(self.up(x), approximate=True))
+
+
+class WanBlock(nnx.Module):
+    """Modulated self-attention, cross-attention to the text, modulated feed-forward."""
+
+    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        # Zero, as in adaLN-zero: a block starts as the identity. Checkpoints overwrite it.
+        self.modulation = nnx.Param(jnp.zeros((6, config.width)))
+        self.self_attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.cross_attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.cross_attention_norm = nnx.LayerNorm(config.width, epsilon=config.eps, dtype=jnp.float32, rngs=rngs)
+        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.eps = config.eps
+
+    def __call__(
+        self,
+        x: jax.Array,
+        text: jax.Array,
+        time_modulation: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        tokens_per_frame: int,
+        attend: Callable[[AttentionInputs], tuple[jax.Array, Any]],
+    ) -> tuple[jax.Array, Any]:
+        """One block.
+
+        Args:
+          x: [B, N, D] residual stream in the compute dtype.
+          text: [B, L, D] projected text tokens.
+          time_modulation: [B, 6, D] float32.
+          rope: cosines and sines [N, d / 2].
+          tokens_per_frame: tokens of one latent frame.
+          attend: the self-attention.
+
+        Returns:
+          (x [B, N, D], attend's auxiliary output).
+        """
+        dtype = x.dtype
+        modulation = self.modulation[...] + time_modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[:, i, None] for i in range(6))
+
+        normed = (layer_norm(x, self.eps) * (1 + scale) + shift).astype(dtype)
+        unrotated_query, unrotated_key, value = self.self_attention.project(normed, normed)
+        query, key = rotate(unrotated_query, rope), rotate(unrotated_key, rope)
+        y, aux = attend(AttentionInputs(query, key, value, unrotated_query, unrotated_key, tokens_per_frame))
+        x = (x.astype(jnp.float32) + self.self_attention.merge(y) * gate).astype(dtype)
+
+        normed = self.cross_attention_norm(x).astype(dtype)
+        y = softmax_attention(*self.cross_attention.project(normed, text))
+        x = x + self.cross_attention.merge(y)
+
+        normed = (layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
+        x = (x.astype(jnp.float32) + self.feed_forward(normed) * ffn_gate).astype(dtype)
+        return x, aux
+
+
+class Embedder(nnx.Module):
+    """Two linear layers around an activation, for the timestep and for the text."""
+
+    def __init__(self, in_dim: int, width: int, activation: Callable, *, rngs: nnx.Rngs, **linear_options: Any):
+        init = nnx.initializers.normal(0.02)
+        self.linear_1 = nnx.Linear(in_dim, width, kernel_init=init, rngs=rngs, **linear_options)
+        self.linear_2 = nnx.Linear(width, width, kernel_init=init, rngs=rngs, **linear_options)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class PatchEmbedding(nnx.Module):
+    """Convolution with kernel = stride = patch_size, as one matrix product over patches."""
+
+    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (*config.patch_size, config.in_channels, config.width)
+        init = nnx.initializers.xavier_uniform(in_axis=(0, 1, 2, 3), out_axis=4)
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(config.width))
+        self.dtype = dtype
+
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """[B, T, H, W, C] -> [B, T/pt, H/ph, W/pw, D]; rows that don't fill a patch are dropped, as by the stride."""
+        pt, ph, pw = self.kernel.shape[:3]
+        _, frames, height, width, _ = latents.shape
+        whole = latents[:, : frames // pt * pt, : height // ph * ph, : width // pw * pw].astype(self.dtype)
+        patches = rearrange(whole, "b (t pt) (h ph) (w pw) c -> b t h w (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+        kernel = self.kernel[...].astype(self.dtype).reshape(patches.shape[-1], -1)
+        return patches @ kernel + self.bias[...].astype(self.dtype)
+
+
+class Head(nnx.Module):
+    """Modulated LayerNorm and projection to patches of the velocity; float32."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        pt, ph, pw = config.patch_size
+        self.modulation = nnx.Param(jnp.zeros((2, config.width)))
+        self.projection = nnx.Linear(
+            config.width,
+            pt * ph * pw * config.out_channels,
+            kernel_init=nnx.initializers.zeros,
+            precision=jax.lax.Precision.HIGHEST,
+            rngs=rngs,
+        )
+        self.eps = config.eps
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        """x [B, N, D] and the timestep embedding [B, D] (before the six-fold projection) -> [B, N, pt*ph*pw*C]."""
+        shift, scale = (self.modulation[i] + time[:, None] for i in range(2))
+        return self.projection(layer_norm(x, self.eps) * (1 + scale) + shift)
+
+
+class FeatureMaps(nnx.Module):
+    """phi_query and phi_key of one hybrid block."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        make = lambda: FeatureMap(config.hybrid.feature_map, heads=config.num_heads, head_dim=config.head_dim, rngs=rngs)
+        self.query, self.key = make(), make()
+
+    def features(self, inputs: AttentionInputs, config: WanConfig) -> tuple[jax.Array, jax.Array]:
+        """(phi_query, phi_key), each [B, N, H, F]."""
+        if config.hybrid.feature_map.input == "unrotated":
+            return self.query(inputs.unrotated_query), self.key(inputs.unrotated_key)
+        return self.query(inputs.query), self.key(inputs.key)
+
+
+def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` independently initialised modules as one, parameters stacked on a new leading axis."""
+    return nnx.vmap(create, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+class WanTransformer(nnx.Module):
+    """Wan2.1 text-to-video transformer; maps noisy latents to the flow-matching velocity.
+
+    Args:
+      config: architecture, including which blocks are hybrid.
+      rngs: initialisation of the parameters (`rngs.params`).
+      dtype: compute dtype; parameters stay float32.
+      scan_layers: scan the blocks (compile time independent of depth) or unroll them in Python.
+      remat: name in `REMAT_POLICIES`.
+      attention_implementation: passed to `hybrid_attention` for hybrid blocks; None picks the best.
+
+    `nnx.split(model)` gives (graphdef, parameters); pure functions merge them and call the model.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        scan_layers: bool = True,
+        remat: str = "none",
+        attention_implementation: str | None = None,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {sorted(REMAT_POLICIES)}, found {remat!r}")
+        self.config = config
+        self.dtype = dtype
+        self.scan_layers = scan_layers
+        self.remat = remat
+        self.attention_implementation = attention_implementation
+
+        width = config.width
+        exact = jax.lax.Precision.HIGHEST
+        self.patch_embedding = PatchEmbedding(config, dtype=dtype, rngs=rngs)
+        self.text_embedding = Embedder(config.text_dim, width, nnx.gelu, dtype=dtype, rngs=rngs)
+        self.time_embedding = Embedder(config.freq_dim, width, nnx.silu, precision=exact, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.time_projection = nnx.Linear(width, 6 * width, kernel_init=zeros, precision=exact, rngs=rngs)
+        self.blocks = stacked(lambda r: WanBlock(config, dtype=dtype, rngs=r), config.num_layers, rngs)
+        self.head = Head(config, rngs=rngs)
+        if config.hybrid_block_indices:
+            count = len(config.hybrid_block_indices)
+            self.feature_maps = stacked(lambda r: FeatureMaps(config, rngs=r), count, rngs)
+
+    def __call__(self, latents: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
+        """Velocity of noisy latents.
+
+        Args:
+          latents: [B, T, H, W, C_in].
+          timestep: [B], in 0..1000.
+          text: [B, L, text_dim], L at most config.text_length; zero-padded to it here, and every position attends
+            (Wan masks nothing).
+
+        Returns:
+          [B, T, H, W, C_out] float32; rows and columns that don't fill a patch are dropped, as upstream.
+
+        Raises:
+          ValueError: on arrays of other ranks or widths.
+        """
+        velocity, _ = self.forward(latents, timestep, text, self.attend, self.per_block_attention())
+        return velocity
+
+    def forward(
+        self, latents: jax.Array, timestep: jax.Array, text: jax.Array, attend: Attend, per_block: Any
+    ) -> tuple[jax.Array, Any]:
+        """`__call__` with another self-attention.
+
+        Args:
+          latents, timestep, text: see `__call__`.
+          attend: self-attention of every block.
+          per_block: pytree of arrays with a leading layer axis; a block's slice is attend's second argument.
+
+        Returns:
+          (velocity, attend's auxiliary outputs stacked on a leading layer axis).
+        """
+        config = self.config
+        self._check(latents, timestep, text)
+        text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
+        text = self.text_embedding(text.astype(self.dtype))
+        time = self.time_embedding(timestep_embedding(timestep, config.freq_dim))
+        time_modulation = rearrange(self.time_projection(nnx.silu(time)), "b (six d) -> b six d", six=6)
+
+        patches = self.patch_embedding(latents)
+        grid = patches.shape[1:4]
+        rope = rope_table(grid, config.head_dim)
+        x = rearrange(patches, "b t h w d -> b (t h w) d")
+
+        block_def, block_params = nnx.split(self.blocks)
+
+        def run_block(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            params, arguments = layer
+            block = nnx.merge(block_def, params)
+            return block(x, text, time_modulation, rope, grid[1] * grid[2], lambda inputs: attend(inputs, arguments))
+
+        if self.remat != "none":
+            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+            run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        layers = (block_params, per_block)
+        if self.scan_layers:
+            x, aux = jax.lax.scan(run_block, x, layers)
+        else:
+            outputs = []
+            for index in range(config.num_layers):
+                x, output = run_block(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
+                outputs.append(output)
+            aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+        velocity = self.head(x, time)
+        pt, ph, pw = config.patch_size
+        velocity = rearrange(
+            velocity,
+            "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c",
+            **dict(zip("thw", grid, strict=True)),
+            pt=pt,
+            ph=ph,
+            pw=pw,
+        )
+        return velocity, aux
+
+    def attend(self, inputs: AttentionInputs, per_block: Any) -> tuple[jax.Array, None]:
+        """Softmax or hybrid self-attention, as the config says for this block; one of `Attend`."""
+        softmax = lambda: softmax_attention(inputs.query, inputs.key, inputs.value)
+        hybrid = lambda: self.hybrid(inputs, *self.block_features(inputs, per_block["feature_maps"]))
+        if not self.config.hybrid_block_indices:
+            return softmax(), None
+        if len(self.config.hybrid_block_indices) == self.config.num_layers:
+            return hybrid(), None
+        return jax.lax.cond(per_block["is_hybrid"], hybrid, softmax), None
+
+    def block_features(self, inputs: AttentionInputs, feature_maps: Any) -> tuple[jax.Array, jax.Array]:
+        """Features of one block's queries and keys under one block's feature-map parameters."""
+        return nnx.merge(nnx.graphdef(self.feature_maps), feature_maps).features(inputs, self.config)
+
+    def hybrid(self, inputs: AttentionInputs, phi_query: jax.Array, phi_key: jax.Array) -> jax.Array:
+        """Hybrid attention in the form that the config names; [B, N, H, d]."""
+        form = self.config.hybrid
+        return hybrid_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            phi_query,
+            phi_key,
+            tokens_per_frame=inputs.tokens_per_frame,
+            chunk_frames=form.chunk_frames,
+            overlap_frames=form.overlap_frames,
+            causal=form.causal,
+            stabilizer=form.stabilizer,
+            implementation=self.attention_implementation,
+        )
+
+    def per_block_attention(self) -> dict[str, Any]:
+        """Per-block arguments of `attend`: which blocks are hybrid, and feature maps spread over all blocks.
+
+        Softmax blocks are given the first hybrid block's maps, which they don't use: every layer of a scan must have
+        the same inputs, and a gather keeps the gradients right.
+        """
+        indices = self.config.hybrid_block_indices
+        if not indices:
+            return {}
+        row = {block: row for row, block in enumerate(indices)}
+        rows = jnp.array([row.get(block, 0) for block in range(self.config.num_layers)])
+        maps = nnx.state(self.feature_maps)
+        if len(indices) < self.config.num_layers:
+            maps = jax.tree.map(lambda leaf: leaf[rows], maps)
+        is_hybrid = jnp.array([block in row for block in range(self.config.num_layers)])
+        return {"feature_maps": maps, "is_hybrid": is_hybrid}
+
+    def _check(self, latents: jax.Array, timestep: jax.Array, text: jax.Array) -> None:
+        config = self.config
+        if latents.ndim != 5 or latents.shape[-1] != config.in_channels:
+            raise ValueError(
+                f"latents must be [batch, frames, height, width, {config.in_channels}] (channels last), found {latents.shape}"
+            )
+        if timestep.shape != latents.shape[:1]:
+            raise ValueError(f"timestep must be [{latents.shape[0]}], found {timestep.shape}")
+        if text.ndim != 3 or text.shape[0] != latents.shape[0] or text.shape[2] != config.text_dim:
+            raise ValueError(f"text must be [{latents.shape[0]}, tokens, {config.text_dim}], found {text.shape}")
+        if text.shape[1] > config.text_length:
+            raise ValueError(f"text has {text.shape[1]} tokens, more than text_length {config.text_length}; truncate it")
+
+
+def apply_model(graphdef: nnx.GraphDef) -> Callable[..., jax.Array]:
+    """The transformer as a pure function of its parameters.
+
+    Args:
+      graphdef: from `nnx.split(model)` or `nnx.graphdef(model)`.
+
+    Returns:
+      (params, latents, timestep, text) -> velocity; params is the nested dict of the model's arrays.
+    """
+
+    def apply(params: dict[str, Any], latents: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params)(latents, timestep, text)
+
+    return apply

@@ -1,0 +1,135 @@
+"""Trains a model: python -m rehyat_jax.train --config configs/NAME.py --workdir DIR [--config.field=value ...].
+
+The configuration names the stage: "pretrain" (a softmax model from scratch), "distill" (stage 1: feature maps of the
+hybrid blocks against the model's own softmax attention) or "finetune" (stage 2: the whole transformer). The workdir
+receives `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`, a model checkpoint. The same
+command continues a run that was stopped.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from rehyat_jax.cli import report_input_errors
+from rehyat_jax.data.pipeline import batches
+from rehyat_jax.errors import InputError
+from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.training import distill, finetune
+from rehyat_jax.training.checkpoints import RunCheckpoints
+from rehyat_jax.training.metrics import MetricWriter
+from rehyat_jax.training.optimizer import make_optimizer
+from rehyat_jax.training.setup import STAGES, calibration_batch, initial_model, make_source, null_text
+from rehyat_jax.training.step import init_state, make_step
+from rehyat_jax.weights import save_model
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    """Runs the configured stage to its last step.
+
+    Args:
+      config: see `rehyat_jax.training.config.default_config`.
+      workdir: directory of the run; created if needed.
+
+    Returns:
+      Path of the resulting model checkpoint.
+
+    Raises:
+      InputError: the configuration, the data or the initial model is wrong.
+    """
+    if config.stage not in STAGES:
+        raise InputError(f"config.stage must be one of {STAGES}, found {config.stage!r}")
+    if config.batch_size % config.accumulation_steps:
+        raise InputError(
+            f"config.batch_size ({config.batch_size}) must be a multiple of config.accumulation_steps "
+            f"({config.accumulation_steps})"
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    source = make_source(config)
+    data = batches(source, batch_size=config.batch_size, seed=config.seed, workers=config.data.workers)
+
+    # --------------------------------------------------------------------------------------------------------- model
+    model = initial_model(config)
+    checkpoints = RunCheckpoints(workdir, every=config.checkpoint_every, keep=config.keep_checkpoints)
+    params, context = model.params, {"null_text": null_text(source, model)}
+    if model.fresh_feature_maps and checkpoints.latest_step is None:
+        batch = calibration_batch(source, config)
+        params = distill.calibrated(model.model_def, params, batch, context["null_text"], config)
+    if config.stage == "distill":
+        params, context["frozen"] = distill.split_feature_maps(params)
+        grad_fn = distill.make_grad_fn(model.model_def, config)
+    else:
+        grad_fn = finetune.make_grad_fn(apply_model(model.model_def), config)
+
+    # ---------------------------------------------------------------------------------------------------------- step
+    optimizer = make_optimizer(config)
+    step = make_step(
+        grad_fn,
+        optimizer,
+        seed=config.seed,
+        accumulation_steps=config.accumulation_steps,
+        ema_decay=config.ema_decay,
+    )
+    step = jax.jit(step, donate_argnums=0)
+    state = init_state(params, optimizer, keep_ema=config.ema_decay > 0)
+    if checkpoints.latest_step is None:
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    else:
+        state = checkpoints.restore(state, data)
+    first_step = int(state["step"])
+
+    # ---------------------------------------------------------------------------------------------------------- loop
+    writer = MetricWriter(workdir, first_step=first_step, steps=config.steps, description=config.stage)
+    for number in range(first_step + 1, config.steps + 1):
+        state, metrics = step(state, context, next(data))
+        writer.advance()
+        if number % config.log_every == 0 or number in (1, config.steps):
+            writer.write(number, metrics)
+        checkpoints.save(state, data, force=number == config.steps)
+    writer.close()
+    checkpoints.close()
+
+    # -------------------------------------------------------------------------------------------------------- result
+    result = state["ema"] or state["params"]
+    if config.stage == "distill":
+        result = {**context["frozen"], "feature_maps": result}
+    save_model(workdir / "model", model.config, result, codec=model.codec, text_encoder=model.text_encoder)
+    return workdir / "model"
+
+
+def parse_arguments(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
+    """(configuration with its overrides, workdir).
+
+    Args:
+      argv: the program's name and its arguments.
+
+    Raises:
+      InputError: a flag or a field is missing, unknown or of the wrong type; unknown ones name the nearest.
+    """
+    values = flags.FlagValues()
+    config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    workdir_flag = flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
+    try:
+        unparsed = values(argv)[1:]
+        if unparsed:
+            raise InputError(f"unexpected arguments {unparsed}; options are given as --config.field=value")
+        for flag in (config_flag, workdir_flag):
+            if flag.value is None:
+                raise InputError(f"--{flag.name} is required: python -m rehyat_jax.train --config FILE --workdir DIR")
+    except (flags.Error, AttributeError, TypeError, OSError) as error:
+        raise InputError(f"{error}".replace("\\'", "'").replace("\n", " ")) from error
+    return config_flag.value, Path(workdir_flag.value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and trains; returns the exit code, 2 when the user's input is wrong."""
+    return report_input_errors(lambda: train(*parse_arguments(sys.argv if argv is None else ["train", *argv])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

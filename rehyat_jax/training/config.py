@@ -1,0 +1,68 @@
+"""Every field of a training configuration, with its default: the one home of what can be set."""
+
+import ml_collections
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Defaults shared by all stages; a file in `configs/` changes what its experiment is about.
+
+    The result is locked: an unknown field, in a file or on the command line, is an error naming the closest known one.
+    """
+    config = ml_collections.ConfigDict()
+    # "pretrain" (softmax, from scratch), "distill" (stage 1: feature maps only) or "finetune" (stage 2: everything).
+    config.stage = "finetune"
+    # Size of a model trained from scratch, a key of WAN_PRESETS.
+    config.preset = "tiny"
+    # Model to start from: a PyTorch folder in either layout, or a model checkpoint.
+    config.init_from = ""
+    config.seed = 0
+
+    # Which blocks become hybrid and how; with blocks=() the model stays as it was loaded.
+    config.hybrid = ml_collections.ConfigDict()
+    config.hybrid.blocks = ml_collections.config_dict.placeholder(object)
+    config.hybrid.chunk_frames = 3
+    config.hybrid.overlap_frames = 1
+    config.hybrid.causal = True
+    config.hybrid.stabilizer = "row_max"
+    config.hybrid.feature_map = ml_collections.ConfigDict()
+    config.hybrid.feature_map.features = 256
+    config.hybrid.feature_map.num_layers = 2
+    config.hybrid.feature_map.degree = 2
+    config.hybrid.feature_map.hidden_activation = "gelu"
+    config.hybrid.feature_map.output_activation = "relu"
+    config.hybrid.feature_map.input = "rotated"
+
+    config.data = ml_collections.ConfigDict()
+    # "digits", or "latent_files" for a folder of encoded examples at `path`.
+    config.data.source = "digits"
+    config.data.path = ""
+    config.data.workers = 0
+
+    config.steps = 1000
+    # Examples per update; split into `accumulation_steps` equal parts that are run one after another.
+    config.batch_size = 16
+    config.accumulation_steps = 1
+    # Compute dtype; parameters, optimizer state and EMA are always float32.
+    config.dtype = "bfloat16"
+    config.remat = "none"
+    config.attention_implementation = ""  # "" picks the best for the platform
+
+    config.optimizer = ml_collections.ConfigDict()
+    # "adamw", or "muon" for the blocks' matrices with AdamW on the rest.
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.muon_learning_rate = 0.02
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay = "cosine"  # after the warmup: "cosine" or "linear" to zero, or "constant"
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0  # global gradient norm; 0 does not clip
+
+    config.ema_decay = 0.999  # 0 keeps no average
+    config.flow_shift = 5.0
+    config.timestep_sampling = "logit_normal"  # or "uniform"
+    config.caption_dropout = 0.1
+
+    config.log_every = 10
+    config.checkpoint_every = 500
+    config.keep_checkpoints = 2
+    return config.lock()

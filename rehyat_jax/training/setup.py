@@ -1,0 +1,130 @@
+"""From a configuration to the things a run is made of: data, and the model it starts from."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from rehyat_jax.attention import FeatureMapConfig
+from rehyat_jax.data.digits import DigitVideos
+from rehyat_jax.data.latent_files import LatentFiles
+from rehyat_jax.data.pipeline import Source, batches
+from rehyat_jax.errors import InputError
+from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
+from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
+from rehyat_jax.text_encoders import get_text_encoder
+from rehyat_jax.weights import load_params
+
+STAGES = ("pretrain", "distill", "finetune")
+
+
+class InitialModel(NamedTuple):
+    """Where a run starts.
+
+    Attributes:
+      model_def: graph definition of the `WanTransformer` with the run's compute dtype, remat policy and attention.
+      config: its architecture.
+      params: float32 parameters, a nested dict.
+      fresh_feature_maps: whether the feature maps were just initialised and need calibration.
+      codec, text_encoder: names of what makes its latents and text embeddings.
+    """
+
+    model_def: nnx.GraphDef
+    config: WanConfig
+    params: dict[str, Any]
+    fresh_feature_maps: bool
+    codec: str
+    text_encoder: str
+
+
+def make_source(config: ml_collections.ConfigDict) -> Source:
+    """The configured training examples. Raises InputError for an unknown source."""
+    if config.data.source == "digits":
+        return DigitVideos(split="train", seed=config.seed)
+    if config.data.source == "latent_files":
+        return LatentFiles(config.data.path)
+    raise InputError(f'config.data.source must be "digits" or "latent_files", found {config.data.source!r}')
+
+
+def hybrid_config(config: ml_collections.ConfigDict) -> HybridConfig:
+    """The hybrid attention that the configuration describes."""
+    fields = config.hybrid.to_dict()
+    del fields["blocks"]
+    feature_map = FeatureMapConfig(**fields.pop("feature_map"))
+    return HybridConfig(**fields, feature_map=feature_map)
+
+
+def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanConfig:
+    """The architecture to train: as loaded, or with the configured blocks made hybrid.
+
+    Raises:
+      InputError: the loaded model is already hybrid, in another form than the configuration asks for.
+    """
+    blocks = config.hybrid.blocks
+    if not blocks:
+        return loaded
+    wanted = loaded.replace(hybrid_blocks=blocks, hybrid=hybrid_config(config))
+    if loaded.hybrid_blocks and loaded.to_dict() != wanted.to_dict():
+        raise InputError(
+            f"{config.init_from}: already hybrid in blocks {loaded.hybrid_blocks} as {loaded.hybrid}, but config.hybrid asks "
+            f"for blocks {blocks} as {wanted.hybrid}; leave config.hybrid.blocks unset to keep the checkpoint's form"
+        )
+    return wanted
+
+
+def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
+    """Loads or initialises the model that a run starts from.
+
+    Raises:
+      InputError: if the fields of the configuration do not fit the stage or the checkpoint.
+    """
+    key = jax.random.key(config.seed)
+    if config.stage == "pretrain":
+        if config.preset not in WAN_PRESETS:
+            raise InputError(f"config.preset must be one of {sorted(WAN_PRESETS)}, found {config.preset!r}")
+        wan, params, codec, text_encoder = WAN_PRESETS[config.preset], None, "wan_vae", "umt5"
+        if config.data.source == "digits":
+            codec, text_encoder = "space_to_depth", "word_vectors"
+    else:
+        if not config.init_from:
+            raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
+        wan, params, metadata = load_params(config.init_from)
+        codec, text_encoder = metadata["codec"], metadata["text_encoder"]
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+    wan = student_config(wan, config)
+    if config.stage == "distill" and not wan.hybrid_blocks:
+        raise InputError('config.hybrid.blocks is unset; stage "distill" needs the blocks to convert: "all" or indices')
+
+    build = lambda rngs: WanTransformer(
+        wan,
+        rngs=rngs,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        attention_implementation=config.attention_implementation or None,
+    )
+    model_def = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    if params is None:
+        params = nnx.to_pure_dict(jax.jit(lambda: nnx.state(build(nnx.Rngs(params=key))))())
+    fresh_feature_maps = bool(wan.hybrid_blocks) and "feature_maps" not in params
+    if fresh_feature_maps:
+        create = lambda: stacked(lambda r: FeatureMaps(wan, rngs=r), len(wan.hybrid_block_indices), nnx.Rngs(params=key))
+        params = {**params, "feature_maps": nnx.to_pure_dict(jax.jit(lambda: nnx.state(create()))())}
+    return InitialModel(model_def, wan, params, fresh_feature_maps, codec, text_encoder)
+
+
+def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """One batch to scale fresh feature maps by, drawn apart from the run's own batches."""
+    return next(batches(source, batch_size=config.batch_size, seed=config.seed + 1))
+
+
+def null_text(source: Source, model: InitialModel) -> jax.Array:
+    """[L, text_dim], the embedding of no caption: the source's own, or else the text encoder's for "".
+
+    L is the data's number of tokens, so that a dropped caption can take a caption's place.
+    """
+    if hasattr(source, "null_text"):
+        return jnp.asarray(source.null_text)
+    return jnp.asarray(get_text_encoder(model.text_encoder)([""])[0])
