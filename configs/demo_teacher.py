@@ -19,6 +19,7 @@ def get_config():
     config.optimizer.warmup_steps = 20
     config.optimizer.weight_decay = 0.0
     config.ema_decay = 0.997
-    config.flow_shift = 3.0
+    config.flow_shift = 5.0
+    config.timestep_sampling = "uniform"
     config.checkpoint_every = 400
     return config

@@ -1,0 +1,40 @@
+# make demo: from a softmax video transformer to a ReHyAt model and back to PyTorch, on two cores.
+# make test: the whole test suite. Both install what they need into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs/demo
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: install demo test lint clean-demo
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+# torch first and alone: what depends on it then keeps this build.
+$(VENV)/.installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+test: lint
+	$(BIN)/pytest -n 2 tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: install
+	$(BIN)/python -m rehyat_jax.convert from-torch --force assets/demo_teacher $(RUNS)/teacher
+	$(BIN)/python -m rehyat_jax.train --config configs/demo_distill.py --workdir $(RUNS)/distill
+	$(BIN)/python -m rehyat_jax.train --config configs/demo_distill.py --workdir $(RUNS)/distill_bidirectional \
+	    --config.hybrid.causal=False
+	$(BIN)/python -m rehyat_jax.train --config configs/demo_finetune.py --workdir $(RUNS)/finetune
+	$(BIN)/python -m rehyat_jax.convert to-torch --force --layout diffusers $(RUNS)/finetune/model $(RUNS)/student_pytorch
+	$(BIN)/python -m rehyat_jax.demo.report --runs $(RUNS)
+
+# The demo resumes where it was stopped; this starts it over.
+clean-demo:
+	rm -rf $(RUNS)

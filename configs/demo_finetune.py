@@ -1,0 +1,24 @@
+"""Stage 2 of the demo: the whole transformer, all six blocks hybrid and causal, by flow matching.
+
+    python -m rehyat_jax.train --config configs/demo_finetune.py --workdir runs/demo/finetune
+"""
+
+from rehyat_jax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.stage = "finetune"
+    config.init_from = "runs/demo/distill/model"
+    config.steps = 330
+    config.batch_size = 16
+    config.dtype = "float32"
+    config.optimizer.name = "muon"
+    config.optimizer.muon_learning_rate = 5e-3
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 10
+    config.optimizer.weight_decay = 0.0
+    config.ema_decay = 0.99
+    config.flow_shift = 5.0
+    config.timestep_sampling = "uniform"
+    return config
