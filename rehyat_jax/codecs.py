@@ -45,7 +45,7 @@ class SpaceToDepth:
     fps = 16
     default_size = (21, 24, 24)
 
-    # Mean and standard deviation of the moving digits' pixels (0.136 and 0.252 over 1,000 videos), so that latents are
+    # Mean and standard deviation of the moving digits' pixels (0.136 and 0.253 over 1,000 videos), so that latents are
     # as large as the noise they are mixed with.
     pixel_mean = 0.13
     pixel_std = 0.25

@@ -68,7 +68,7 @@ def load_scans(split: Literal["train", "judge"]) -> Scans:
     images = images[part].reshape(-1, 8, 8) / 16
     # Bilinear enlargement with half-pixel centres, as one matrix on either side.
     centers = ((np.arange(DIGIT_SIZE) + 0.5) / 2 - 0.5).clip(0, 7)
-    enlarge = _hat(centers[:, None] - np.arange(8))
+    enlarge = hat(centers[:, None] - np.arange(8))
     return Scans((enlarge @ images @ enlarge.T).astype(np.float32), digits[part])
 
 
@@ -89,10 +89,10 @@ def render(image: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
 def _placement(start: np.ndarray) -> np.ndarray:
     """[T] -> [T, 24, 16]: the matrix that shifts a digit's row (or column) of pixels to `start` in the frame."""
     offsets = np.arange(FRAME_SIZE)[:, None] - np.arange(DIGIT_SIZE)
-    return _hat(offsets - np.asarray(start)[:, None, None]).astype(np.float32)
+    return hat(offsets - np.asarray(start)[:, None, None]).astype(np.float32)
 
 
-def _hat(distance: np.ndarray) -> np.ndarray:
+def hat(distance: np.ndarray) -> np.ndarray:
     """Bilinear interpolation's weight at a distance in pixels."""
     return np.maximum(0, 1 - np.abs(distance))
 
@@ -113,6 +113,9 @@ class DigitVideos:
     Args:
       split: "train" draws from the scans the transformer trains on, "judge" from those it never sees.
       seed: a non-negative int; another seed is another endless set of draws.
+
+    Attributes:
+      null_text: [8, 64] float32, the embedding of no caption.
     """
 
     def __init__(self, split: Literal["train", "judge"] = "train", seed: int = 0):
@@ -120,6 +123,7 @@ class DigitVideos:
         self._seed = seed
         self._codec = SpaceToDepth()
         self._text = dict(zip(CAPTIONS, WordVectors()(list(CAPTIONS)), strict=True))
+        self.null_text = WordVectors()([""])[0]
 
     def __len__(self) -> int:
         return 2**20

@@ -5,13 +5,19 @@ from typing import Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 
 class Source(Protocol):
     """A Grain random-access source of training examples.
 
     Every example has "latents" [T, H, W, C] float32 and "text" [L, text_dim] float32, of the same shapes throughout.
+
+    Attributes:
+      null_text: [L, text_dim] float32, the embedding of no caption.
     """
+
+    null_text: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -44,5 +50,8 @@ def batches(
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     dataset = examples.batch(batch_size).to_iter_dataset(ahead)
     if workers:
+        # Grain reads absl's flags, which are an error to read in a program that never parses them.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     return iter(dataset)

@@ -1,0 +1,132 @@
+"""Reads the digit and the motion out of videos, to score how well they follow their captions."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rehyat_jax.data.digits import (
+    CAPTIONS,
+    DIGIT_SIZE,
+    FRAME_SIZE,
+    NUM_JUDGE_SCANS,
+    TRAVEL,
+    Axis,
+    hat,
+    load_scans,
+    render,
+)
+
+BACKGROUND = 0.15
+"""Pixels up to this are background: the faint haze of an imperfect video must not move its centre of mass."""
+
+NO_DIGIT = -1
+"""What a frame reads as that is all background."""
+
+
+class Reading(NamedTuple):
+    """What N videos of T frames show.
+
+    Attributes:
+      digits: [N, T] int, the digit in each frame, or NO_DIGIT.
+      axes: N axes of motion; None where the digit stays within half the way from edge to edge.
+    """
+
+    digits: np.ndarray
+    axes: list[Axis | None]
+
+
+class Score(NamedTuple):
+    """How well videos follow their captions; fractions in [0, 1].
+
+    Attributes:
+      digit_accuracy: videos of which most frames show the caption's digit.
+      frame_accuracy: frames that show it.
+      motion_accuracy: videos that move along the caption's axis.
+    """
+
+    digit_accuracy: float
+    frame_accuracy: float
+    motion_accuracy: float
+
+
+class Judge:
+    """A support-vector classifier of single frames, trained on scans that no transformer trains on."""
+
+    def __init__(self, classifier: Any):
+        self._classifier = classifier
+
+    @classmethod
+    def fit(cls) -> "Judge":
+        """Trains on the judge's 500 scans, each rendered at 8 random positions; under a second.
+
+        Raises:
+          InputError: scikit-learn is not installed.
+        """
+        scans = load_scans("judge")  # First, because it explains a missing scikit-learn.
+        from sklearn.svm import SVC
+
+        rng = np.random.default_rng(0)
+        copies = 8
+        tops, lefts = rng.uniform(0, TRAVEL, (2, NUM_JUDGE_SCANS, copies))
+        frames = [render(image, top, left) for image, top, left in zip(scans.images, tops, lefts, strict=True)]
+        features = _features(np.concatenate(frames))
+        return cls(SVC(C=10, gamma=0.2).fit(features, scans.digits.repeat(copies)))
+
+    def read(self, videos: np.ndarray) -> Reading:
+        """Reads [N, T, 24, 24, 3] floating point in [0, 1], as codec "space_to_depth" decodes them."""
+        videos = np.asarray(videos, np.float32)
+        if videos.ndim != 5 or videos.shape[2:] != (FRAME_SIZE, FRAME_SIZE, 3):
+            raise ValueError(f"videos: expected [N, T, {FRAME_SIZE}, {FRAME_SIZE}, 3], found shape {videos.shape}")
+        frames = videos.mean(-1).reshape(-1, FRAME_SIZE, FRAME_SIZE)
+        shows_digit = (frames > BACKGROUND).any((1, 2))
+        digits = np.where(shows_digit, self._classifier.predict(_features(frames)), NO_DIGIT)
+        digits, shows_digit = digits.reshape(videos.shape[:2]), shows_digit.reshape(videos.shape[:2])
+        tracks = _centers_of_mass(frames).reshape(*videos.shape[:2], 2)
+        return Reading(digits, [_axis(track[shown]) for track, shown in zip(tracks, shows_digit, strict=True)])
+
+    def score(self, videos: np.ndarray, captions: Sequence[str]) -> Score:
+        """Scores N videos [N, T, 24, 24, 3] against N of `rehyat_jax.data.digits.CAPTIONS`."""
+        unknown = [caption for caption in captions if caption not in CAPTIONS]
+        if unknown:
+            raise ValueError(f"captions: expected some of {list(CAPTIONS)}, found {unknown[0]!r}")
+        if len(captions) != len(videos):
+            raise ValueError(f"captions: expected one for each of {len(videos)} videos, found {len(captions)}")
+        wanted_digits = np.array([CAPTIONS[caption][0] for caption in captions])
+        wanted_axes = [CAPTIONS[caption][1] for caption in captions]
+        reading = self.read(videos)
+        right = reading.digits == wanted_digits[:, None]
+        return Score(
+            digit_accuracy=float((right.mean(1) > 0.5).mean()),
+            frame_accuracy=float(right.mean()),
+            motion_accuracy=float(np.mean([a == b for a, b in zip(reading.axes, wanted_axes, strict=True)])),
+        )
+
+
+def _axis(track: np.ndarray) -> Axis | None:
+    """The axis along which a track of centres, [frames, (row, column)], covers the greater distance."""
+    if not len(track):
+        return None
+    rows, columns = np.ptp(track, axis=0)
+    if max(rows, columns) < TRAVEL / 2:
+        return None
+    return "sideways" if columns > rows else "up and down"
+
+
+def _centers_of_mass(frames: np.ndarray) -> np.ndarray:
+    """[N, 24, 24] -> [N, 2], row and column in pixels; the middle of the frame where all is background."""
+    mass = np.maximum(frames - BACKGROUND, 0)
+    # A flat haze too thin to matter puts the centre of an empty frame in the middle.
+    mass = mass + 1e-6
+    pixels = np.arange(FRAME_SIZE)
+    moments = np.stack([mass.sum(2) @ pixels, mass.sum(1) @ pixels], -1)
+    return moments / mass.sum((1, 2))[:, None]
+
+
+def _features(frames: np.ndarray) -> np.ndarray:
+    """[N, 24, 24] -> [N, 64]: the 16x16 window around the centre of mass, averaged down to a scan's 8x8 pixels."""
+    centers = _centers_of_mass(frames)
+    window = np.arange(DIGIT_SIZE) - (DIGIT_SIZE - 1) / 2
+    samples = hat((centers[..., None] + window)[..., None] - np.arange(FRAME_SIZE))
+    rows, columns = samples.reshape(-1, 2, DIGIT_SIZE // 2, 2, FRAME_SIZE).mean(3).swapaxes(0, 1)
+    return (rows @ frames @ columns.swapaxes(-1, -2)).reshape(len(frames), -1)
