@@ -1,0 +1,165 @@
+"""Hybrid attention: what it means, what it accepts, and which implementation runs."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.reference import hybrid_attention_reference
+from rehyat_jax.attention.scan import hybrid_attention_scan
+from rehyat_jax.attention.state import HybridState, accumulation_dtype
+from rehyat_jax.attention.xla import hybrid_attention_xla
+
+STABILIZERS = ("row_max", "joint")
+IMPLEMENTATIONS = ("reference", "scan", "xla")
+
+
+def hybrid_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: jax.Array | Callable[[jax.Array], jax.Array],
+    phi_key: jax.Array | Callable[[jax.Array], jax.Array],
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int,
+    overlap_frames: int,
+    causal: bool = True,
+    stabilizer: str = "row_max",
+    implementation: str | None = None,
+    initial_state: HybridState | None = None,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, HybridState]:
+    """Softmax attention inside a temporal window, linear attention outside it, one normalisation over both.
+
+    ReHyAt (arXiv 2601.04342), joint normalisation and recurrent form. The video's frames are cut into chunks of
+    Tc = chunk_frames. A query of chunk t attends by softmax to the frames [max(t*Tc - To, 0), (t+1)*Tc), To =
+    overlap_frames, and by the feature maps to every frame before that window (and, unless causal, after it):
+
+        aS = sum_S exp(q.k_j / sqrt(head_dim) - c) v_j      aL = phi_query(q) sum_L phi_key(k_j) v_j^T
+        nS = sum_S exp(q.k_j / sqrt(head_dim) - c)          nL = phi_query(q) sum_L phi_key(k_j)
+        y = (aS + aL) / (nS + nL)
+
+    Args:
+      query, key, value: [batch, tokens, heads, head_dim] of one floating dtype, tokens frame-major. Any number of
+        frames: the last chunk may be ragged, or the only one.
+      phi_query, phi_key: non-negative features [batch, tokens, heads, features], or feature maps to be called on
+        `query` and `key`. Their dtype is that of `query`, or float32.
+      tokens_per_frame: tokens of one latent frame.
+      chunk_frames: Tc, at least 1.
+      overlap_frames: To, between 0 and chunk_frames.
+      causal: whether linear attention is to the past only. Inside the window attention is bidirectional either way.
+      stabilizer: what c is. "row_max", the literal reading: the row's largest score in the window, so that the linear
+        weights are relative to it. "joint": zero (computed safely), so that full softmax attention is recovered where
+        phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different functions: never mix them between
+        training and inference. c is a constant in the gradient.
+      implementation: "reference" (dense, the definition), "scan" (recurrent), "xla" (chunks as a batch), or None for
+        the best on this platform.
+      initial_state: what was returned with the preceding chunks of the same video; None at its start. Causal only.
+      return_state: also return the state that continues the video. Causal only, and only after whole chunks.
+
+    Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`; with return_state, (y, HybridState).
+
+    Raises:
+      ValueError: on shapes, dtypes or arguments that do not fit together.
+    """
+    phi_query = phi_query(query) if callable(phi_query) else phi_query
+    phi_key = phi_key(key) if callable(phi_key) else phi_key
+    _check_arrays(query, key, value, phi_query, phi_key)
+    geometry = _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames)
+    _check_choice("stabilizer", stabilizer, STABILIZERS)
+    if implementation is None:
+        implementation = default_implementation()
+    _check_choice("implementation", implementation, IMPLEMENTATIONS)
+    arrays = (query, key, value, phi_query, phi_key)
+
+    if implementation == "reference":
+        if initial_state is not None or return_state:
+            raise ValueError('implementation "reference" keeps no state: use "scan" or "xla" to continue a video')
+        return hybrid_attention_reference(*arrays, geometry, causal=causal, stabilizer=stabilizer)
+
+    start = HybridState.zeros(
+        query.shape[0],
+        *query.shape[2:],
+        phi_key.shape[-1],
+        tokens_per_frame=tokens_per_frame,
+        overlap_frames=overlap_frames,
+        dtype=query.dtype,
+    )
+    if initial_state is not None or return_state:
+        _check_streaming(geometry, causal, initial_state, return_state, start)
+    run = {"scan": hybrid_attention_scan, "xla": hybrid_attention_xla}[implementation]
+    initial_state = start if initial_state is None else initial_state
+    output, final_state = run(*arrays, geometry, causal=causal, stabilizer=stabilizer, initial_state=initial_state)
+    return (output, final_state) if return_state else output
+
+
+def default_implementation() -> str:
+    """The implementation that `implementation=None` stands for on this platform."""
+    return "xla"
+
+
+def _check_arrays(query, key, value, phi_query, phi_key):
+    if query.ndim != 4:
+        raise ValueError(f"query must be [batch, tokens, heads, head_dim], found shape {query.shape}")
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(f"query must be of a floating dtype, found {query.dtype}")
+    for name, array in (("key", key), ("value", value)):
+        if (array.shape, array.dtype) != (query.shape, query.dtype):
+            raise ValueError(
+                f"{name} must have query's shape {query.shape} and dtype {query.dtype}, "
+                f"found {array.shape} and {array.dtype}"
+            )
+    dtypes = (query.dtype, accumulation_dtype(query.dtype))
+    for name, array in (("phi_query", phi_query), ("phi_key", phi_key)):
+        if array.ndim != 4 or array.shape[:3] != query.shape[:3] or array.shape != phi_query.shape:
+            raise ValueError(
+                f"phi_query and phi_key must both be [batch, tokens, heads, features] with query's "
+                f"{query.shape[:3]}, found {name} of shape {array.shape}"
+            )
+        if array.dtype not in dtypes:
+            raise ValueError(f"{name} must be of dtype {' or '.join(map(str, dtypes))}, found {array.dtype}")
+
+
+def _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames) -> ChunkGeometry:
+    tokens = query.shape[1]
+    if tokens_per_frame < 1 or tokens < 1 or tokens % tokens_per_frame:
+        raise ValueError(
+            f"query must hold whole frames: found {tokens} tokens, not a positive multiple of "
+            f"tokens_per_frame={tokens_per_frame}"
+        )
+    if chunk_frames < 1:
+        raise ValueError(f"chunk_frames must be at least 1, found {chunk_frames}")
+    if not 0 <= overlap_frames <= chunk_frames:
+        raise ValueError(
+            f"overlap_frames must be between 0 and chunk_frames={chunk_frames}, so that the overlap lies within the "
+            f"preceding chunk; found {overlap_frames}"
+        )
+    return ChunkGeometry(tokens // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
+
+
+def _check_choice(name: str, found: str, allowed: tuple[str, ...]):
+    if found not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, found {found!r}")
+
+
+def _check_streaming(geometry: ChunkGeometry, causal, initial_state, return_state, start: HybridState):
+    if not causal:
+        raise ValueError("initial_state and return_state need causal=True: a bidirectional video has no past alone")
+    if return_state and geometry.is_ragged:
+        raise ValueError(
+            f"return_state needs whole chunks: found {geometry.num_frames} frames, not a multiple of "
+            f"chunk_frames={geometry.chunk_frames}; give the last, ragged chunk without return_state"
+        )
+    if initial_state is None:
+        return
+    if not isinstance(initial_state, HybridState):
+        raise ValueError(f"initial_state must be a HybridState, found {type(initial_state).__name__}")
+    leaves = (jax.tree_util.tree_leaves_with_path(state) for state in (start, initial_state))
+    for (path, expected), (_, found) in zip(*leaves, strict=True):
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"initial_state{jax.tree_util.keystr(path)} must be {expected.dtype}{list(expected.shape)}, "
+                f"found {found.dtype}{list(found.shape)}: it comes from another video, geometry or dtype"
+            )

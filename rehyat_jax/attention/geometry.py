@@ -1,0 +1,66 @@
+"""Which frames attend to which, and how tokens are cut into chunks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkGeometry:
+    """A video of `num_frames` latent frames cut along time into chunks (ReHyAt section 3).
+
+    Tokens are frame-major: token n belongs to frame n // tokens_per_frame. Chunk t holds the frames
+    [t*Tc, (t+1)*Tc), the last chunk possibly fewer, where Tc = chunk_frames; its softmax window reaches
+    To = overlap_frames further into the past. Because To <= Tc, the overlap of chunk t is the end of chunk t-1.
+    """
+
+    num_frames: int
+    tokens_per_frame: int
+    chunk_frames: int
+    overlap_frames: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_frames // self.chunk_frames)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the last chunk holds fewer than chunk_frames frames."""
+        return self.num_frames % self.chunk_frames > 0
+
+    @property
+    def overlap_start(self) -> int:
+        """The token of a chunk at which the next chunk's overlap begins."""
+        return (self.chunk_frames - self.overlap_frames) * self.tokens_per_frame
+
+    def key_masks(self, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The softmax keys and the linear keys of every frame, as two disjoint boolean arrays [query frame, key frame].
+
+        Softmax keys of chunk t are the frames of its window, [max(t*Tc - To, 0), (t+1)*Tc). Linear keys are the frames
+        before the window and, unless `causal`, also those after it.
+        """
+        frame = np.arange(self.num_frames)
+        chunk = frame[:, None] // self.chunk_frames
+        before_window = frame < chunk * self.chunk_frames - self.overlap_frames
+        after_window = frame >= (chunk + 1) * self.chunk_frames
+        softmax_keys = ~before_window & ~after_window
+        return softmax_keys, (before_window if causal else ~softmax_keys)
+
+    def split(self, tokens: jax.Array) -> jax.Array:
+        """[batch, tokens, ...] -> [batch, chunks, chunk tokens, ...], a ragged last chunk padded with zeros."""
+        chunk_tokens = self.chunk_frames * self.tokens_per_frame
+        padding = self.num_chunks * chunk_tokens - tokens.shape[1]
+        padded = jnp.pad(tokens, [(0, 0), (0, padding)] + [(0, 0)] * (tokens.ndim - 2))
+        return padded.reshape(tokens.shape[0], self.num_chunks, chunk_tokens, *tokens.shape[2:])
+
+    def join(self, chunks: jax.Array) -> jax.Array:
+        """Inverse of `split`: [batch, chunks, chunk tokens, ...] -> [batch, tokens, ...], padding dropped."""
+        tokens = chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
+        return tokens[:, : self.num_frames * self.tokens_per_frame]
+
+    def is_token(self) -> np.ndarray:
+        """Boolean [chunks, chunk tokens]: False where `split` padded."""
+        frame = np.arange(self.num_chunks * self.chunk_frames) < self.num_frames
+        return frame.repeat(self.tokens_per_frame).reshape(self.num_chunks, -1)

@@ -1,0 +1,38 @@
+"""Hybrid attention by its definition. Every other implementation is tested against this function."""
+
+import jax
+import jax.numpy as jnp
+
+from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.state import accumulation_dtype
+
+
+def hybrid_attention_reference(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: jax.Array,
+    phi_key: jax.Array,
+    geometry: ChunkGeometry,
+    *,
+    causal: bool,
+    stabilizer: str,
+) -> jax.Array:
+    """ReHyAt's joint normalisation, y = (aS + aL) / (nS + nL), written with dense [tokens, tokens] weights.
+
+    The softmax keys weigh exp(q.k / sqrt(head_dim) - c), the linear keys phi_query.phi_key. "row_max": c is the row's
+    largest score in its window. "joint": c = 0, literally, so float32 overflows at scores of 88: use float64.
+    """
+    softmax_keys, linear_keys = (
+        mask.repeat(geometry.tokens_per_frame, axis=0).repeat(geometry.tokens_per_frame, axis=1)
+        for mask in geometry.key_masks(causal=causal)
+    )
+    dtype = accumulation_dtype(query.dtype)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=dtype) / query.shape[-1] ** 0.5
+    scores = jnp.where(softmax_keys, scores, -jnp.inf)
+    c = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)) if stabilizer == "row_max" else 0
+
+    similarity = jnp.einsum("bqhf,bkhf->bhqk", phi_query, phi_key, preferred_element_type=dtype)
+    weights = jnp.exp(scores - c) + jnp.where(linear_keys, similarity, 0)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, preferred_element_type=dtype).astype(query.dtype)

@@ -1,0 +1,71 @@
+"""Recurrent form: one pass over the chunks, carrying a state of constant size."""
+
+import jax
+import jax.numpy as jnp
+
+from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.state import HybridState, LinearState
+from rehyat_jax.attention.window import attend_window
+
+
+def hybrid_attention_scan(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: jax.Array,
+    phi_key: jax.Array,
+    geometry: ChunkGeometry,
+    *,
+    causal: bool,
+    stabilizer: str,
+    initial_state: HybridState,
+) -> tuple[jax.Array, HybridState]:
+    """Scans over chunks: attend to the window and the state, then fold in the frames that leave the window.
+
+    Returns the output and the state after the last chunk (meaningless if that chunk is ragged). The bidirectional form
+    takes the sums over all later chunks from a scan in reverse.
+    """
+    split = geometry.overlap_start
+
+    def step(seen: HybridState, chunk) -> tuple[HybridState, jax.Array]:
+        query, key, value, phi_query, phi_key, is_token, future = chunk
+        output = attend_window(
+            query,
+            jnp.concatenate([seen.overlap_key, key], axis=1),
+            jnp.concatenate([seen.overlap_value, value], axis=1),
+            jnp.concatenate([jnp.broadcast_to(seen.chunks > 0, seen.overlap_key.shape[1]), is_token]),
+            phi_query,
+            seen.past if causal else LinearState.sum(seen.past, future),
+            stabilizer=stabilizer,
+        )
+        leaving = LinearState.of(phi_key[:, :split], value[:, :split])
+        seen = HybridState(
+            past=LinearState.sum(seen.past, seen.overlap, leaving),
+            overlap=LinearState.of(phi_key[:, split:], value[:, split:]),
+            overlap_key=key[:, split:],
+            overlap_value=value[:, split:],
+            chunks=seen.chunks + 1,
+        )
+        return seen, output
+
+    def chunks_first(tokens):
+        return jnp.moveaxis(geometry.split(tokens), 1, 0)
+
+    query, key, value, phi_query, phi_key = map(chunks_first, (query, key, value, phi_query, phi_key))
+    future = None if causal else _future_states(phi_key, value)
+    chunks = (query, key, value, phi_query, phi_key, geometry.is_token(), future)
+    final_state, outputs = jax.lax.scan(step, initial_state, chunks)
+    return geometry.join(jnp.moveaxis(outputs, 0, 1)), final_state
+
+
+def _future_states(phi_key: jax.Array, value: jax.Array) -> LinearState:
+    """For every chunk the sums over all chunks after it; leaves [chunks, batch, ...], as are the arrays.
+
+    Never the total minus the window: that cancels, and a normalizer could come out negative.
+    """
+
+    def step(later: LinearState, chunk) -> tuple[LinearState, LinearState]:
+        return LinearState.sum(later, LinearState.of(*chunk)), later
+
+    nothing = jax.tree.map(jnp.zeros_like, LinearState.of(phi_key[0], value[0]))
+    return jax.lax.scan(step, nothing, (phi_key, value), reverse=True)[1]

@@ -1,0 +1,83 @@
+"""What the recurrent form remembers of the frames it has seen."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of scores, weights and sums: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class LinearState(NamedTuple):
+    """Sums over a set of keys j: all that linear attention needs to know of them.
+
+    Attributes:
+      state: s = sum_j phi_key(k_j) v_j^T, [..., heads, features, head_dim].
+      normalizer: z = sum_j phi_key(k_j), [..., heads, features].
+    """
+
+    state: jax.Array
+    normalizer: jax.Array
+
+    @classmethod
+    def of(cls, phi_key: jax.Array, value: jax.Array) -> "LinearState":
+        """Sums over the tokens of phi_key [..., tokens, heads, features] and value [..., tokens, heads, head_dim]."""
+        dtype = accumulation_dtype(value.dtype)
+        return cls(
+            state=jnp.einsum("...nhf,...nhd->...hfd", phi_key, value, preferred_element_type=dtype),
+            normalizer=jnp.sum(phi_key, axis=-3, dtype=dtype),
+        )
+
+    @classmethod
+    def sum(cls, *states: "LinearState") -> "LinearState":
+        """The sums over the union of disjoint sets of keys."""
+        return cls(*(sum(leaves) for leaves in zip(*states, strict=True)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HybridState:
+    """All that the chunks of a causal video yet to come need of the chunks already seen.
+
+    Its structure and shapes never change, so it can be a scan carry or an argument of a jitted function, and its size
+    does not depend on the length of the video. Sums are float32 (float64 for float64 inputs). A token enters `past`
+    only when it leaves the next chunk's softmax window: until then its keys and values are held in the overlap, and
+    since overlap_frames <= chunk_frames all of the overlap leaves together, so its sums can wait ready in `overlap`.
+
+    Attributes:
+      past: sums over the frames before the next chunk's window; state [batch, heads, features, head_dim], normalizer
+        [batch, heads, features].
+      overlap: sums over the frames of the overlap, same shapes.
+      overlap_key, overlap_value: [batch, overlap_frames * tokens_per_frame, heads, head_dim], in the inputs' dtype.
+      chunks: int32 scalar, how many chunks have been seen. At 0 the overlap holds no frames, only zeros.
+    """
+
+    past: LinearState
+    overlap: LinearState
+    overlap_key: jax.Array
+    overlap_value: jax.Array
+    chunks: jax.Array
+
+    @classmethod
+    def zeros(
+        cls,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        features: int,
+        *,
+        tokens_per_frame: int,
+        overlap_frames: int,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> "HybridState":
+        """The state before the first chunk of a video. `dtype` is that of the queries, keys and values."""
+        sums = LinearState(
+            state=jnp.zeros((batch, heads, features, head_dim), accumulation_dtype(dtype)),
+            normalizer=jnp.zeros((batch, heads, features), accumulation_dtype(dtype)),
+        )
+        overlap = jnp.zeros((batch, overlap_frames * tokens_per_frame, heads, head_dim), dtype)
+        return cls(past=sums, overlap=sums, overlap_key=overlap, overlap_value=overlap, chunks=jnp.zeros((), jnp.int32))
