@@ -1,6 +1,6 @@
 """Stage 2 of the demo: the whole transformer, all six blocks hybrid and causal, by flow matching.
 
-    python -m rehyat_jax.train --config configs/demo_finetune.py --workdir runs/demo/finetune
+python -m rehyat_jax.train --config configs/demo_finetune.py --workdir runs/demo/finetune
 """
 
 from rehyat_jax.training.config import default_config

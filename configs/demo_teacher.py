@@ -1,6 +1,6 @@
 """Pretrains the demo's softmax teacher: a Wan transformer of 1.8M parameters on moving handwritten digits.
 
-    python -m rehyat_jax.train --config configs/demo_teacher.py --workdir runs/demo_teacher
+python -m rehyat_jax.train --config configs/demo_teacher.py --workdir runs/demo_teacher
 """
 
 from rehyat_jax.training.config import default_config

@@ -20,9 +20,10 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.checkpoints import RunCheckpoints
+from rehyat_jax.training.config import check_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import make_optimizer
-from rehyat_jax.training.setup import STAGES, calibration_batch, initial_model, make_source, null_text
+from rehyat_jax.training.setup import calibration_batch, initial_model, make_source, null_text
 from rehyat_jax.training.step import init_state, make_step
 from rehyat_jax.weights import save_model
 
@@ -40,13 +41,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     Raises:
       InputError: the configuration, the data or the initial model is wrong.
     """
-    if config.stage not in STAGES:
-        raise InputError(f"config.stage must be one of {STAGES}, found {config.stage!r}")
-    if config.batch_size % config.accumulation_steps:
-        raise InputError(
-            f"config.batch_size ({config.batch_size}) must be a multiple of config.accumulation_steps "
-            f"({config.accumulation_steps})"
-        )
+    check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
 
     # ---------------------------------------------------------------------------------------------------------- data

@@ -31,7 +31,12 @@ def exact_causal_attention(inputs: AttentionInputs, chunk_frames: int) -> jax.Ar
 
 
 def attention_errors(
-    model_def: nnx.GraphDef, params: Any, batch: Batch, null_text: jax.Array, key: jax.Array, config: ml_collections.ConfigDict
+    model_def: nnx.GraphDef,
+    params: Any,
+    batch: Batch,
+    null_text: jax.Array,
+    key: jax.Array,
+    config: ml_collections.ConfigDict,
 ) -> dict[str, jax.Array]:
     """Relative L1 errors of every hybrid block's attention on the inputs it has in the softmax teacher.
 

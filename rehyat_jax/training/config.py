@@ -1,6 +1,24 @@
 """Every field of a training configuration, with its default: the one home of what can be set."""
 
+import difflib
+
 import ml_collections
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.models.wan.config import WAN_PRESETS
+from rehyat_jax.models.wan.modeling import REMAT_POLICIES
+
+CHOICES = {
+    "stage": ("pretrain", "distill", "finetune"),
+    "preset": tuple(WAN_PRESETS),
+    "data.source": ("digits", "latent_files"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": tuple(REMAT_POLICIES),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.decay": ("cosine", "linear", "constant"),
+    "timestep_sampling": ("logit_normal", "uniform"),
+}
+"""The values that fields with names for values can take."""
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -66,3 +84,42 @@ def default_config() -> ml_collections.ConfigDict:
     config.checkpoint_every = 500
     config.keep_checkpoints = 2
     return config.lock()
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError, naming the field, unless the values can be run together."""
+    fields = {path: _lookup(config, path) for path in CHOICES}
+    for path, value in fields.items():
+        if value not in CHOICES[path]:
+            nearest = difflib.get_close_matches(str(value), CHOICES[path], n=1, cutoff=0)[0]
+            raise InputError(
+                f"config.{path} must be one of {CHOICES[path]}, found {value!r}; did you mean {nearest!r}?"
+            )
+    for path in ("steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if _lookup(config, path) < 1:
+            raise InputError(f"config.{path} must be at least 1, found {_lookup(config, path)}")
+    for path, highest in (("ema_decay", 1), ("caption_dropout", 1)):
+        if not 0 <= _lookup(config, path) <= highest:
+            raise InputError(f"config.{path} must be between 0 and {highest}, found {_lookup(config, path)}")
+    if config.flow_shift <= 0:
+        raise InputError(f"config.flow_shift must be positive, found {config.flow_shift}")
+    if config.batch_size % config.accumulation_steps:
+        raise InputError(
+            f"config.batch_size ({config.batch_size}) must be a multiple of config.accumulation_steps "
+            f"({config.accumulation_steps})"
+        )
+    if config.optimizer.warmup_steps >= config.steps:
+        raise InputError(
+            f"config.optimizer.warmup_steps ({config.optimizer.warmup_steps}) must be less than config.steps "
+            f"({config.steps}); lower it"
+        )
+    if config.stage != "pretrain" and not config.init_from:
+        raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
+    if config.stage == "distill" and not config.hybrid.blocks:
+        raise InputError('config.hybrid.blocks is unset; stage "distill" needs the blocks to convert: "all" or indices')
+
+
+def _lookup(config: ml_collections.ConfigDict, path: str):
+    for name in path.split("."):
+        config = config[name]
+    return config

@@ -91,7 +91,11 @@ def split_feature_maps(params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def calibrated(
-    model_def: nnx.GraphDef, params: dict[str, Any], batch: Batch, null_text: jax.Array, config: ml_collections.ConfigDict
+    model_def: nnx.GraphDef,
+    params: dict[str, Any],
+    batch: Batch,
+    null_text: jax.Array,
+    config: ml_collections.ConfigDict,
 ) -> dict[str, Any]:
     """Parameters whose linear branches carry the softmax mass that they stand for, measured on one batch.
 

@@ -31,7 +31,9 @@ class MetricWriter:
         os.replace(temporary, self._path)
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
-        self._bar = tqdm(total=steps, initial=first_step, desc=description, unit="step", dynamic_ncols=True, mininterval=1)
+        self._bar = tqdm(
+            total=steps, initial=first_step, desc=description, unit="step", dynamic_ncols=True, mininterval=1
+        )
 
     def advance(self) -> None:
         """Counts one step on the progress bar."""

@@ -17,8 +17,6 @@ from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
 from rehyat_jax.text_encoders import get_text_encoder
 from rehyat_jax.weights import load_params
 
-STAGES = ("pretrain", "distill", "finetune")
-
 
 class InitialModel(NamedTuple):
     """Where a run starts.
@@ -40,32 +38,36 @@ class InitialModel(NamedTuple):
 
 
 def make_source(config: ml_collections.ConfigDict) -> Source:
-    """The configured training examples. Raises InputError for an unknown source."""
+    """The configured training examples. Raises InputError if they cannot be read."""
     if config.data.source == "digits":
         return DigitVideos(split="train", seed=config.seed)
-    if config.data.source == "latent_files":
-        return LatentFiles(config.data.path)
-    raise InputError(f'config.data.source must be "digits" or "latent_files", found {config.data.source!r}')
+    return LatentFiles(config.data.path)
 
 
 def hybrid_config(config: ml_collections.ConfigDict) -> HybridConfig:
-    """The hybrid attention that the configuration describes."""
+    """The hybrid attention that the configuration describes. Raises InputError if it describes none."""
     fields = config.hybrid.to_dict()
     del fields["blocks"]
-    feature_map = FeatureMapConfig(**fields.pop("feature_map"))
-    return HybridConfig(**fields, feature_map=feature_map)
+    try:
+        return HybridConfig(**{**fields, "feature_map": FeatureMapConfig(**fields["feature_map"])})
+    except ValueError as error:
+        raise InputError(f"config.hybrid: {error}") from error
 
 
 def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanConfig:
     """The architecture to train: as loaded, or with the configured blocks made hybrid.
 
     Raises:
-      InputError: the loaded model is already hybrid, in another form than the configuration asks for.
+      InputError: there are no such blocks, or the loaded model is already hybrid in another form.
     """
     blocks = config.hybrid.blocks
     if not blocks:
         return loaded
-    wanted = loaded.replace(hybrid_blocks=blocks, hybrid=hybrid_config(config))
+    hybrid = hybrid_config(config)
+    try:
+        wanted = loaded.replace(hybrid_blocks=blocks, hybrid=hybrid)
+    except ValueError as error:
+        raise InputError(f"config.hybrid.blocks: {error}") from error
     if loaded.hybrid_blocks and loaded.to_dict() != wanted.to_dict():
         raise InputError(
             f"{config.init_from}: already hybrid in blocks {loaded.hybrid_blocks} as {loaded.hybrid}, but config.hybrid asks "
@@ -78,26 +80,19 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
     """Loads or initialises the model that a run starts from.
 
     Raises:
-      InputError: if the fields of the configuration do not fit the stage or the checkpoint.
+      InputError: the checkpoint cannot be read, or does not fit the configuration.
     """
     key = jax.random.key(config.seed)
     if config.stage == "pretrain":
-        if config.preset not in WAN_PRESETS:
-            raise InputError(f"config.preset must be one of {sorted(WAN_PRESETS)}, found {config.preset!r}")
         wan, params, codec, text_encoder = WAN_PRESETS[config.preset], None, "wan_vae", "umt5"
         if config.data.source == "digits":
             codec, text_encoder = "space_to_depth", "word_vectors"
     else:
-        if not config.init_from:
-            raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
         wan, params, metadata = load_params(config.init_from)
         codec, text_encoder = metadata["codec"], metadata["text_encoder"]
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
     wan = student_config(wan, config)
-    if config.stage == "distill" and not wan.hybrid_blocks:
-        raise InputError('config.hybrid.blocks is unset; stage "distill" needs the blocks to convert: "all" or indices')
-
     build = lambda rngs: WanTransformer(
         wan,
         rngs=rngs,
@@ -110,7 +105,9 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
         params = nnx.to_pure_dict(jax.jit(lambda: nnx.state(build(nnx.Rngs(params=key))))())
     fresh_feature_maps = bool(wan.hybrid_blocks) and "feature_maps" not in params
     if fresh_feature_maps:
-        create = lambda: stacked(lambda r: FeatureMaps(wan, rngs=r), len(wan.hybrid_block_indices), nnx.Rngs(params=key))
+        create = lambda: stacked(
+            lambda r: FeatureMaps(wan, rngs=r), len(wan.hybrid_block_indices), nnx.Rngs(params=key)
+        )
         params = {**params, "feature_maps": nnx.to_pure_dict(jax.jit(lambda: nnx.state(create()))())}
     return InitialModel(model_def, wan, params, fresh_feature_maps, codec, text_encoder)
 

@@ -39,7 +39,9 @@ def accumulate(grad_fn: GradFn, parts: int) -> GradFn:
     def accumulated(params: Params, context: Context, batch: Batch, key: jax.Array) -> tuple[Metrics, Params]:
         split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
         first = jax.tree.map(lambda x: x[0], split)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, context, first, key))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, context, first, key)
+        )
 
         def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(params, context, *part)), None

@@ -65,7 +65,8 @@ class WanConfig:
         blocks = tuple(self.hybrid_blocks)
         if blocks != tuple(sorted(set(blocks))) or any(not 0 <= block < self.num_layers for block in blocks):
             raise ValueError(
-                f'hybrid_blocks must be "all" or increasing block indices below {self.num_layers}, found {self.hybrid_blocks!r}'
+                f'hybrid_blocks must be "all" or increasing block indices below {self.num_layers}, '
+                f"found {self.hybrid_blocks!r}"
             )
         object.__setattr__(self, "hybrid_blocks", blocks)
 

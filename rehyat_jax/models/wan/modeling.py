@@ -225,7 +225,9 @@ class FeatureMaps(nnx.Module):
     """phi_query and phi_key of one hybrid block."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
-        make = lambda: FeatureMap(config.hybrid.feature_map, heads=config.num_heads, head_dim=config.head_dim, rngs=rngs)
+        make = lambda: FeatureMap(
+            config.hybrid.feature_map, heads=config.num_heads, head_dim=config.head_dim, rngs=rngs
+        )
         self.query, self.key = make(), make()
 
     def features(self, inputs: AttentionInputs, config: WanConfig) -> tuple[jax.Array, jax.Array]:
@@ -419,7 +421,9 @@ class WanTransformer(nnx.Module):
         if text.ndim != 3 or text.shape[0] != latents.shape[0] or text.shape[2] != config.text_dim:
             raise ValueError(f"text must be [{latents.shape[0]}, tokens, {config.text_dim}], found {text.shape}")
         if text.shape[1] > config.text_length:
-            raise ValueError(f"text has {text.shape[1]} tokens, more than text_length {config.text_length}; truncate it")
+            raise ValueError(
+                f"text has {text.shape[1]} tokens, more than text_length {config.text_length}; truncate it"
+            )
 
 
 def apply_model(graphdef: nnx.GraphDef) -> Callable[..., jax.Array]:

@@ -1,0 +1,447 @@
+"""The recipe: what a step computes, what it leaves alone, and that a stopped run goes on as if nothing had happened."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rehyat_jax.attention import hybrid_attention, softmax_attention
+from rehyat_jax.models.wan.config import HybridConfig, WanConfig
+from rehyat_jax.models.wan.modeling import REMAT_POLICIES, WanTransformer, apply_model
+from rehyat_jax.train import main, train
+from rehyat_jax.training import distill, finetune
+from rehyat_jax.training.attention_error import attention_errors
+from rehyat_jax.training.config import default_config
+from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rehyat_jax.training.step import accumulate, init_state, make_step
+from rehyat_jax.weights import load_params, save_model
+
+TINY = WanConfig(
+    num_heads=2, head_dim=12, ffn_dim=32, num_layers=3, in_channels=4, out_channels=4, text_dim=8, text_length=4
+)
+
+
+def tiny_model(config=TINY, **options):
+    """(graph definition, parameters), with gates, norms and head away from zero so that every path matters."""
+    graphdef, state = nnx.split(WanTransformer(config, rngs=nnx.Rngs(0), **options))
+    leaves, treedef = jax.tree.flatten(nnx.to_pure_dict(state))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return graphdef, jax.tree.unflatten(treedef, noisy)
+
+
+def tiny_batch(batch=2, frames=5, config=TINY):
+    rng = np.random.default_rng(0)
+    return {
+        "latents": rng.standard_normal((batch, frames, 4, 6, config.in_channels), np.float32),
+        "text": rng.standard_normal((batch, config.text_length, config.text_dim), np.float32),
+    }
+
+
+def tiny_config(stage, **changes):
+    config = default_config()
+    config.stage, config.dtype = stage, "float32"
+    config.steps, config.batch_size, config.optimizer.warmup_steps = 6, 4, 2
+    config.log_every, config.checkpoint_every = 1, 3
+    config.hybrid.chunk_frames, config.hybrid.overlap_frames = 2, 1
+    config.hybrid.feature_map.features = 16
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+NULL_TEXT = jnp.zeros((TINY.text_length, TINY.text_dim))
+
+
+# ---------------------------------------------------------------------------------------------- blocks of two kinds
+
+
+@pytest.mark.parametrize("blocks", [(1,), (0, 2), "all"])
+def test_mixed_blocks_equal_the_same_blocks_one_by_one(blocks):
+    config = TINY.replace(hybrid_blocks=blocks, hybrid=HybridConfig(chunk_frames=2))
+    graphdef, params = tiny_model(config)
+    batch = tiny_batch()
+    timestep = jnp.array([100.0, 900.0])
+
+    model = nnx.merge(graphdef, params)
+    rows = iter(range(len(config.hybrid_block_indices)))
+    row_of_block = [next(rows) if i in config.hybrid_block_indices else None for i in range(config.num_layers)]
+    seen = iter(row_of_block)
+
+    def attend(inputs, _):
+        row = next(seen)
+        if row is None:
+            return softmax_attention(inputs.query, inputs.key, inputs.value), None
+        maps = jax.tree.map(lambda leaf: leaf[row], params["feature_maps"])
+        features = model.block_features(inputs, maps)
+        kwargs = dict(tokens_per_frame=inputs.tokens_per_frame, chunk_frames=2, overlap_frames=1)
+        return hybrid_attention(
+            inputs.query, inputs.key, inputs.value, *features, **kwargs, implementation="reference"
+        ), None
+
+    unrolled = nnx.merge(tiny_model(config, scan_layers=False)[0], params)
+    expected, _ = unrolled.forward(batch["latents"], timestep, batch["text"], attend, {})
+    found = jax.jit(apply_model(graphdef))(params, batch["latents"], timestep, batch["text"])
+    # float32 rounding of another order of summation.
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_every_block_s_feature_maps_get_their_own_gradient():
+    config = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=2))
+    graphdef, params = tiny_model(config)
+    batch = tiny_batch()
+    loss = lambda p: jnp.square(
+        apply_model(graphdef)(p, batch["latents"], jnp.array([100.0, 900.0]), batch["text"])
+    ).sum()
+    kernels = jax.grad(loss)(params)["feature_maps"]["query"]["layer_0"]["kernel"]
+    first, second = (float(jnp.linalg.norm(kernel)) for kernel in kernels)
+    assert first > 0 and second > 0 and first != second
+
+
+@pytest.mark.parametrize("remat", sorted(REMAT_POLICIES))
+def test_remat_changes_no_gradient(remat):
+    config = TINY.replace(hybrid_blocks=(1,))
+    batch = tiny_batch()
+
+    def grads(**options):
+        graphdef, params = tiny_model(config, **options)
+        inputs = batch["latents"], jnp.array([100.0, 900.0]), batch["text"]
+        return jax.jit(jax.grad(lambda p: jnp.square(apply_model(graphdef)(p, *inputs)).sum()))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), grads(remat=remat), grads())
+
+
+# ------------------------------------------------------------------------------------------------------------ distil
+
+
+@pytest.fixture
+def student():
+    config = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=2))
+    return *tiny_model(config), tiny_config("distill", caption_dropout=0.5)
+
+
+def test_distillation_gradients_are_those_of_each_block_on_the_teacher_s_inputs(student):
+    graphdef, params, config = student
+    feature_maps, frozen = distill.split_feature_maps(params)
+    context = {"frozen": frozen, "null_text": NULL_TEXT}
+    key = jax.random.key(3)
+    metrics, grads = jax.jit(distill.make_grad_fn(graphdef, config))(feature_maps, context, tiny_batch(), key)
+
+    # Independently: collect the teacher's inputs in an unrolled pass, then differentiate the dense definition.
+    captured = []
+
+    def attend(inputs, _):
+        captured.append(inputs)
+        return softmax_attention(inputs.query, inputs.key, inputs.value), None
+
+    model = nnx.merge(tiny_model(nnx.merge(graphdef, params).config, scan_layers=False)[0], params)
+    noisy = distill.noise_batch(tiny_batch(), NULL_TEXT, key, config)
+    model.forward(noisy.latents, noisy.timestep, noisy.text, attend, {})
+
+    def loss(maps, inputs):
+        features = model.block_features(inputs, maps)
+        kwargs = dict(tokens_per_frame=inputs.tokens_per_frame, chunk_frames=2, overlap_frames=1)
+        arrays = inputs.query, inputs.key, inputs.value
+        output = hybrid_attention(*arrays, *features, **kwargs, implementation="reference")
+        return jnp.abs(output - softmax_attention(*arrays)).mean()
+
+    for row, block in enumerate((0, 2)):
+        maps = jax.tree.map(lambda leaf, row=row: leaf[row], feature_maps)
+        expected = jax.grad(loss)(maps, captured[block])
+        found = jax.tree.map(lambda leaf, row=row: leaf[row], grads)
+        # Sums of float32 terms with signs (L1): relative to the largest entry.
+        check = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()))
+        jax.tree.map(check, found, expected)
+    assert metrics["relative_error"].shape == (2,)
+
+
+def count_score_products(jaxpr, shapes):
+    """Matrix products in a jaxpr, nested ones included, one of whose operands or results has a score's shape."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            variables = [*equation.invars, *equation.outvars]
+            count += any(tuple(sorted(v.aval.shape)) in shapes for v in variables)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(parameter, "eqns") or hasattr(parameter, "jaxpr"):
+                count += count_score_products(getattr(parameter, "jaxpr", parameter), shapes)
+    return count
+
+
+def test_distillation_runs_no_softmax_backward(student):
+    """Two score-sized products (q.k and weights.v) of the student's window and two of the teacher: forward only."""
+    graphdef, params, config = student
+    feature_maps, frozen = distill.split_feature_maps(params)
+    context = {"frozen": frozen, "null_text": NULL_TEXT}
+    batch = tiny_batch(frames=4)
+    grad_fn = distill.make_grad_fn(graphdef, config)
+    # 6 tokens a frame, 2 heads, batch 2; 2 chunks of 12 queries with windows of 18 keys; 24 tokens in all.
+    scores = {tuple(sorted(shape)) for shape in [(2, 2, 2, 12, 18), (2, 2, 24, 24)]}
+    program = jax.make_jaxpr(grad_fn)(feature_maps, context, batch, jax.random.key(0)).jaxpr
+    assert count_score_products(program, scores) == 4
+
+    # The counter does see a softmax backward where there is one.
+    def loss(params):
+        inputs = batch["latents"], jnp.array([100.0, 900.0]), batch["text"]
+        return apply_model(graphdef)(params, *inputs).sum()
+
+    assert count_score_products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, scores) > 4
+
+
+def test_distillation_memory_does_not_grow_with_depth():
+    """Beyond the feature maps' own gradients; a full backward pass would keep every block's activations."""
+
+    def temporary_bytes(num_layers):
+        config = TINY.replace(num_layers=num_layers, hybrid_blocks="all", hybrid=HybridConfig(chunk_frames=2))
+        graphdef, params = tiny_model(config)
+        feature_maps, frozen = distill.split_feature_maps(params)
+        arguments = feature_maps, {"frozen": frozen, "null_text": NULL_TEXT}, tiny_batch(8, 8), jax.random.key(0)
+        compiled = jax.jit(distill.make_grad_fn(graphdef, tiny_config("distill"))).lower(*arguments).compile()
+        maps_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(feature_maps))
+        return compiled.memory_analysis().temp_size_in_bytes, maps_bytes
+
+    (few, few_maps), (many, many_maps) = temporary_bytes(3), temporary_bytes(12)
+    assert many - few <= 1.5 * (many_maps - few_maps)
+
+
+def test_calibration_gives_every_block_the_softmax_mass(student):
+    graphdef, params, config = student
+    batch = tiny_batch(4, 6)
+    once = distill.calibrated(graphdef, params, batch, NULL_TEXT, config)
+    twice = distill.calibrated(graphdef, once, batch, NULL_TEXT, config)
+    scales = [tree["feature_maps"]["query"]["log_scale"] for tree in (params, once, twice)]
+    assert float(jnp.abs(scales[1] - scales[0]).max()) > 0.1
+    # The linear mass is proportional to the scale: a second calibration on the same batch finds nothing to correct.
+    np.testing.assert_allclose(scales[2], scales[1], atol=1e-4)
+
+
+def test_attention_errors_rank_as_their_definitions_say(student):
+    graphdef, params, config = student
+    errors = attention_errors(graphdef, params, tiny_batch(2, 6), NULL_TEXT, jax.random.key(0), config)
+    assert all(value.shape == (2,) for value in errors.values())
+    assert (errors["exact"] > 0).all() and (errors["window_only"] > 0).all()
+
+    # With one chunk for the whole video there is nothing left to approximate.
+    config_one_chunk = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=6))
+    graphdef = nnx.graphdef(WanTransformer(config_one_chunk, rngs=nnx.Rngs(0)))
+    errors = attention_errors(graphdef, params, tiny_batch(2, 6), NULL_TEXT, jax.random.key(0), config)
+    for value in errors.values():
+        np.testing.assert_allclose(value, 0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- the shared step
+
+
+def test_one_update_at_a_small_learning_rate_moves_the_float32_parameters():
+    """In bfloat16, 1e-5 is lost in the rounding of almost every parameter."""
+    graphdef, params = tiny_model(TINY.replace(hybrid_blocks=(1,)), dtype=jnp.bfloat16)
+    config = tiny_config("finetune", **{"optimizer.learning_rate": 1e-5, "optimizer.warmup_steps": 0, "batch_size": 2})
+    optimizer = make_optimizer(config)
+    step = make_step(
+        finetune.make_grad_fn(apply_model(graphdef), config), optimizer, seed=0, accumulation_steps=1, ema_decay=0.9
+    )
+    state = init_state(params, optimizer, keep_ema=True)
+    new, _ = jax.jit(step)(state, {"null_text": NULL_TEXT}, tiny_batch())
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new["params"], new["ema"])))
+    moved = [np.mean(np.asarray(a != b)) for a, b in zip(*map(jax.tree.leaves, (params, new["params"])), strict=True)]
+    # A key's bias shifts every score of a query alike, so softmax blocks give it almost no gradient; all else moves.
+    assert np.mean(moved) > 0.98
+    # The average moves a tenth of the way; both are differences of nearly equal float32 numbers of size up to one.
+    ema = lambda old, new: 0.9 * old + 0.1 * new
+    jax.tree.map(lambda e, a, b: np.testing.assert_allclose(e, ema(a, b), atol=1e-6), new["ema"], params, new["params"])
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    def grad_fn(params, context, batch, key):
+        loss, grads = jax.value_and_grad(lambda p: jnp.square(batch["x"] @ p - context["y"]).mean())(params)
+        return {"loss": loss}, grads
+
+    batch = {"x": jax.random.normal(jax.random.key(0), (12, 5))}
+    arguments = jnp.ones(5), {"y": 2.0}, batch, jax.random.key(1)
+    whole, parts = grad_fn(*arguments), accumulate(grad_fn, 3)(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), parts, whole)
+
+
+def test_parts_of_an_accumulated_batch_draw_different_noise():
+    draw = lambda params, context, batch, key: ({"noise": jax.random.normal(key, (2,))}, params)
+    metrics, _ = accumulate(draw, 2)(jnp.ones(1), {}, {"x": jnp.ones((2, 1))}, jax.random.key(0))
+    first, second = (jax.random.normal(key, (2,)) for key in jax.random.split(jax.random.key(0), 2))
+    assert not np.allclose(first, second)
+    np.testing.assert_allclose(metrics["noise"], (first + second) / 2, rtol=1e-6)
+
+
+def test_finetuning_loss_is_flow_matching_with_shift_and_dropped_captions():
+    config = tiny_config("finetune", caption_dropout=0.5, flow_shift=7.0)
+    seen = {}
+
+    def apply(params, latents, timestep, text):
+        seen.update(latents=latents, timestep=timestep, text=text)
+        return params * latents
+
+    batch, null = tiny_batch(64, 1), jnp.full((TINY.text_length, TINY.text_dim), 9.0)
+    metrics, grads = finetune.make_grad_fn(apply, config)(jnp.array(0.5), {"null_text": null}, batch, jax.random.key(5))
+
+    sigma = np.asarray(seen["timestep"])[:, None, None, None, None] / 1000
+    noise = (seen["latents"] - (1 - sigma) * batch["latents"]) / sigma
+    error = 0.5 * seen["latents"] - (noise - batch["latents"])
+    np.testing.assert_allclose(metrics["loss"], jnp.square(error).mean(), rtol=1e-4)
+    np.testing.assert_allclose(grads, (2 * error * seen["latents"]).mean(), rtol=1e-3)
+    # The median of a logit-normal is 1/2, shifted by 7 to 7/8.
+    assert 0.75 < np.median(sigma) < 0.95
+    dropped = (np.asarray(seen["text"]) == 9).all((1, 2))
+    assert 0.25 < dropped.mean() < 0.75
+    np.testing.assert_array_equal(np.asarray(seen["text"])[~dropped], batch["text"][~dropped])
+
+
+def test_schedule_warms_up_and_decays_to_zero():
+    schedule = learning_rate_schedule(1.0, tiny_config("finetune", steps=10, **{"optimizer.warmup_steps": 3}))
+    rates = [float(schedule(step)) for step in range(11)]
+    assert 0 < rates[0] < rates[1] < rates[2] < rates[3] == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[10] == 0
+
+
+def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
+    _, params = tiny_model(TINY.replace(hybrid_blocks=(1,)))
+    config = tiny_config(
+        "finetune", **{"optimizer.name": "muon", "optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.0}
+    )
+    config.optimizer.muon_learning_rate, config.optimizer.weight_decay = 1.0, 0.0
+    optimizer = make_optimizer(config)
+    grads = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    # Muon's update of every layer's matrix is nearly orthogonal; its five Newton-Schulz steps leave singular values
+    # between about 0.7 and 1.2.
+    for kernel in updates["blocks"]["feed_forward"]["up"]["kernel"]:
+        singular = np.linalg.svd(np.asarray(kernel), compute_uv=False)
+        assert 0.5 < singular.min() / singular.max()
+    adam = updates["feature_maps"]["query"]["layer_0"]["kernel"]
+    np.testing.assert_allclose(jnp.abs(adam), config.optimizer.learning_rate, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def pretrained(tmp_path):
+    """A model checkpoint for the digits: the tiny preset with random weights."""
+    from rehyat_jax.models.wan.config import WAN_PRESETS
+
+    config = WAN_PRESETS["tiny"].replace(num_layers=2, ffn_dim=64, num_heads=1, head_dim=24)
+    _, params = tiny_model(config)
+    save_model(tmp_path / "teacher", config, params, codec="space_to_depth", text_encoder="word_vectors")
+    return str(tmp_path / "teacher")
+
+
+def digits_config(tmp_path, stage, **changes):
+    changes = {"init_from": pretrained(tmp_path)} | changes
+    config = tiny_config(stage, **changes)
+    if stage == "distill":
+        config.hybrid.blocks = "all"
+    return config
+
+
+@pytest.mark.parametrize("stage", ["distill", "finetune"])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stage):
+    config = digits_config(tmp_path, stage, accumulation_steps=2)
+    whole = train(config, tmp_path / "whole")
+
+    # Stopped in the middle: the run dies when it asks for its fifth batch, after the checkpoint of step 3.
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        import rehyat_jax.train
+
+        batches = rehyat_jax.train.batches
+        patch.setattr(rehyat_jax.train, "batches", lambda *a, **k: DyingIterator(batches(*a, **k), after=4))
+        train(config, stopped)
+    resumed = train(config, stopped)
+
+    jax.tree.map(np.testing.assert_array_equal, load_params(resumed)[1], load_params(whole)[1])
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (tmp_path / "whole", stopped)]
+    assert [entry["step"] for entry in logs[1]] == list(range(1, 7))
+    assert logs[0] == logs[1]
+    assert list((stopped / "tensorboard").iterdir())
+
+
+class DyingIterator:
+    """A data iterator that is killed after some batches; everything else is the real one."""
+
+    def __init__(self, iterator, after):
+        self._iterator, self._left = iterator, after
+
+    def __next__(self):
+        if not self._left:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return next(self._iterator)
+
+    def __getattr__(self, name):
+        return getattr(self._iterator, name)
+
+
+def test_distillation_changes_the_feature_maps_alone(tmp_path):
+    config = digits_config(tmp_path, "distill")
+    teacher, (student_wan, student, metadata) = (
+        load_params(config.init_from)[1],
+        load_params(train(config, tmp_path / "run")),
+    )
+    assert student_wan.hybrid_blocks == "all" and metadata["codec"] == "space_to_depth"
+    maps = student.pop("feature_maps")
+    jax.tree.map(np.testing.assert_array_equal, student, teacher)
+    assert float(np.ptp(maps["query"]["log_scale"])) > 0
+
+
+def test_pretraining_from_scratch_lowers_the_loss(tmp_path):
+    config = tiny_config("pretrain", steps=8, **{"optimizer.learning_rate": 3e-3})
+    train(config, tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert np.mean(losses[-3:]) < losses[0]
+    saved, _, metadata = load_params(tmp_path / "model")
+    assert not saved.hybrid_blocks and metadata["text_encoder"] == "word_vectors"
+
+
+# ------------------------------------------------------------------------------------------------------- user's errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.optimizer.learning_rat=1"], ["learning_rat", "learning_rate"]),
+        (["--config.stepz=1"], ["stepz", "steps"]),
+        (["--config.steps=many"], ["steps", "many"]),
+        (["--config.stage=finetine"], ["stage", "finetine", "finetune"]),
+        (["--config.init_from=nowhere"], ["nowhere"]),
+        (["--config.init_from="], ["init_from"]),
+        (["--config.accumulation_steps=5"], ["batch_size", "accumulation_steps"]),
+        (["--config.optimizer.warmup_steps=1000"], ["warmup_steps", "steps"]),
+        (["--config.optimizer.name=sgd"], ["optimizer.name", "sgd", "adamw"]),
+        (["--config.data.source=webvid"], ["data.source", "webvid"]),
+        (["--config.hybrid.overlap_frames=9"], ["overlap_frames", "9"]),
+        (["--config.remat=some"], ["remat", "some"]),
+        (["--config.timestep_sampling=often"], ["timestep_sampling", "often"]),
+        (["--config.dtype=float31"], ["dtype", "float31"]),
+        (["--config.hybrid.blocks=(0,9)"], ["hybrid_blocks", "9"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_wrong_configuration_is_named_and_exits_with_2(tmp_path, capsys, arguments, words):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from rehyat_jax.training.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.stage, config.steps, config.dtype = 'distill', 200, 'float32'\n"
+        "    config.hybrid.blocks = 'all'\n"
+        f"    config.init_from = {pretrained(tmp_path)!r}\n"
+        "    return config\n"
+    )
+    assert main([f"--config={file}", f"--workdir={tmp_path / 'run'}", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_missing_flags_are_named(capsys):
+    assert main([]) == 2
+    assert "--config" in capsys.readouterr().err
