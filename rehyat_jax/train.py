@@ -2,8 +2,8 @@
 
 The configuration names the stage: "pretrain" (a softmax model from scratch), "distill" (stage 1: feature maps of the
 hybrid blocks against the model's own softmax attention) or "finetune" (stage 2: the whole transformer). The workdir
-receives `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`, a model checkpoint. The same
-command continues a run that was stopped.
+receives `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`, a model checkpoint. The
+same command continues a run that was stopped.
 """
 
 import sys

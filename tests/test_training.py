@@ -315,7 +315,7 @@ def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
     # between about 0.7 and 1.2.
     for kernel in updates["blocks"]["feed_forward"]["up"]["kernel"]:
         singular = np.linalg.svd(np.asarray(kernel), compute_uv=False)
-        assert 0.5 < singular.min() / singular.max()
+        assert singular.min() / singular.max() > 0.5
     adam = updates["feature_maps"]["query"]["layer_0"]["kernel"]
     np.testing.assert_allclose(jnp.abs(adam), config.optimizer.learning_rate, rtol=1e-3)
 

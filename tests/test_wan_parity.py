@@ -13,7 +13,7 @@ import rehyat_jax
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.weights import load_params
 
-# Upstream's sinusoids of the timestep are float32: at t = 737 an angle is good to 3e-5, and outputs of unit size follow.
+# Upstream's sinusoids of the timestep are float32: at t = 737 an angle is good to 3e-5, and unit outputs follow.
 OUTPUT_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 1e-4
 

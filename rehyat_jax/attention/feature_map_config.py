@@ -31,7 +31,8 @@ class FeatureMapConfig:
             raise ValueError(f"feature_map.num_layers must be at least 1, found {self.num_layers}")
         if self.degree < 1 or self.features % self.degree:
             raise ValueError(
-                f"feature_map.features ({self.features}) must be a multiple of feature_map.degree ({self.degree}), and the degree at least 1"
+                f"feature_map.features ({self.features}) must be a multiple of feature_map.degree ({self.degree}), "
+                f"and the degree at least 1"
             )
         for field, allowed in (
             ("hidden_activation", ("gelu", "silu", "relu")),

@@ -1,4 +1,4 @@
-"""How far hybrid attention is from the softmax attention it replaces, block by block, with the references to judge it by."""
+"""How far hybrid attention is from the softmax attention it replaces, block by block, with references beside it."""
 
 from typing import Any
 

@@ -70,8 +70,9 @@ def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanC
         raise InputError(f"config.hybrid.blocks: {error}") from error
     if loaded.hybrid_blocks and loaded.to_dict() != wanted.to_dict():
         raise InputError(
-            f"{config.init_from}: already hybrid in blocks {loaded.hybrid_blocks} as {loaded.hybrid}, but config.hybrid asks "
-            f"for blocks {blocks} as {wanted.hybrid}; leave config.hybrid.blocks unset to keep the checkpoint's form"
+            f"{config.init_from}: already hybrid in blocks {loaded.hybrid_blocks} as {loaded.hybrid}, but "
+            f"config.hybrid asks for blocks {blocks} as {wanted.hybrid}; leave config.hybrid.blocks unset to keep the "
+            f"checkpoint's form"
         )
     return wanted
 

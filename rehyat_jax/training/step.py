@@ -11,8 +11,8 @@ Params = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Context = dict[str, Any]
-"""What a step reads but does not change: "frozen" (parameters without gradients, {} when all train) and "null_text"
-[L, text_dim] (the embedding of no caption). An argument, not a closure: XLA would bake captured weights into the program."""
+"""What a step reads but does not change: "frozen" (the teacher's parameters, when distilling) and "null_text"
+[L, text_dim] (the embedding of no caption). An argument, not a closure: XLA would bake weights into the program."""
 
 GradFn = Callable[[Params, Context, Batch, jax.Array], tuple[Metrics, Params]]
 """(params, context, batch, key) -> (metrics, gradients)."""

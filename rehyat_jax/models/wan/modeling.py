@@ -414,7 +414,8 @@ class WanTransformer(nnx.Module):
         config = self.config
         if latents.ndim != 5 or latents.shape[-1] != config.in_channels:
             raise ValueError(
-                f"latents must be [batch, frames, height, width, {config.in_channels}] (channels last), found {latents.shape}"
+                f"latents must be [batch, frames, height, width, {config.in_channels}] (channels last), "
+                f"found {latents.shape}"
             )
         if timestep.shape != latents.shape[:1]:
             raise ValueError(f"timestep must be [{latents.shape[0]}], found {timestep.shape}")

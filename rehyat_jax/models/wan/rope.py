@@ -39,7 +39,7 @@ def rope_table(
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by the angles of `rope_table`, in float32; keeps x's dtype."""
+    """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by `rope_table`'s angles, in float32; keeps x's dtype."""
     cos, sin = (jnp.asarray(part)[None, :, None, :] for part in table)
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
