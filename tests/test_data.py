@@ -312,6 +312,17 @@ def test_a_restored_iterator_continues_with_the_same_batches(tmp_path, workers):
         restored = make()
         manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
     np.testing.assert_array_equal(take(restored, 13), uninterrupted[7:])
+    iterator.close()
+    restored.close()
+
+
+def test_a_wrong_file_is_still_named_by_a_worker(tmp_path):
+    write_examples(tmp_path)
+    save_file({"latents": latents(2, 3, 4, 6), "text": latents(7, 6)}, tmp_path / "001.safetensors")
+    iterator = batches(LatentFiles(tmp_path), batch_size=3, seed=0, workers=1)
+    with pytest.raises(InputError, match=r"001\.safetensors: tensor latents"):
+        next(iterator)
+    iterator.close()
 
 
 def test_batches_of_an_empty_source_are_refused():

@@ -32,7 +32,7 @@ def batches(
     The source is shuffled as a whole, anew each epoch, by `seed` alone: batches do not depend on `workers`, and the
     processes' batches put together are what one process would have read. The iterator's position is saved with
     `grain.checkpoint.CheckpointSave` and restored with `CheckpointRestore` through Orbax, into an iterator made with
-    the same arguments; the batches then continue as if nothing had happened.
+    the same arguments; the batches then continue as if nothing had happened. Its `close()` stops threads and workers.
 
     Args:
       batch_size: B, examples in each of this process's batches.
