@@ -16,8 +16,24 @@ from rehyat_jax.data.digits import CAPTIONS, NUM_FRAMES, DigitVideos, load_scans
 from rehyat_jax.data.latent_files import LatentFiles
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.errors import InputError
+from rehyat_jax.files import written_whole
 from rehyat_jax.text_encoders import WordVectors, get_text_encoder
 from rehyat_jax.video import read_mp4, write_mp4
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with written_whole(path) as temporary:
+        temporary.write_text("old")
+    assert path.read_text() == "old"
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as temporary:
+        temporary.write_text("half of the ne")
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
 
 # --------------------------------------------------------------------------------------------------------------- codecs
 
