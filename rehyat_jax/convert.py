@@ -1,0 +1,59 @@
+"""Converts between PyTorch checkpoints of Wan2.1 and model checkpoints.
+
+  python -m rehyat_jax.convert from-torch SRC DST [--force]
+  python -m rehyat_jax.convert to-torch SRC DST --layout {diffusers,original} [--force]
+
+PyTorch checkpoints are safetensors files or folders, in diffusers' or the original layout; a model checkpoint is the
+directory that training writes and sampling reads. Every tensor arrives bit for bit, in its own dtype.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+from absl import logging
+
+from rehyat_jax.cli import report_input_errors
+from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
+from rehyat_jax.weights.wan_table import LAYOUTS
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; exits with code 2 on a wrong one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rehyat_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    from_torch = commands.add_parser("from-torch", help="PyTorch checkpoint -> model checkpoint")
+    to_torch = commands.add_parser("to-torch", help="model checkpoint -> PyTorch folder")
+    for command, source in ((from_torch, "safetensors file or folder"), (to_torch, "model checkpoint")):
+        command.add_argument("source", metavar="SRC", type=Path, help=source)
+        command.add_argument("destination", metavar="DST", type=Path, help="directory to write; its parent must exist")
+        command.add_argument("--force", action="store_true", help="replace DST once the new one is complete")
+    to_torch.add_argument("--layout", choices=LAYOUTS, required=True, help="whose tensor names and config.json")
+    return parser.parse_args(argv)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Runs the chosen conversion and says what was written. Raises InputError."""
+    source, destination, force = arguments.source, arguments.destination, arguments.force
+    if arguments.command == "from-torch":
+        model = convert_from_torch(source, destination, replace=force)
+    else:
+        model = convert_to_torch(source, destination, arguments.layout, replace=force)
+    print(f"{destination}: {len(model.params)} parameters, {model.nbytes / 1e9:.2f} GB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and converts; returns the exit code, 2 when the user's input is wrong."""
+    arguments = parse_arguments(argv)
+    return report_input_errors(lambda: convert(arguments))
+
+
+if __name__ == "__main__":
+    # Nothing here computes; without this, JAX would take hold of an accelerator.
+    jax.config.update("jax_platforms", "cpu")
+    # Orbax warns that there is nothing to merge, which is so by choice.
+    logging.set_verbosity(logging.ERROR)
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Conversion between PyTorch checkpoints and model checkpoints, one parameter at a time."""
+
+from pathlib import Path
+
+from flax import traverse_util
+from tqdm import tqdm
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.weights.model_checkpoint import open_model_checkpoint, write_model
+from rehyat_jax.weights.new_directory import new_directory
+from rehyat_jax.weights.streamed import StreamedModel
+from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, open_torch_checkpoint, write_torch_checkpoint
+from rehyat_jax.weights.wan_table import Layout
+
+
+def convert_from_torch(source: Path, destination: Path, *, replace: bool = False) -> StreamedModel:
+    """Writes a PyTorch checkpoint in either layout as a model checkpoint; shows progress on stderr.
+
+    Args:
+      source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
+      destination: the model checkpoint to write; its parent must exist.
+      replace: whether to replace what exists at the destination.
+
+    Returns:
+      What was converted.
+
+    Raises:
+      InputError: the source is not a complete, finite checkpoint of Wan's text-to-video transformer, or the destination
+        can't be written. Nothing is left at the destination then, and what was there stays.
+    """
+    destination = _distinct(source, destination)
+    with _progress_bar() as bar:
+        model = open_torch_checkpoint(source, bar.update)
+        bar.total = model.nbytes
+        with new_directory(destination, replace=replace) as directory:
+            write_model(directory, model.config, model.metadata, traverse_util.unflatten_dict(model.params, sep="."))
+    return model
+
+
+def convert_to_torch(
+    source: Path,
+    destination: Path,
+    layout: Layout,
+    *,
+    replace: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> StreamedModel:
+    """Writes a model checkpoint as a PyTorch folder; shows progress on stderr.
+
+    Args:
+      source: a model checkpoint.
+      destination: the folder to write; its parent must exist.
+      layout: "diffusers" or "original".
+      replace: whether to replace what exists at the destination.
+      max_shard_bytes: weights of more bytes are written in shards.
+
+    Returns:
+      What was converted.
+
+    Raises:
+      InputError: the source is not a complete, finite model checkpoint, or the destination can't be written. Nothing is
+        left at the destination then, and what was there stays.
+    """
+    destination = _distinct(source, destination)
+    with _progress_bar() as bar:
+        model = open_model_checkpoint(source)
+        bar.total = model.nbytes
+        with new_directory(destination, replace=replace) as directory:
+            write_torch_checkpoint(directory, model, layout, progress=bar.update, max_shard_bytes=max_shard_bytes)
+    return model
+
+
+def _progress_bar() -> tqdm:
+    # The delay keeps the bar away from the message of an error that is found before any value is read.
+    return tqdm(unit="B", unit_scale=True, delay=1)
+
+
+def _distinct(source: Path, destination: Path) -> Path:
+    """The absolute destination. Raises InputError if replacing it would remove the source."""
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise InputError(f"{destination}: would replace the source {source}; choose another destination")
+    return destination.absolute()

@@ -1,0 +1,25 @@
+"""Small JSON files beside the weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rehyat_jax.errors import InputError
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError if it can't be read or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is not JSON ({error}); the file is damaged, get it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object, found a {type(content).__name__}; get the file again")
+    return content
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes JSON as PyTorch libraries do: two spaces of indentation, sorted keys, a final newline."""
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

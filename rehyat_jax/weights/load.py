@@ -1,0 +1,67 @@
+"""Models from any kind of checkpoint, in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.weights.model_checkpoint import is_model_checkpoint, open_model_checkpoint
+from rehyat_jax.weights.streamed import StreamedModel
+from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
+
+
+def load_params(path: str | Path) -> tuple[WanConfig, dict[str, Any], dict[str, str]]:
+    """The parameters of a model checkpoint, or of a PyTorch checkpoint in either layout.
+
+    Args:
+      path: a model checkpoint's directory, or whatever `open_torch_checkpoint` takes.
+
+    Returns:
+      (config, nested dict of numpy arrays in their stored dtypes, metadata with "codec" and "text_encoder").
+
+    Raises:
+      InputError: there is no checkpoint, or it is of another architecture, incomplete or damaged.
+    """
+    model = _open(path)
+    arrays = {name: array.read() for name, array in model.params.items()}
+    return model.config, traverse_util.unflatten_dict(arrays, sep="."), model.metadata
+
+
+def read_model_metadata(path: str | Path) -> tuple[WanConfig, dict[str, str]]:
+    """(config, metadata) as from `load_params`, without reading the parameters' values."""
+    model = _open(path)
+    return model.config, model.metadata
+
+
+def load_wan(path: str | Path, **options: Any) -> WanTransformer:
+    """The model of a checkpoint, its parameters on the default device.
+
+    Args:
+      path: as for `load_params`.
+      **options: how to run the model: keyword arguments of `WanTransformer` besides config and rngs.
+
+    Raises:
+      InputError: as `load_params`.
+      ValueError: an option is unknown to `WanTransformer`.
+    """
+    model = _open(path)
+    abstract = nnx.eval_shape(lambda: WanTransformer(model.config, rngs=nnx.Rngs(0), **options))
+    graphdef, state = nnx.split(abstract)
+    expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
+    if {name: leaf.shape for name, leaf in expected.items()} != {name: a.shape for name, a in model.params.items()}:
+        different = sorted(
+            name
+            for name in expected.keys() | model.params.keys()
+            if getattr(expected.get(name), "shape", None) != getattr(model.params.get(name), "shape", None)
+        )
+        raise ValueError(f"{path}: parameters {different} are not those of WanTransformer; wan_table does not match it")
+    params = {name: jnp.asarray(model.params[name].read(), leaf.dtype) for name, leaf in expected.items()}
+    return nnx.merge(graphdef, traverse_util.unflatten_dict(params, sep="."))
+
+
+def _open(path: str | Path) -> StreamedModel:
+    path = Path(path)
+    return open_model_checkpoint(path) if is_model_checkpoint(path) else open_torch_checkpoint(path)

@@ -1,0 +1,122 @@
+"""Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.weights.config_fields import require_known, wan_config_from_json
+from rehyat_jax.weights.json_files import read_json_object, write_json
+from rehyat_jax.weights.new_directory import new_directory
+from rehyat_jax.weights.orbax_params import open_params, save_params
+from rehyat_jax.weights.safetensors_file import DTYPES
+from rehyat_jax.weights.streamed import StreamedModel
+from rehyat_jax.weights.wan_table import wan_table
+
+MODEL_FILE = "model.json"
+PARAMS = "params"
+FORMAT_VERSION = 1
+ARCHITECTURE = "wan"
+METADATA = ("codec", "text_encoder")
+
+
+def is_model_checkpoint(path: Path) -> bool:
+    """Whether a directory has a model.json."""
+    return (path / MODEL_FILE).is_file()
+
+
+def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, codec: str, text_encoder: str) -> None:
+    """Writes a model checkpoint, complete or not at all; replaces a model checkpoint that is already there.
+
+    Args:
+      path: the directory to write; its parent must exist.
+      config: architecture.
+      params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a `WanTransformer`.
+      codec: name of the codec between the model's latents and videos.
+      text_encoder: name of the encoder of its prompts.
+
+    Raises:
+      ValueError: the parameters are not those of the configuration.
+      InputError: something else exists at `path`, or its parent does not.
+    """
+    path = Path(path).absolute()
+    _check_params(traverse_util.flatten_dict(params, sep="."), config, "params")
+    with new_directory(path, replace=is_model_checkpoint(path)) as directory:
+        write_model(directory, config, {"codec": codec, "text_encoder": text_encoder}, params)
+
+
+def write_model(directory: Path, config: WanConfig, metadata: dict[str, str], params: dict[str, Any]) -> None:
+    """Writes model.json and params/ into an existing empty directory.
+
+    Args:
+      directory: absolute path.
+      config: architecture.
+      metadata: names of the model's "codec" and "text_encoder".
+      params: nested dict of `StreamedArray`s, numpy arrays or JAX arrays.
+    """
+    save_params(directory / PARAMS, params)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "architecture": ARCHITECTURE,
+        "config": config.to_dict(),
+        **metadata,
+    }
+    write_json(directory / MODEL_FILE, description)
+
+
+def read_model_description(path: Path) -> tuple[WanConfig, dict[str, str]]:
+    """(config, metadata with "codec" and "text_encoder") of a model checkpoint. Raises InputError."""
+    if not is_model_checkpoint(path):
+        raise InputError(f"{path}: is not a model checkpoint (it has no {MODEL_FILE}); give the directory of one")
+    file = path / MODEL_FILE
+    content = read_json_object(file)
+    expected = {"format_version": FORMAT_VERSION, "architecture": ARCHITECTURE}
+    for name in content:
+        require_known(name, [*expected, "config", *METADATA], str(file))
+    for name in (*expected, "config", *METADATA):
+        if name not in content:
+            raise InputError(
+                f"{file}: field {name!r} is missing; the file is damaged, convert or train the model again"
+            )
+    for name, value in expected.items():
+        if content[name] != value:
+            raise InputError(
+                f"{file}: {name} should be {value!r}, found {content[name]!r}; another version of rehyat_jax wrote it"
+            )
+    for name in METADATA:
+        if not isinstance(content[name], str):
+            raise InputError(f"{file}: {name} should be a name, found {content[name]!r}; correct it")
+    return wan_config_from_json(content["config"], f"{file}: config"), {name: content[name] for name in METADATA}
+
+
+def open_model_checkpoint(path: Path) -> StreamedModel:
+    """Checks a model checkpoint's parameters against its configuration; values are read when asked for.
+
+    Raises:
+      InputError: there is no model checkpoint, or it is incomplete or damaged. Damaged values are found when read.
+    """
+    config, metadata = read_model_description(path)
+    params = open_params(path.absolute() / PARAMS)
+    try:
+        _check_params(params, config, str(path / PARAMS))
+    except ValueError as error:
+        raise InputError(f"{error}; {MODEL_FILE} and {PARAMS}/ belong to different models") from error
+    return StreamedModel(config, metadata, params)
+
+
+def _check_params(params: dict[str, Any], config: WanConfig, source: str) -> None:
+    """Raises ValueError unless the arrays are exactly the configuration's, in dtypes of weights."""
+    expected = {row.path: row.stacked_shape for row in wan_table(config)}
+    if missing := sorted(expected.keys() - params.keys()):
+        raise ValueError(f"{source}: {missing[0]} is missing ({len(missing)} of {len(expected)} parameters are)")
+    if extra := sorted(params.keys() - expected.keys()):
+        raise ValueError(f"{source}: {extra[0]} is not a parameter of this configuration ({len(extra)} such arrays)")
+    for path, array in params.items():
+        if tuple(array.shape) != expected[path]:
+            raise ValueError(f"{source}: {path} should have shape {expected[path]}, found {tuple(array.shape)}")
+        if np.dtype(array.dtype) not in DTYPES.values():
+            known = ", ".join(map(str, DTYPES.values()))
+            raise ValueError(f"{source}: {path} should be one of {known}, found {array.dtype}")

@@ -1,0 +1,51 @@
+"""Directories that appear complete or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rehyat_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
+    """Yields a temporary directory beside `path` to be filled; it becomes `path` when the block ends without error.
+
+    Args:
+      path: absolute destination.
+      replace: whether to replace what exists at `path`; it is removed only after the new directory is complete.
+
+    Raises:
+      InputError: `path` exists and is not to be replaced, or its parent is not a directory.
+    """
+    if os.path.lexists(path) and not replace:
+        raise InputError(f"{path}: already exists; choose another destination or replace it with --force")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: is not an existing directory; create it before writing {path.name} there")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    previous = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if os.path.lexists(path):
+            path.rename(previous)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if os.path.lexists(previous):
+                previous.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    remove(previous)
+
+
+def remove(path: Path) -> None:
+    """Removes a directory, file or link, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,204 @@
+"""PyTorch checkpoints of Wan2.1 in either layout, as streamed parameters of `WanTransformer`."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.weights.safetensors_file import StoredTensor, read_tensor, write_tensor
+from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
+from rehyat_jax.weights.torch_config import Inferred, read_torch_config, write_torch_config
+from rehyat_jax.weights.torch_folder import create_files, find_tensors
+from rehyat_jax.weights.wan_table import LAYOUTS, Layout, Row, torch_names, wan_table
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Shards of the published diffusers repositories."""
+
+Progress = Callable[[int], object]
+"""Told the bytes of each tensor that was read or written."""
+
+
+def open_torch_checkpoint(source: Path, progress: Progress = lambda nbytes: None) -> StreamedModel:
+    """Checks names, shapes, dtypes and configuration of a PyTorch checkpoint; its values are read when asked for.
+
+    Args:
+      source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
+      progress: told the bytes of each tensor that is read.
+
+    Raises:
+      InputError: the checkpoint is not one of a Wan2.1 text-to-video transformer, or is incomplete or damaged. Tensors
+        with NaN or infinity are found when they are read.
+    """
+    folder, tensors = find_tensors(source)
+    layout = _detect_layout(source, tensors)
+    config, metadata = read_torch_config(folder, _infer(source, tensors, layout))
+    table = wan_table(config)
+    _check_tensors(source, tensors, table, layout)
+    params = {}
+    for row in table:
+        stack = [tensors[name] for name in row.names(layout)]
+        params[row.path] = StreamedArray(row.stacked_shape, stack[0].dtype, _reader(row, stack, progress))
+    return StreamedModel(config, metadata, params)
+
+
+def write_torch_checkpoint(
+    folder: Path,
+    model: StreamedModel,
+    layout: Layout,
+    *,
+    progress: Progress = lambda nbytes: None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model as PyTorch libraries do; each parameter is in memory only while it is written.
+
+    Args:
+      folder: existing empty directory.
+      model: what to write.
+      layout: whose names and configuration.
+      progress: told the bytes of each tensor that was written.
+      max_shard_bytes: weights of more bytes are written in shards.
+
+    Raises:
+      InputError: a parameter can't be read or holds NaN or infinity.
+    """
+    write_torch_config(folder, model.config, model.metadata, layout)
+    table = wan_table(model.config)
+    specs = {}
+    for row in table:
+        for name in row.names(layout):
+            specs[name] = (model.params[row.path].dtype, row.torch_shape)
+    order = torch_names(table, layout)
+    places = create_files(folder, {name: specs[name] for name in order}, max_shard_bytes=max_shard_bytes)
+    for row in table:
+        array = model.params[row.path].read()
+        layers = [array] if row.blocks is None else array
+        for name, layer in zip(row.names(layout), layers, strict=True):
+            write_tensor(places[name], row.transform.to_torch(layer))
+            progress(places[name].nbytes)
+
+
+def _template(name: str) -> str:
+    """A tensor's name with its block's index left open, as in the table."""
+    return re.sub(r"^blocks\.(0|[1-9]\d*)\.", "blocks.{block}.", name)
+
+
+def _detect_layout(source: Path, tensors: dict[str, StoredTensor]) -> Layout:
+    """The layout whose names, and not the other's, occur most."""
+    found = {_template(name) for name in tensors}
+    for name in sorted(found):
+        if name.startswith(("img_emb.", "condition_embedder.image_embedder.")):
+            raise InputError(
+                f"{source}: tensor {name} belongs to an image-to-video model; only Wan's text-to-video "
+                f"transformers can be converted"
+            )
+    table = wan_table(_ANY_CONFIG)
+    names = {"diffusers": {row.diffusers for row in table}, "original": {row.original for row in table}}
+    common = names["diffusers"] & names["original"]
+    counts = {layout: len(found & names[layout] - common) for layout in LAYOUTS}
+    if counts["diffusers"] == counts["original"]:
+        raise InputError(
+            f"{source}: the tensors' names ({', '.join(sorted(tensors)[:3]) or 'none'}, ...) are those of neither "
+            f"diffusers' WanTransformer3DModel nor the original WanModel; give the transformer's checkpoint"
+        )
+    return max(LAYOUTS, key=counts.__getitem__)
+
+
+_ANY_CONFIG = WanConfig(num_heads=1, head_dim=1, ffn_dim=1, num_layers=1)
+
+
+def _infer(source: Path, tensors: dict[str, StoredTensor], layout: Layout) -> dict[str, Inferred]:
+    """The fields of `WanConfig`, and "width", that tensors' names and shapes imply."""
+    rows = {row.path: row for row in wan_table(_ANY_CONFIG)}
+
+    def shape(path: str) -> tuple[tuple[int, ...], str]:
+        """(Shape here, PyTorch name) of a parameter, in block 0 where it is stacked."""
+        row = rows[path]
+        (name,) = row.names(layout)
+        if name not in tensors:
+            raise InputError(f"{source}: tensor {name} is missing; the checkpoint is incomplete, get it again")
+        found = tensors[name].shape
+        if len(found) != len(row.torch_shape):
+            raise InputError(
+                f"{source}: tensor {name} should have {len(row.torch_shape)} axes, found shape {list(found)}; "
+                f"this is not a checkpoint of Wan's text-to-video transformer"
+            )
+        return row.transform.to_jax(np.broadcast_to(np.uint8(0), found)).shape, name
+
+    (*patch, in_channels, width), patch_name = shape("patch_embedding.kernel")
+    (text_dim, _), text_name = shape("text_embedding.linear_1.kernel")
+    (freq_dim, _), time_name = shape("time_embedding.linear_1.kernel")
+    (_, ffn_dim), ffn_name = shape("blocks.feed_forward.up.kernel")
+    (patch_out,), head_name = shape("head.projection.bias")
+    patch_area = int(np.prod(patch))
+    if not patch_area or patch_out % patch_area:
+        raise InputError(
+            f"{source}: tensor {head_name} should have a multiple of {patch_area} entries for patches of {patch}, "
+            f"found {patch_out}; the tensors belong to different checkpoints"
+        )
+    blocks = {int(name.split(".")[1]) for name in tensors if _template(name) != name}
+    for block in range(len(blocks)):
+        if block not in blocks:
+            raise InputError(
+                f"{source}: there are tensors of {len(blocks)} blocks up to block {max(blocks)}, but none of block "
+                f"{block}; the checkpoint is incomplete, get it again"
+            )
+    return {
+        "width": Inferred(width, patch_name),
+        "in_channels": Inferred(in_channels, patch_name),
+        "patch_size": Inferred(patch, patch_name),
+        "text_dim": Inferred(text_dim, text_name),
+        "freq_dim": Inferred(freq_dim, time_name),
+        "ffn_dim": Inferred(ffn_dim, ffn_name),
+        "out_channels": Inferred(patch_out // patch_area, head_name),
+        "num_layers": Inferred(len(blocks), f"blocks.{max(blocks)}.*"),
+    }
+
+
+def _check_tensors(source: Path, tensors: dict[str, StoredTensor], table: list[Row], layout: Layout) -> None:
+    """Every tensor of the table is there in its shape, nothing else is, and tensors stacked together share a dtype."""
+    expected = {name: row for row in table for name in row.names(layout)}
+    if missing := [name for name in expected if name not in tensors]:
+        raise InputError(
+            f"{source}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} tensors are); "
+            f"the checkpoint is incomplete, get it again"
+        )
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise InputError(
+            f"{source}: tensor {extra[0]} is not part of Wan's text-to-video transformer ({len(extra)} such tensors); "
+            f"{_why_extra(extra[0])}"
+        )
+    for name, row in expected.items():
+        if tensors[name].shape != row.torch_shape:
+            raise InputError(
+                f"{tensors[name].file}: tensor {name} should have shape {list(row.torch_shape)}, found "
+                f"{list(tensors[name].shape)}; the tensors belong to different checkpoints"
+            )
+    for row in table:
+        first, *others = (tensors[name] for name in row.names(layout))
+        for other in others:
+            if other.dtype != first.dtype:
+                raise InputError(
+                    f"{other.file}: tensor {other.name} is {other.dtype}, but {first.name} is {first.dtype}; all "
+                    f"blocks are stacked in one array, so convert them to one dtype"
+                )
+
+
+def _why_extra(name: str) -> str:
+    if "feature_map_" in name:
+        return "feature maps need the rehyat.json that was written beside them, with hybrid_blocks that include theirs"
+    return "remove it, or give the checkpoint of a text-to-video model"
+
+
+def _reader(row: Row, stack: list[StoredTensor], progress: Progress) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        array = np.empty(row.stacked_shape, stack[0].dtype)
+        layers = [array] if row.blocks is None else array
+        for layer, tensor in zip(layers, stack, strict=True):
+            layer[...] = row.transform.to_jax(read_tensor(tensor))
+            progress(tensor.nbytes)
+        return array
+
+    return read

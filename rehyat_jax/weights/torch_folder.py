@@ -1,0 +1,150 @@
+"""Which files hold a PyTorch checkpoint: a single safetensors file, shards with an index, or a diffusers pipeline."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.weights.json_files import read_json_object, write_json
+from rehyat_jax.weights.safetensors_file import StoredTensor, create_file, read_header
+
+NAME = "diffusion_pytorch_model"
+"""What Wan's and diffusers' repositories call the weights."""
+
+INDEX = ".safetensors.index.json"
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
+
+
+def find_tensors(source: Path) -> tuple[Path, dict[str, StoredTensor]]:
+    """The tensors of a checkpoint by name; no values are read.
+
+    Args:
+      source: a safetensors file, an index of shards, a folder with either, or a pipeline's folder with `transformer/`.
+
+    Returns:
+      (the folder of the files, the tensors).
+
+    Raises:
+      InputError: there is no such checkpoint, a shard is missing, the index is wrong, or a file is damaged or a pickle.
+    """
+    file = _file_in_folder(source) if source.is_dir() else source
+    if not file.is_file():
+        raise InputError(f"{file}: does not exist; give a safetensors file or a folder with one")
+    if file.suffix in PICKLES:
+        raise InputError(
+            f"{file}: is a PyTorch pickle by its name, expected safetensors; pickles can run any code when opened and "
+            f"are never read: get the safetensors version of the checkpoint"
+        )
+    if file.name.endswith(INDEX):
+        return file.parent, _read_shards(file)
+    if re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name):
+        raise InputError(f"{file}: is one shard of a checkpoint; give the folder with all shards and their index")
+    return file.parent, read_header(file)
+
+
+def create_files(
+    folder: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], *, max_shard_bytes: int
+) -> dict[str, StoredTensor]:
+    """New files for the tensors: one, or shards with an index, as Hugging Face libraries split and name them.
+
+    Args:
+      folder: existing directory.
+      tensors: dtype and shape of each tensor by name, in the order of the state dict.
+      max_shard_bytes: a new shard begins where this size would be exceeded.
+
+    Returns:
+      Where each tensor goes; fill all of them with `write_tensor`.
+    """
+    shards, size = [{}], 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if size and size + nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape)
+        size += nbytes
+    if len(shards) == 1:
+        return create_file(folder / f"{NAME}.safetensors", shards[0])
+
+    placed = {}
+    for number, shard in enumerate(shards, start=1):
+        placed |= create_file(folder / f"{NAME}-{number:05d}-of-{len(shards):05d}.safetensors", shard)
+    total_size = sum(tensor.nbytes for tensor in placed.values())
+    weight_map = {name: tensor.file.name for name, tensor in placed.items()}
+    write_json(folder / f"{NAME}{INDEX}", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    return placed
+
+
+def _file_in_folder(folder: Path) -> Path:
+    """The index or the single file of the weights in a folder."""
+    if (folder / "model.json").exists():
+        raise InputError(f"{folder}: is a model checkpoint of rehyat_jax already; to-torch converts it to PyTorch")
+    if (folder / "transformer_2").is_dir():
+        raise InputError(
+            f"{folder}: is a pipeline of two transformers (Wan2.2's two experts), expected one; "
+            f"give {folder / 'transformer'} or {folder / 'transformer_2'}"
+        )
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    for name in (f"{NAME}{INDEX}", f"{NAME}.safetensors"):
+        if (folder / name).exists():
+            return folder / name
+    for pattern in (f"*{INDEX}", "*.safetensors"):
+        files = sorted(folder.glob(pattern))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise InputError(
+                f"{folder}: expected one checkpoint, found {', '.join(file.name for file in files[:5])} and no "
+                f"{NAME}{INDEX}; give the file to convert, or get the index that belongs to the shards"
+            )
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise InputError(
+            f"{folder}: expected safetensors, found only PyTorch pickles ({', '.join(pickles[:5])}); pickles can run "
+            f"any code when opened and are never read: get the safetensors version of the checkpoint"
+        )
+    raise InputError(f"{folder}: has no safetensors file, no index of shards and no transformer/; give another folder")
+
+
+def _read_shards(index_file: Path) -> dict[str, StoredTensor]:
+    """The tensors of all shards, checked against the index."""
+    index = read_json_object(index_file)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{index_file}: weight_map should map tensor names to file names; get the index again")
+
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        if re.search(r"[/\\\0]", shard) or not shard.endswith(".safetensors"):
+            raise InputError(
+                f"{index_file}: weight_map names {shard!r}, expected a safetensors file in the same folder; "
+                f"get the index again"
+            )
+        file = index_file.parent / shard
+        if not file.is_file():
+            raise InputError(f"{file}: this shard is named in {index_file.name} but does not exist; get it again")
+        for name, tensor in read_header(file).items():
+            if weight_map.get(name) != shard:
+                raise InputError(
+                    f"{index_file}: tensor {name} is in {shard}, but weight_map says {weight_map.get(name)}; "
+                    f"the index and the shards belong to different checkpoints, get them again"
+                )
+            tensors[name] = tensor
+    if missing := sorted(weight_map.keys() - tensors.keys()):
+        raise InputError(
+            f"{index_file}: tensor {missing[0]} should be in {weight_map[missing[0]]} but is not there "
+            f"({len(missing)} such tensors); the index and the shards belong to different checkpoints, get them again"
+        )
+
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total_size = sum(tensor.nbytes for tensor in tensors.values())
+    if stated is not None and stated != total_size:
+        raise InputError(
+            f"{index_file}: metadata.total_size is {stated}, but the shards hold {total_size} bytes of tensors; "
+            f"the index and the shards belong to different checkpoints, get them again"
+        )
+    return tensors
