@@ -107,7 +107,7 @@ def test_picture_shows_the_chosen_frames(tmp_path, unseen):
     black, white = np.zeros((5, 24, 24, 3)), np.ones((5, 24, 24, 3))
     red_last = black.copy()
     red_last[4, ..., 0] = 1
-    save_frames(tmp_path / "a.png", [("same", black), ("same", white), ("red last", red_last)], frames=[0, 4])
+    save_frames(tmp_path / "a.png", {"black": black, "white": white, "red last": red_last}, frames=[0, 4])
     picture = matplotlib.image.imread(tmp_path / "a.png")[..., :3]
     red = (picture == [1, 0, 0]).all(-1)
     rows, columns = np.nonzero(red)
@@ -116,4 +116,4 @@ def test_picture_shows_the_chosen_frames(tmp_path, unseen):
     assert rows.min() > picture.shape[0] * 0.6 and columns.min() > picture.shape[1] * 0.5
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(ValueError, match="at least one video"):
-        save_frames(tmp_path / "b.png", [], frames=[0])
+        save_frames(tmp_path / "b.png", {}, frames=[0])

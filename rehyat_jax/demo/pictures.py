@@ -1,6 +1,6 @@
 """Still pictures of videos, for reports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +9,19 @@ from matplotlib.figure import Figure
 from rehyat_jax.files import written_whole
 
 
-def save_frames(path: str | Path, videos: Sequence[tuple[str, np.ndarray]], frames: Sequence[int]) -> None:
+def save_frames(path: str | Path, videos: Mapping[str, np.ndarray], frames: Sequence[int]) -> None:
     """Writes a PNG with one row for each video and one column for each chosen frame.
 
     Args:
       path: the file; replaced only when the picture is complete.
-      videos: for each row its title and its video, [T, height, width, 3] in [0, 1].
+      videos: title of the row -> its video, [T, height, width, 3] in [0, 1].
       frames: indices of the frames to show.
     """
     if not videos or not frames:
         raise ValueError(f"expected at least one video and one frame, found {len(videos)} and {len(frames)}")
     figure = Figure(figsize=(0.8 * len(frames) + 1.5, 0.8 * len(videos) + 0.3), layout="constrained", dpi=100)
     grid = figure.subplots(len(videos), len(frames), squeeze=False)
-    for row, (title, video) in zip(grid, videos, strict=True):
+    for row, (title, video) in zip(grid, videos.items(), strict=True):
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
         for axes, frame in zip(row, frames, strict=True):
             axes.imshow(np.clip(video[frame], 0, 1), interpolation="nearest")
