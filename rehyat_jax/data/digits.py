@@ -50,7 +50,7 @@ def load_scans(split: Literal["train", "judge"]) -> Scans:
     500 scans train the judge and the other 1,297 the transformer, so the judge reads digits it has not seen, and
     cannot reward memorised pixels. The 500 are spread evenly over the 1,797, because these come from only 13 writers
     and neighbours are alike: the judge has to know every hand that the transformer learns. A classifier trained on the
-    last 500 reads 93% of the others, and takes one in five ones for a two; spread evenly, it reads 98%.
+    last 500 reads 93% of the others, and takes one in seven ones for a two; spread evenly, it reads 98%.
 
     Raises:
       InputError: scikit-learn is not installed.
