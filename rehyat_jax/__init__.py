@@ -1,0 +1,19 @@
+"""Recurrent hybrid attention (ReHyAt) for video diffusion transformers, in JAX."""
+
+from rehyat_jax.attention import FeatureMap, FeatureMapConfig, HybridState, hybrid_attention, softmax_attention
+from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
+from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.weights import load_wan
+
+__all__ = [
+    "WAN_PRESETS",
+    "FeatureMap",
+    "FeatureMapConfig",
+    "HybridConfig",
+    "HybridState",
+    "WanConfig",
+    "WanTransformer",
+    "hybrid_attention",
+    "load_wan",
+    "softmax_attention",
+]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
@@ -20,10 +21,10 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.checkpoints import RunCheckpoints
-from rehyat_jax.training.config import check_config
+from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import make_optimizer
-from rehyat_jax.training.setup import calibration_batch, initial_model, make_source, null_text
+from rehyat_jax.training.setup import calibration_batch, initial_model, make_source
 from rehyat_jax.training.step import init_state, make_step
 from rehyat_jax.weights import save_model
 
@@ -51,7 +52,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     # --------------------------------------------------------------------------------------------------------- model
     model = initial_model(config)
     checkpoints = RunCheckpoints(workdir, every=config.checkpoint_every, keep=config.keep_checkpoints)
-    params, context = model.params, {"null_text": null_text(source, model)}
+    params, context = model.params, {"null_text": jnp.asarray(source.null_text)}
     if model.fresh_feature_maps and checkpoints.latest_step is None:
         batch = calibration_batch(source, config)
         params = distill.calibrated(model.model_def, params, batch, context["null_text"], config)
@@ -73,7 +74,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     step = jax.jit(step, donate_argnums=0)
     state = init_state(params, optimizer, keep_ema=config.ema_decay > 0)
     if checkpoints.latest_step is None:
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+        save_config(config, workdir)
     else:
         state = checkpoints.restore(state, data)
     first_step = int(state["step"])
@@ -88,6 +89,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
         checkpoints.save(state, data, force=number == config.steps)
     writer.close()
     checkpoints.close()
+    data.close()
 
     # -------------------------------------------------------------------------------------------------------- result
     result = state["ema"] or state["params"]

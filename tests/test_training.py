@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from rehyat_jax.attention import hybrid_attention, softmax_attention
+from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES, WanTransformer, apply_model
 from rehyat_jax.train import main, train
@@ -16,6 +17,7 @@ from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.attention_error import attention_errors
 from rehyat_jax.training.config import default_config
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rehyat_jax.training.setup import initial_model
 from rehyat_jax.training.step import accumulate, init_state, make_step
 from rehyat_jax.weights import load_params, save_model
 
@@ -389,6 +391,21 @@ def test_distillation_changes_the_feature_maps_alone(tmp_path):
     maps = student.pop("feature_maps")
     jax.tree.map(np.testing.assert_array_equal, student, teacher)
     assert float(np.ptp(maps["query"]["log_scale"])) > 0
+
+
+def test_finetuning_may_keep_some_of_the_distilled_blocks(tmp_path):
+    config = digits_config(tmp_path, "distill")
+    _, distilled, _ = load_params(distilled_path := train(config, tmp_path / "distill"))
+    finetuning = digits_config(tmp_path, "finetune", init_from=str(distilled_path))
+    finetuning.hybrid.blocks = (1,)
+    model = initial_model(finetuning)
+    assert model.config.hybrid_blocks == (1,) and not model.fresh_feature_maps
+    maps = model.params["feature_maps"]
+    jax.tree.map(lambda kept, all_: np.testing.assert_array_equal(kept[0], all_[1]), maps, distilled["feature_maps"])
+
+    finetuning.hybrid.chunk_frames = 3
+    with pytest.raises(InputError, match="chunk_frames=3"):
+        initial_model(finetuning)
 
 
 def test_pretraining_from_scratch_lowers_the_loss(tmp_path):

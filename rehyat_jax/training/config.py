@@ -1,10 +1,13 @@
 """Every field of a training configuration, with its default: the one home of what can be set."""
 
 import difflib
+import json
+from pathlib import Path
 
 import ml_collections
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files import written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
 
@@ -35,7 +38,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.init_from = ""
     config.seed = 0
 
-    # Which blocks become hybrid and how; with blocks=() the model stays as it was loaded.
+    # Which blocks become hybrid ("all" or indices) and how. Unset, the model stays as it was loaded; of a hybrid model
+    # some of its hybrid blocks may be chosen, and the others are softmax again.
     config.hybrid = ml_collections.ConfigDict()
     config.hybrid.blocks = ml_collections.config_dict.placeholder(object)
     config.hybrid.chunk_frames = 3
@@ -117,6 +121,22 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
     if config.stage == "distill" and not config.hybrid.blocks:
         raise InputError('config.hybrid.blocks is unset; stage "distill" needs the blocks to convert: "all" or indices')
+
+
+def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes `workdir/config.json`."""
+    with written_whole(workdir / "config.json") as temporary:
+        temporary.write_text(config.to_json(indent=2) + "\n")
+
+
+def load_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The configuration that a run in `workdir` was started with. Raises InputError if there is none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise InputError(f"{path}: expected the configuration of a training run, found no file; check the folder")
+    config = default_config()
+    config.update(json.loads(path.read_text()))
+    return config
 
 
 def _lookup(config: ml_collections.ConfigDict, path: str):

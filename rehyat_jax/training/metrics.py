@@ -1,13 +1,14 @@
 """Where a run's numbers go: a progress bar, TensorBoard and a JSONL file."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from rehyat_jax.files import written_whole
 
 
 class MetricWriter:
@@ -26,9 +27,8 @@ class MetricWriter:
         kept = []
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self._path)
+        with written_whole(self._path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(

@@ -14,7 +14,6 @@ from rehyat_jax.data.pipeline import Source, batches
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
-from rehyat_jax.text_encoders import get_text_encoder
 from rehyat_jax.weights import load_params
 
 
@@ -55,10 +54,10 @@ def hybrid_config(config: ml_collections.ConfigDict) -> HybridConfig:
 
 
 def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanConfig:
-    """The architecture to train: as loaded, or with the configured blocks made hybrid.
+    """The architecture to train: as loaded, or with the configured blocks hybrid.
 
     Raises:
-      InputError: there are no such blocks, or the loaded model is already hybrid in another form.
+      InputError: there are no such blocks; or the loaded model is hybrid already, in another form or in other blocks.
     """
     blocks = config.hybrid.blocks
     if not blocks:
@@ -66,13 +65,18 @@ def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanC
     hybrid = hybrid_config(config)
     try:
         wanted = loaded.replace(hybrid_blocks=blocks, hybrid=hybrid)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"config.hybrid.blocks: {error}") from error
-    if loaded.hybrid_blocks and loaded.to_dict() != wanted.to_dict():
+    if loaded.hybrid_blocks and loaded.hybrid != hybrid:
         raise InputError(
-            f"{config.init_from}: already hybrid in blocks {loaded.hybrid_blocks} as {loaded.hybrid}, but "
-            f"config.hybrid asks for blocks {blocks} as {wanted.hybrid}; leave config.hybrid.blocks unset to keep the "
-            f"checkpoint's form"
+            f"{config.init_from}: already hybrid as {loaded.hybrid}, but config.hybrid is {hybrid}; give the same "
+            f"form, or leave config.hybrid.blocks unset to keep the checkpoint's"
+        )
+    untrained = set(wanted.hybrid_block_indices) - set(loaded.hybrid_block_indices)
+    if loaded.hybrid_blocks and untrained:
+        raise InputError(
+            f"{config.init_from}: config.hybrid.blocks asks for blocks {sorted(untrained)}, which have no feature maps "
+            f"there; choose among {loaded.hybrid_block_indices}, or distil those blocks too"
         )
     return wanted
 
@@ -85,15 +89,15 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
     """
     key = jax.random.key(config.seed)
     if config.stage == "pretrain":
-        wan, params, codec, text_encoder = WAN_PRESETS[config.preset], None, "wan_vae", "umt5"
+        loaded, params, codec, text_encoder = WAN_PRESETS[config.preset], None, "wan_vae", "umt5"
         if config.data.source == "digits":
             codec, text_encoder = "space_to_depth", "word_vectors"
     else:
-        wan, params, metadata = load_params(config.init_from)
+        loaded, params, metadata = load_params(config.init_from)
         codec, text_encoder = metadata["codec"], metadata["text_encoder"]
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
-    wan = student_config(wan, config)
+    wan = student_config(loaded, config)
     build = lambda rngs: WanTransformer(
         wan,
         rngs=rngs,
@@ -105,7 +109,10 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
     if params is None:
         params = nnx.to_pure_dict(jax.jit(lambda: nnx.state(build(nnx.Rngs(params=key))))())
     fresh_feature_maps = bool(wan.hybrid_blocks) and "feature_maps" not in params
-    if fresh_feature_maps:
+    if "feature_maps" in params:
+        kept = jnp.array([loaded.hybrid_block_indices.index(block) for block in wan.hybrid_block_indices])
+        params = {**params, "feature_maps": jax.tree.map(lambda leaf: leaf[kept], params["feature_maps"])}
+    elif fresh_feature_maps:
         create = lambda: stacked(
             lambda r: FeatureMaps(wan, rngs=r), len(wan.hybrid_block_indices), nnx.Rngs(params=key)
         )
@@ -116,13 +123,3 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
 def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, Any]:
     """One batch to scale fresh feature maps by, drawn apart from the run's own batches."""
     return next(batches(source, batch_size=config.batch_size, seed=config.seed + 1))
-
-
-def null_text(source: Source, model: InitialModel) -> jax.Array:
-    """[L, text_dim], the embedding of no caption: the source's own, or else the text encoder's for "".
-
-    L is the data's number of tokens, so that a dropped caption can take a caption's place.
-    """
-    if hasattr(source, "null_text"):
-        return jnp.asarray(source.null_text)
-    return jnp.asarray(get_text_encoder(model.text_encoder)([""])[0])

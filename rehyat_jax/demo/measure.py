@@ -1,0 +1,116 @@
+"""What the demo's report measures: attention, velocity, samples and the way back to PyTorch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from rehyat_jax.codecs import SpaceToDepth
+from rehyat_jax.data.digits import CAPTIONS, DigitVideos
+from rehyat_jax.data.pipeline import batches
+from rehyat_jax.diffusion.generate import generate, initial_noise
+from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+from rehyat_jax.text_encoders import WordVectors
+from rehyat_jax.training import distill
+from rehyat_jax.training.attention_error import attention_errors, relative_error
+from rehyat_jax.training.noising import noise_batch
+from rehyat_jax.training.setup import calibration_batch, initial_model, make_source
+from rehyat_jax.training.step import Batch
+
+BATCH_SIZE = 16
+EVALUATION_SEED = 1000
+
+GUIDANCE_SCALE = 3.0
+STEPS = 25
+FLOW_SHIFT = 5.0
+
+
+def held_out_batches(count: int) -> Iterator[tuple[Batch, jax.Array]]:
+    """Batches of digits that no transformer trains on, each with a random key for its noise."""
+    data = batches(DigitVideos("judge", seed=EVALUATION_SEED), batch_size=BATCH_SIZE, seed=EVALUATION_SEED)
+    for number in range(count):
+        yield next(data), jax.random.fold_in(jax.random.key(EVALUATION_SEED), number)
+
+
+def undistilled(config: ml_collections.ConfigDict) -> WanTransformer:
+    """The model that a distillation run starts from: fresh, calibrated feature maps."""
+    source = make_source(config)
+    model = initial_model(config)
+    null_text = jnp.asarray(source.null_text)
+    params = distill.calibrated(model.model_def, model.params, calibration_batch(source, config), null_text, config)
+    return nnx.merge(model.model_def, params)
+
+
+def block_errors(model: WanTransformer, config: ml_collections.ConfigDict, count: int = 4) -> dict[str, np.ndarray]:
+    """`attention_errors` of a model whose other parameters are the teacher's, as means over held-out batches."""
+    graphdef, params = nnx.split(model)
+    null_text = jnp.asarray(DigitVideos("judge").null_text)
+    measure = jax.jit(lambda params, batch, key: attention_errors(graphdef, params, batch, null_text, key, config))
+    errors = [measure(params, batch, key) for batch, key in held_out_batches(count)]
+    return {name: np.mean([error[name] for error in errors], axis=0) for name in errors[0]}
+
+
+def velocity_error(
+    model: WanTransformer, teacher: WanTransformer, config: ml_collections.ConfigDict, count: int = 4
+) -> float:
+    """mean |v - v_teacher| / mean |v_teacher| on held-out noisy latents."""
+    (model_def, params), (teacher_def, teacher_params) = nnx.split(model), nnx.split(teacher)
+    null_text = jnp.asarray(DigitVideos("judge").null_text)
+
+    @jax.jit
+    def measure(params: nnx.State, teacher_params: nnx.State, batch: Batch, key: jax.Array) -> jax.Array:
+        noisy = noise_batch(batch, null_text, key, config)
+        inputs = noisy.latents, noisy.timestep, noisy.text
+        return relative_error(
+            apply_model(model_def)(params, *inputs), apply_model(teacher_def)(teacher_params, *inputs)
+        )
+
+    return float(np.mean([measure(params, teacher_params, *held_out) for held_out in held_out_batches(count)]))
+
+
+def sample_captions(model: WanTransformer, count: int, description: str) -> tuple[np.ndarray, list[str]]:
+    """Samples every caption equally often, half of the videos from each of two noise seeds.
+
+    Args:
+      model: teacher or student; the noise is the same for both.
+      count: videos in all, a multiple of 40.
+      description: label of the progress bar.
+
+    Returns:
+      (videos [count, 21, 24, 24, 3] in [0, 1], their captions).
+    """
+    captions = list(CAPTIONS) * (count // len(CAPTIONS))
+    shape = SpaceToDepth().latent_shape(*SpaceToDepth.default_size)
+    noise = np.concatenate([initial_noise(seed, count // 2, shape) for seed in (0, 1)])
+    videos = []
+    for start in tqdm(range(0, count, 2 * len(CAPTIONS)), desc=description, unit="batch"):
+        part = slice(start, start + 2 * len(CAPTIONS))
+        options = dict(steps=STEPS, guidance_scale=GUIDANCE_SCALE, flow_shift=FLOW_SHIFT, sampler="unipc")
+        videos.append(generate(model, SpaceToDepth(), WordVectors(), captions[part], noise[part], **options))
+    return np.concatenate(videos), captions
+
+
+def export_difference(student: WanTransformer, exported: Path) -> float:
+    """Largest absolute difference between the velocities of the JAX student and its export run by PyTorch."""
+    import torch
+
+    from rehyat_jax.pytorch.rehyat_torch import load_student
+
+    batch, key = next(held_out_batches(1))
+    latents = jax.random.normal(key, batch["latents"].shape)
+    timestep = jnp.linspace(1.0, 999.0, len(latents))
+    ours = np.asarray(student(latents, timestep, jnp.asarray(batch["text"])))
+
+    transformer = load_student(exported)
+    with torch.no_grad():
+        theirs = transformer(
+            torch.tensor(np.asarray(latents)).permute(0, 4, 1, 2, 3),
+            torch.tensor(np.asarray(timestep)),
+            torch.tensor(batch["text"]),
+        ).sample.permute(0, 2, 3, 4, 1)
+    return float(np.abs(ours - theirs.numpy()).max())

@@ -1,0 +1,43 @@
+"""Curves and bars for the demo's report."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rehyat_jax.files import written_whole
+
+
+def read_metric(workdir: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of one metric of a run."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line["step"] for line in lines]), np.array([line[name] for line in lines])
+
+
+def save_losses(path: Path, runs: Mapping[str, Path]) -> None:
+    """Writes a PNG with the loss of each run, title -> workdir, in a panel of its own."""
+    figure = Figure(figsize=(4 * len(runs), 2.6), layout="constrained", dpi=100)
+    for axes, (title, workdir) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+        axes.plot(*read_metric(workdir, "loss"), linewidth=1)
+        axes.set(title=title, xlabel="step", ylabel="loss")
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def save_block_errors(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes a PNG of bars per block: panel title -> series title -> error of every hybrid block."""
+    figure = Figure(figsize=(4.5 * len(panels), 2.8), layout="constrained", dpi=100)
+    for axes, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        width = 0.8 / len(series)
+        for index, (name, errors) in enumerate(series.items()):
+            axes.bar(np.arange(len(errors)) + (index - (len(series) - 1) / 2) * width, errors, width, label=name)
+        axes.set(title=title, xlabel="block", ylabel="relative L1 error")
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png")

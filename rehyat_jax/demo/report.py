@@ -1,0 +1,202 @@
+"""The demo's last step: python -m rehyat_jax.demo.report --runs runs/demo.
+
+Compares the softmax teacher with the hybrid student that the recipe made of it, and writes `report.md`, `metrics.json`,
+pictures, `teacher.mp4` and `student.mp4` into the folder of runs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from einops import rearrange
+
+from rehyat_jax.cli import report_input_errors
+from rehyat_jax.demo import measure
+from rehyat_jax.demo.judge import Judge
+from rehyat_jax.demo.pictures import save_frames
+from rehyat_jax.demo.plots import save_block_errors, save_losses
+from rehyat_jax.files import written_whole
+from rehyat_jax.training.config import load_config
+from rehyat_jax.video import write_mp4
+from rehyat_jax.weights import load_wan
+
+NUM_VIDEOS = 160
+
+
+def report(runs: Path) -> dict[str, float]:
+    """Measures, writes the report and returns the metrics.
+
+    Args:
+      runs: folder with `teacher` (a model checkpoint), `distill`, `distill_bidirectional` and `finetune` (workdirs of
+        training runs) and `student_pytorch` (the finetuned student's export).
+    """
+    metrics, pictures = {}, runs / "pictures"
+    config = load_config(runs / "distill")
+    teacher = load_wan(runs / "teacher")
+    student = load_wan(runs / "finetune" / "model")
+
+    # ----------------------------------------------------------------------------------------------------- attention
+    print("measuring attention errors", flush=True)
+    panels = {}
+    for suffix, name in (("", "distill"), ("_bidirectional", "distill_bidirectional")):
+        run_config = load_config(runs / name)
+        before = measure.block_errors(measure.undistilled(run_config), run_config)
+        after = measure.block_errors(load_wan(runs / name / "model"), run_config)
+        panels["bidirectional" if suffix else "causal"] = {
+            "window only": after["window_only"],
+            "before distillation": before["hybrid"],
+            "after distillation": after["hybrid"],
+            **({} if suffix else {"exact causal softmax": after["exact"]}),
+        }
+        metrics[f"attention_error_initial{suffix}"] = before["hybrid"].mean()
+        metrics[f"attention_error_distilled{suffix}"] = after["hybrid"].mean()
+        if not suffix:
+            metrics["attention_error_window_only"] = after["window_only"].mean()
+            metrics["attention_error_exact_causal"] = after["exact"].mean()
+    save_block_errors(pictures / "attention_error.png", panels)
+
+    # ------------------------------------------------------------------------------------------------------ velocity
+    metrics["velocity_error_distilled"] = measure.velocity_error(load_wan(runs / "distill" / "model"), teacher, config)
+    metrics["velocity_error_finetuned"] = measure.velocity_error(student, teacher, config)
+
+    # ------------------------------------------------------------------------------------------------------- samples
+    judge, videos = Judge.fit(), {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        videos[name], captions = measure.sample_captions(model, NUM_VIDEOS, f"sampling the {name}")
+        score = judge.score(videos[name], captions)
+        metrics |= {f"{field}_{name}": value for field, value in score._asdict().items()}
+        # Every caption once, four rows of five.
+        sheet = rearrange(videos[name][:20], "(r c) t h w rgb -> t (r h) (c w) rgb", r=4)
+        write_mp4(runs / f"{name}.mp4", sheet, fps=8, scale=6)
+    shown = (1, 6, 14, 15)
+    rows = {f"{captions[i]}\n{name}": videos[name][i] for i in shown for name in ("teacher", "student")}
+    save_frames(pictures / "samples.png", rows, frames=range(0, 21, 2))
+    save_losses(
+        pictures / "losses.png",
+        {
+            "distillation, causal": runs / "distill",
+            "distillation, bidirectional": runs / "distill_bidirectional",
+            "finetuning": runs / "finetune",
+        },
+    )
+
+    # -------------------------------------------------------------------------------------------------------- export
+    metrics["export_max_abs_diff"] = measure.export_difference(student, runs / "student_pytorch")
+
+    metrics = {name: float(value) for name, value in metrics.items()}
+    with written_whole(runs / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    with written_whole(runs / "report.md") as temporary:
+        temporary.write_text(markdown(metrics))
+    return metrics
+
+
+def expectations(metrics: dict[str, float]) -> list[tuple[str, float, str, bool]]:
+    """What the demo should show: (claim, figure, bound, whether it holds)."""
+    m = metrics
+    points = lambda name: 100 * (m[f"{name}_teacher"] - m[f"{name}_student"])
+    rows: list[tuple[str, float, str, bool]] = []
+
+    def at_most(claim: str, figure: float, bound: float) -> None:
+        rows.append((claim, figure, f"at most {bound:g}", figure <= bound))
+
+    def at_least(claim: str, figure: float, bound: float) -> None:
+        rows.append((claim, figure, f"at least {bound:g}", figure >= bound))
+
+    at_most(
+        "distilled error / exact causal softmax's",
+        m["attention_error_distilled"] / m["attention_error_exact_causal"],
+        1.05,
+    )
+    at_least(
+        "bidirectional error, before / after distillation",
+        m["attention_error_initial_bidirectional"] / m["attention_error_distilled_bidirectional"],
+        4,
+    )
+    at_least("teacher's digit accuracy, %", 100 * m["digit_accuracy_teacher"], 95)
+    at_least("teacher's motion accuracy, %", 100 * m["motion_accuracy_teacher"], 95)
+    at_most("digit accuracy lost by the student, points", points("digit_accuracy"), 5)
+    at_most("motion accuracy lost by the student, points", points("motion_accuracy"), 5)
+    at_most("frame accuracy lost by the student, points", points("frame_accuracy"), 8)
+    at_most("largest difference of the export in PyTorch", m["export_max_abs_diff"], 5e-5)
+    return rows
+
+
+def markdown(metrics: dict[str, float]) -> str:
+    """The report's text."""
+    verdicts = [
+        f"| {claim} | {figure:.3g} | {bound} | {'yes' if holds else '**no**'} |"
+        for claim, figure, bound, holds in expectations(metrics)
+    ]
+    accuracy = [
+        f"| {label} | {metrics[f'{name}_teacher']:.3f} | {metrics[f'{name}_student']:.3f} |"
+        for label, name in (
+            ("digit, majority of frames", "digit_accuracy"),
+            ("digit, every frame", "frame_accuracy"),
+            ("axis of motion", "motion_accuracy"),
+        )
+    ]
+    return "\n".join(
+        [
+            "# A softmax video transformer made recurrent",
+            "",
+            "The teacher is a Wan transformer with full softmax attention. The student is the same transformer with "
+            "causal hybrid attention in **all** blocks (chunks of three latent frames, one frame of overlap), "
+            "distilled block by block and then finetuned.",
+            "",
+            "![samples](pictures/samples.png)",
+            "",
+            "All captions: [teacher.mp4](teacher.mp4), [student.mp4](student.mp4), from the same noise.",
+            "",
+            "## Does it hold?",
+            "",
+            "| claim | measured | expected | holds |",
+            "|---|---|---|---|",
+            *verdicts,
+            "",
+            f"## Samples ({NUM_VIDEOS} videos, two noise seeds, read by a classifier trained on other scans)",
+            "",
+            "| accuracy | teacher | student |",
+            "|---|---|---|",
+            *accuracy,
+            "",
+            "## Attention error of each block",
+            "",
+            "Mean relative L1 on held-out digits. Window only: no linear branch. Exact causal softmax: perfect feature "
+            "maps; what is left is the price of causality.",
+            "",
+            "![attention error](pictures/attention_error.png)",
+            "",
+            "## Training",
+            "",
+            "![losses](pictures/losses.png)",
+            "",
+            "## All metrics",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *(f"| `{name}` | {value:.4g} |" for name, value in metrics.items()),
+            "",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and reports; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder with the demo's runs")
+    arguments = parser.parse_args(argv)
+
+    def run() -> Any:
+        metrics = report(arguments.runs)
+        for claim, figure, bound, holds in expectations(metrics):
+            print(f"{'ok  ' if holds else 'MISS'} {claim}: {figure:.4g} ({bound})")
+        print(f"see {arguments.runs / 'report.md'}")
+
+    return report_input_errors(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
