@@ -1,0 +1,48 @@
+"""How long a training step's gradient takes to compile: python -m rehyat_jax.benchmarks.compile_time [--preset NAME].
+
+Blocks are scanned, so 30 layers should compile as fast as 3. Weights and inputs are abstract: nothing is allocated.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rehyat_jax.benchmarks.environment import describe_environment
+from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
+from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+
+
+def seconds_to_compile(config: WanConfig, *, frames: int = 6) -> float:
+    """Seconds to lower and compile loss and gradient of all parameters, without any cache."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), remat="block")))
+    shapes = [(1, frames, 6, 6, config.in_channels), (1,), (1, config.text_length, config.text_dim)]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    loss = lambda params, *x: jnp.square(apply_model(graphdef)(params, *x)).mean()
+    jax.clear_caches()
+    start = time.perf_counter()
+    jax.jit(jax.value_and_grad(loss)).lower(nnx.to_pure_dict(state), *inputs).compile()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(WAN_PRESETS), default="t2v-1.3B")
+    parser.add_argument("--repeats", type=int, default=3, help="compilations of each; the fastest counts")
+    arguments = parser.parse_args()
+    preset = WAN_PRESETS[arguments.preset]
+
+    print(f"{arguments.preset}, gradient of all parameters; {describe_environment()}\n")
+    print("| blocks | 3 layers, s | 30 layers, s | ratio |\n|---|---|---|---|")
+    for name, hybrid_blocks in (("softmax", ()), ("two hybrid", (0, 2)), ("all hybrid", "all")):
+        seconds = []
+        for num_layers in (3, 30):
+            config = preset.replace(num_layers=num_layers, hybrid_blocks=hybrid_blocks)
+            seconds.append(min(seconds_to_compile(config) for _ in range(arguments.repeats)))
+        print(f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {seconds[1] / seconds[0]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

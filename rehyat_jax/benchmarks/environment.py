@@ -1,0 +1,13 @@
+"""What a figure was measured on, for the line above a benchmark's table."""
+
+import os
+import platform
+
+import jax
+
+
+def describe_environment() -> str:
+    """Processor or accelerator, cores, and versions of Python and JAX."""
+    device = jax.devices()[0]
+    hardware = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
+    return f"{hardware}, {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}"
