@@ -84,7 +84,9 @@ def initial_state(noise: Array) -> SolverState:
 def solver_step(velocity_fn: VelocityFn, state: SolverState, step: Coefficients) -> SolverState:
     """One evaluation of the network, the correction of the current latents, and the prediction of the next."""
     timestep = jnp.broadcast_to(step.timestep, state.latents.shape[:1])
-    velocity = velocity_fn(state.latents, timestep).astype(state.latents.dtype)
+    velocity = velocity_fn(state.latents, timestep)
+    if velocity.shape != state.latents.shape:
+        raise ValueError(f"the velocity must have the latents' shape {state.latents.shape}, found {velocity.shape}")
     clean = predict_clean(state.latents, velocity, step.sigma)
     corrected = _weighted_sum(step.corrector, state.latents, state.corrected, state.older_clean, state.clean, clean)
     latents = _weighted_sum(step.predictor, corrected, state.clean, clean)

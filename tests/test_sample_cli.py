@@ -1,0 +1,160 @@
+"""The sampling command on a small model checkpoint of random weights, as a user would run it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.sample import main
+from rehyat_jax.video import read_mp4
+from rehyat_jax.weights import save_model
+
+CONFIG = WanConfig(num_heads=1, head_dim=12, ffn_dim=16, num_layers=1, text_dim=64, text_length=8, freq_dim=16)
+
+
+def save_random_model(path, *, codec="space_to_depth", text_encoder="word_vectors", scale=0.3):
+    _, shapes = nnx.split(nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(1)
+
+    def random(node):
+        if isinstance(node, dict):
+            return {name: random(child) for name, child in node.items()}
+        return scale * rng.normal(size=node.shape).astype(np.float32)
+
+    save_model(path, CONFIG, random(nnx.to_pure_dict(shapes)), codec=codec, text_encoder=text_encoder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_random_model(tmp_path_factory.mktemp("models") / "model")
+
+
+def arguments(checkpoint, out, **options):
+    """A command line for a small video; three steps, because UniPC of fewer samples as Euler does."""
+    small = {"prompt": "a seven moves sideways", "steps": 3, "frames": 2, "height": 8, "width": 16}
+    options = {"checkpoint": checkpoint, "out": out, **small, **options}
+    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def pixels(path):
+    """float64 [frames, height, width, 3], 0 to 255."""
+    return read_mp4(path)[0].astype(float)
+
+
+def test_writes_a_video_of_the_asked_size(checkpoint, tmp_path):
+    out = tmp_path / "new" / "seven.mp4"
+    assert main(arguments(checkpoint, out)) == 0
+    # 8 pixels high is enlarged 30 times, to 240.
+    video, fps = read_mp4(out)
+    assert video.shape == (2, 240, 480, 3) and fps == 16
+
+
+def test_size_defaults_to_the_codecs(checkpoint, tmp_path):
+    line = ["--checkpoint", str(checkpoint), "--prompt", "a two", "--steps", "1", "--out", str(tmp_path / "two.mp4")]
+    assert main(line) == 0
+    assert pixels(tmp_path / "two.mp4").shape == (21, 240, 240, 3)
+
+
+def test_the_seed_decides_the_video_and_a_batch_has_different_ones(checkpoint, tmp_path):
+    for name, options in {"a": {"batch": 2}, "b": {}, "c": {"seed": 1}}.items():
+        assert main(arguments(checkpoint, tmp_path / f"{name}.mp4", **options)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_0.mp4", "a_1.mp4", "b.mp4", "c.mp4"]
+    first, second, same, other = (pixels(tmp_path / f"{name}.mp4") for name in ("a_0", "a_1", "b", "c"))
+    # One grey level for a rounding before the encoder; different noise moves the average pixel far more.
+    assert np.abs(first - same).max() <= 1
+    assert np.abs(first - second).mean() > 10
+    assert np.abs(first - other).mean() > 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "euler"},
+        {"guidance_scale": 1},
+        {"flow_shift": 1},
+        {"steps": 4},
+        {"negative_prompt": "a two"},
+        {"prompt": "a two"},
+        {"dtype": "bfloat16"},
+    ],
+    ids=lambda options: "".join(options),
+)
+def test_every_option_reaches_the_sampler(checkpoint, tmp_path, options):
+    assert main(arguments(checkpoint, tmp_path / "default.mp4")) == 0
+    assert main(arguments(checkpoint, tmp_path / "changed.mp4", **options)) == 0
+    assert np.any(pixels(tmp_path / "default.mp4") != pixels(tmp_path / "changed.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": "seven.gif"}, "ends in .mp4, found 'seven.gif'"),
+        ({"height": 10}, "multiples of 4"),
+        ({"height": 12}, "multiple of the model's patch size 2, found 3; choose a multiple of 8"),
+        ({"prompt": "one two three four five six seven eight nine"}, "at most 8 words, found 9"),
+        ({"checkpoint": "nowhere"}, "nowhere"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_input_is_explained_and_exits_with_2(checkpoint, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(**{"checkpoint": checkpoint, "out": tmp_path / "seven.mp4", **options})) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "argument --steps: expected int from 1 to 10000, found '0'"),
+        ({"guidance_scale": "nan"}, "argument --guidance-scale: expected float from 0 to 1000, found 'nan'"),
+        ({"seed": -1}, "argument --seed: expected int from 0 to 4294967295, found '-1'"),
+        ({"batch": "two"}, "argument --batch: expected int from 1 to 10000, found 'two'"),
+        ({"sampler": "ddim"}, "argument --sampler: invalid choice: 'ddim'"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_numbers_out_of_range_are_refused(checkpoint, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(checkpoint, tmp_path / "seven.mp4", **options))
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unwritable_place_is_found_before_sampling(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(arguments(checkpoint, tmp_path / "file" / "seven.mp4")) == 2
+    captured = capsys.readouterr()
+    assert "cannot make its directory" in captured.err and "sampling" not in captured.err
+
+
+@pytest.mark.parametrize(("part", "name"), [("codec", "wan_vae"), ("text_encoder", "umt5")])
+def test_a_codec_or_encoder_that_is_not_available_is_explained(tmp_path, capsys, part, name):
+    model = save_random_model(tmp_path / "model", **{part: name})
+    assert main(arguments(model, tmp_path / "seven.mp4")) == 2
+    assert f'"{name}" is not available yet' in capsys.readouterr().err
+    assert not (tmp_path / "seven.mp4").exists()
+
+
+def test_a_diverged_model_is_explained(tmp_path, capsys):
+    model = save_random_model(tmp_path / "model", scale=1e30)
+    assert main(arguments(model, tmp_path / "seven.mp4")) == 2
+    assert "found NaN or infinity; the model's training may have diverged" in capsys.readouterr().err
+    assert not (tmp_path / "seven.mp4").exists()
+
+
+def test_the_command_shows_progress_and_prints_errors_without_a_traceback(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "rehyat_jax.sample"]
+    good = subprocess.run(command + arguments(checkpoint, tmp_path / "seven.mp4"), capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert "sampling: 100%" in good.stderr and "3/3" in good.stderr
+    assert good.stdout == f"wrote {tmp_path / 'seven.mp4'}: 2 frames of 8x16, enlarged 30 times\n"
+    bad = subprocess.run(command + arguments(tmp_path, tmp_path / "seven.mp4"), capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
