@@ -49,15 +49,16 @@ class ChunkGeometry:
         return softmax_keys, (before_window if causal else ~softmax_keys)
 
     def split(self, tokens: jax.Array) -> jax.Array:
-        """[batch, tokens, ...] -> [batch, chunks, chunk tokens, ...], a ragged last chunk padded with zeros."""
+        """[batch, tokens, ...] -> [chunks, batch, chunk tokens, ...], a ragged last chunk padded with zeros."""
         chunk_tokens = self.chunk_frames * self.tokens_per_frame
         padding = self.num_chunks * chunk_tokens - tokens.shape[1]
         padded = jnp.pad(tokens, [(0, 0), (0, padding)] + [(0, 0)] * (tokens.ndim - 2))
-        return padded.reshape(tokens.shape[0], self.num_chunks, chunk_tokens, *tokens.shape[2:])
+        chunks = padded.reshape(tokens.shape[0], self.num_chunks, chunk_tokens, *tokens.shape[2:])
+        return jnp.moveaxis(chunks, 1, 0)
 
     def join(self, chunks: jax.Array) -> jax.Array:
-        """Inverse of `split`: [batch, chunks, chunk tokens, ...] -> [batch, tokens, ...], padding dropped."""
-        tokens = chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
+        """Inverse of `split`: [chunks, batch, chunk tokens, ...] -> [batch, tokens, ...], padding dropped."""
+        tokens = jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])
         return tokens[:, : self.num_frames * self.tokens_per_frame]
 
     def is_token(self) -> np.ndarray:

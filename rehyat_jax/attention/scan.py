@@ -48,14 +48,11 @@ def hybrid_attention_scan(
         )
         return seen, output
 
-    def chunks_first(tokens):
-        return jnp.moveaxis(geometry.split(tokens), 1, 0)
-
-    query, key, value, phi_query, phi_key = map(chunks_first, (query, key, value, phi_query, phi_key))
+    query, key, value, phi_query, phi_key = map(geometry.split, (query, key, value, phi_query, phi_key))
     future = None if causal else _future_states(phi_key, value)
     chunks = (query, key, value, phi_query, phi_key, geometry.is_token(), future)
     final_state, outputs = jax.lax.scan(step, initial_state, chunks)
-    return geometry.join(jnp.moveaxis(outputs, 0, 1)), final_state
+    return geometry.join(outputs), final_state
 
 
 def _future_states(phi_key: jax.Array, value: jax.Array) -> LinearState:
