@@ -101,26 +101,25 @@ def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; argparse itself exits with code 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehyat_jax.sample",
-        description="Samples videos from a prompt.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m rehyat_jax.sample", description="Samples videos from a prompt.")
     option = parser.add_argument
+    default = " (default: %(default)s)"
     option("--checkpoint", type=Path, required=True, help="model checkpoint, or PyTorch folder of either layout")
     option("--prompt", required=True, help="what to show")
     option("--out", type=Path, required=True, help="the .mp4 file; with --batch, a number is added to its name")
-    option("--negative-prompt", default="", help="what to move away from")
-    option("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the initial noise")
-    option("--steps", type=number(int, 1, 10_000), default=50, help="evaluations of the model")
-    option("--guidance-scale", type=number(float, 0, 1000), default=5.0, help="1 turns guidance off")
-    option("--flow-shift", type=number(float, 0.001, 1000), default=5.0, help="larger spends more steps near noise")
-    option("--sampler", choices=("unipc", "euler"), default="unipc", help="solver of the flow")
-    option("--frames", type=number(int, 1, 10_000), help="of the video; the codec's default if not given")
-    option("--height", type=number(int, 1, 10_000), help="in pixels, likewise")
-    option("--width", type=number(int, 1, 10_000), help="in pixels, likewise")
-    option("--batch", type=number(int, 1, 10_000), default=1, help="videos to sample, each from its own noise")
-    option("--dtype", choices=("float32", "bfloat16"), default="float32", help="in which the transformer computes")
+    option("--negative-prompt", default="", help="what to move away from (default: the empty prompt)")
+    option("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the initial noise" + default)
+    option("--steps", type=number(int, 1, 10_000), default=50, help="evaluations of the model" + default)
+    option("--guidance-scale", type=number(float, 0, 1000), default=5.0, help="1 turns guidance off" + default)
+    option(
+        "--flow-shift", type=number(float, 0.001, 1000), default=5.0, help="above 1, more steps near noise" + default
+    )
+    option("--sampler", choices=("unipc", "euler"), default="unipc", help="solver of the flow" + default)
+    option("--frames", type=number(int, 1, 10_000), help="of the video (default: the codec's)")
+    option("--height", type=number(int, 1, 10_000), help="in pixels (default: the codec's)")
+    option("--width", type=number(int, 1, 10_000), help="in pixels (default: the codec's)")
+    option("--batch", type=number(int, 1, 10_000), default=1, help="videos, each from its own noise" + default)
+    option("--dtype", choices=("float32", "bfloat16"), default="float32", help="the transformer computes in" + default)
     return parser.parse_args(argv)
 
 
