@@ -1,0 +1,320 @@
+"""ReHyAt students in PyTorch: diffusers' Wan transformer with recurrent hybrid attention in some of its blocks.
+
+    from rehyat_torch import load_student
+
+    transformer = load_student("student", torch_dtype=torch.bfloat16)
+    pipeline = WanPipeline.from_pretrained(teacher, transformer=transformer, torch_dtype=torch.bfloat16)
+
+The folder holds diffusers' `config.json` and `diffusion_pytorch_model*.safetensors`, in which hybrid blocks have a few
+more tensors, and `rehyat.json`, which says which blocks these are and what form their attention has. This file needs
+torch, diffusers and safetensors, and nothing else. The method is that of ReHyAt (arXiv 2601.04342).
+"""
+
+import itertools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FORM = "rehyat.json"
+
+HIDDEN_ACTIVATIONS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu": F.relu}
+OUTPUT_ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus, "elu_plus_one": lambda x: F.elu(x) + 1}
+
+
+class HeadwiseLinear(nn.Module):
+    """A linear layer of its own for every head, without bias: a 1x1 convolution with groups = heads."""
+
+    def __init__(self, heads: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(heads, in_features, out_features) * (2 / in_features) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, heads, in_features] -> [batch, tokens, heads, out_features]."""
+        return torch.einsum("bnhi,hio->bnho", x, self.weight.to(x.dtype))
+
+
+class FeatureMap(nn.Module):
+    """phi of linear attention: a network per head, its output cut into `degree` parts, part i raised to the power i.
+
+    Parameters: layers.I.weight [heads, in, features] and log_scale [heads]; the features are multiplied by
+    exp(log_scale) / sqrt(features).
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        features: int = 256,
+        num_layers: int = 2,
+        degree: int = 2,
+        hidden_activation: str = "gelu",
+        output_activation: str = "relu",
+    ):
+        super().__init__()
+        self.degree = degree
+        self.hidden_activation = _choose("hidden_activation", hidden_activation, HIDDEN_ACTIVATIONS)
+        self.output_activation = _choose("output_activation", output_activation, OUTPUT_ACTIVATIONS)
+        widths = [head_dim] + [features] * num_layers
+        self.layers = nn.ModuleList(HeadwiseLinear(heads, *pair) for pair in itertools.pairwise(widths))
+        self.log_scale = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Queries or keys [batch, tokens, heads, head_dim] -> features [batch, tokens, heads, features], at least 0."""
+        dtype, accumulation = x.dtype, _accumulation_dtype(x)
+        for layer in self.layers[:-1]:
+            x = self.hidden_activation(layer(x).to(accumulation)).to(dtype)
+        x = self.output_activation(self.layers[-1](x).to(accumulation))
+        powers = [part**power for power, part in enumerate(x.chunk(self.degree, dim=-1), start=1)]
+        scale = self.log_scale.to(accumulation).exp() / x.shape[-1] ** 0.5
+        return (torch.cat(powers, dim=-1) * scale[:, None]).to(dtype)
+
+
+def hybrid_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int,
+    overlap_frames: int,
+    causal: bool = True,
+    stabilizer: str = "row_max",
+) -> Tensor:
+    """Softmax attention inside a temporal window, linear attention outside it, one normalisation over both.
+
+    The video is cut into chunks of Tc = chunk_frames frames. Queries of chunk t attend by softmax to the frames
+    [max(t*Tc - To, 0), (t+1)*Tc), To = overlap_frames, and by their features to all frames before that window (and,
+    unless causal, to those after it):
+
+        y = (sum_S exp(q.k_j / sqrt(head_dim) - c) v_j + scale * phi_query(q) sum_L phi_key(k_j) v_j^T)
+          / (sum_S exp(q.k_j / sqrt(head_dim) - c)     + scale * phi_query(q) sum_L phi_key(k_j))
+
+    A frame enters the linear sums once it has left the window, so the causal form's memory, besides inputs and output,
+    does not grow with the video. All arithmetic is float32 (float64 for float64 inputs), under autocast too. With
+    bfloat16 inputs on a GPU, `torch.set_float32_matmul_precision("high")` loses nothing in the scores: a bfloat16 fits
+    into TF32.
+
+    Args:
+      query, key, value: [batch, tokens, heads, head_dim], tokens frame-major; the last chunk may be ragged.
+      phi_query, phi_key: non-negative features [batch, tokens, heads, features].
+      tokens_per_frame: tokens of one latent frame.
+      chunk_frames: Tc, at least 1.
+      overlap_frames: To, between 0 and chunk_frames.
+      causal: whether linear attention is to the past only.
+      stabilizer: "row_max": c is the row's largest score in the window and scale is 1. "joint": scale is exp(-c), so
+        that c cancels. These are two different functions; a student needs the one it was trained with.
+
+    Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`.
+
+    Raises:
+      ValueError: on arguments that do not fit together.
+    """
+    tokens = query.shape[1]
+    if tokens_per_frame < 1 or tokens % tokens_per_frame:
+        raise ValueError(f"expected whole frames of {tokens_per_frame} tokens, found {tokens} tokens")
+    if chunk_frames < 1 or not 0 <= overlap_frames <= chunk_frames:
+        raise ValueError(f"expected 0 <= overlap_frames <= chunk_frames, found {overlap_frames} and {chunk_frames}")
+    if stabilizer not in ("row_max", "joint"):
+        raise ValueError(f'stabilizer must be "row_max" or "joint", found {stabilizer!r}')
+    chunk, overlap = chunk_frames * tokens_per_frame, overlap_frames * tokens_per_frame
+    bounds = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+    dtype = _accumulation_dtype(query)
+
+    part = lambda x, start, end: x[:, start:end].transpose(1, 2).to(dtype)  # [batch, heads, end - start, ...]
+    # A column of ones beside the values: every weighted sum of them then carries its normaliser as one more column.
+    values = lambda start, end: F.pad(part(value, start, end), (0, 1), value=1.0)
+    linear_sums = lambda start, end: part(phi_key, start, end).mT @ values(start, end)
+
+    with torch.autocast(query.device.type, enabled=False):
+        past, seen = linear_sums(0, 0), 0
+        future = [past]  # the sums over all later chunks, for the chunks from last to first
+        for start, end in [] if causal else reversed(bounds[1:]):
+            future.append(future[-1] + linear_sums(start, end))
+
+        outputs = []
+        for start, end in bounds:
+            window = max(start - overlap, 0)
+            past, seen = past + linear_sums(seen, window), window
+
+            scores = part(query, start, end) @ part(key, window, end).mT / query.shape[-1] ** 0.5
+            linear = part(phi_query, start, end) @ (past if causal else past + future.pop())
+            c, scale = scores.detach().amax(-1, keepdim=True), 1.0
+            if stabilizer == "joint":
+                # The linear mass takes part in choosing c, or exp(-c) would overflow where all scores are low.
+                c = torch.maximum(c, linear.detach()[..., -1:].log())
+                scale = (-c.clamp(min=-64.0)).exp()
+            total = (scores - c).exp() @ values(window, end) + scale * linear
+            outputs.append((total[..., :-1] / total[..., -1:]).transpose(1, 2).to(query.dtype))
+    return torch.cat(outputs, dim=1)
+
+
+class HybridAttnProcessor:
+    """Self-attention of hybrid blocks, in place of diffusers' `WanAttnProcessor`.
+
+    Projections, norms and RoPE are the same; only the attention itself differs. The attention module must have the
+    submodules `feature_map_query` and `feature_map_key`. One processor serves all hybrid blocks of a model.
+    """
+
+    def __init__(self, *, feature_map_input: str, **form):
+        """`feature_map_input`: "rotated" (after RoPE) or "unrotated"; `form`: keywords of `hybrid_attention`."""
+        self.unrotated = _choose("input", feature_map_input, {"rotated": False, "unrotated": True})
+        self.form = form
+        self.grid = (0, 0, 0)
+
+    def record_grid(self, patch_embedding: nn.Module, args: tuple, patches: Tensor) -> None:
+        """Forward hook of the patch embedding, whose output [batch, channels, frames, height, width] has the grid."""
+        self.grid = tuple(patches.shape[2:])
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Self-attention of hidden_states [batch, tokens, channels]; rotary_emb is what `WanRotaryPosEmbed` gives."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("hybrid attention is self-attention without a mask")
+        frames, height, width = self.grid
+        if frames * height * width != hidden_states.shape[1]:
+            raise ValueError(
+                f"expected {frames}x{height}x{width} tokens, as many as were last embedded, found "
+                f"{hidden_states.shape[1]}; run backward before the next video if gradients are checkpointed"
+            )
+        query, key, value = (
+            attn.norm_q(attn.to_q(hidden_states)),
+            attn.norm_k(attn.to_k(hidden_states)),
+            attn.to_v(hidden_states),
+        )
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        rotated_query, rotated_key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        phi_query = attn.feature_map_query(query if self.unrotated else rotated_query)
+        phi_key = attn.feature_map_key(key if self.unrotated else rotated_key)
+        y = hybrid_attention(
+            rotated_query, rotated_key, value, phi_query, phi_key, tokens_per_frame=height * width, **self.form
+        )
+        return attn.to_out[1](attn.to_out[0](y.flatten(2)))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on adjacent pairs (2i, 2i+1) of x [batch, tokens, heads, head_dim]; the tables repeat each angle twice."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 0::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def attach_hybrid_attention(transformer: WanTransformer3DModel, hybrid_blocks: list[int] | str, hybrid: dict) -> None:
+    """Gives blocks of a Wan transformer hybrid attention, with new feature maps; in place.
+
+    The maps become submodules of the blocks' self-attention, so that devices, dtypes, parameters and the state dict
+    include them: `blocks.N.attn1.feature_map_query.layers.I.weight`, `...log_scale`, and `feature_map_key` likewise.
+
+    Args:
+      transformer: of any size.
+      hybrid_blocks: indices of the blocks, or "all".
+      hybrid: the form, as in rehyat.json.
+    """
+    form = dict(hybrid)
+    maps = dict(form.pop("feature_map"))
+    processor = HybridAttnProcessor(feature_map_input=maps.pop("input"), **form)
+    # A bound method, because a copy of the model then records in its own processor, which a closure would not.
+    transformer.patch_embedding.register_forward_hook(processor.record_grid)
+    for index in range(len(transformer.blocks)) if hybrid_blocks == "all" else hybrid_blocks:
+        attn = transformer.blocks[index].attn1
+        attn.feature_map_query = FeatureMap(attn.heads, attn.inner_dim // attn.heads, **maps)
+        attn.feature_map_key = FeatureMap(attn.heads, attn.inner_dim // attn.heads, **maps)
+        attn.set_processor(processor)
+
+
+def load_student(folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """A student as diffusers' transformer, on the CPU and in evaluation mode.
+
+    It is called like any Wan transformer. diffusers does not pad the text: `WanPipeline` zero-pads embeddings to 512
+    tokens; without it, pad them yourself to `text_length` of rehyat.json (512 if not given there).
+
+    Args:
+      folder: the student's, in diffusers' layout.
+      torch_dtype: of the weights, except those that diffusers keeps in float32 and the feature maps' log_scale.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: the folder holds something else, or tensors are missing or left over. A tensor of a wrong shape is a
+        RuntimeError of `load_state_dict`.
+    """
+    folder = Path(folder)
+    if not (folder / FORM).exists():
+        raise FileNotFoundError(f"{folder / FORM} is missing: without it, this is no student's folder; get it again")
+    config, form = json.loads((folder / "config.json").read_text()), json.loads((folder / FORM).read_text())
+    if config.get("_class_name") != WanTransformer3DModel.__name__:
+        raise ValueError(
+            f"{folder / 'config.json'}: expected _class_name WanTransformer3DModel, "
+            f"found {config.get('_class_name')!r}; export the student in diffusers' layout"
+        )
+    if not form.get("hybrid_blocks"):
+        raise ValueError(f"{folder / FORM}: has no hybrid_blocks; load it with WanTransformer3DModel.from_pretrained")
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config(config)
+        attach_hybrid_attention(transformer, form["hybrid_blocks"], form["hybrid"])
+    # The tables of RoPE are computed, not loaded, so they must not stay on the meta device.
+    model = transformer.config
+    transformer.rope = type(transformer.rope)(model.attention_head_dim, model.patch_size, model.rope_max_seq_len)
+    _load_weights(transformer, folder, torch_dtype)
+    transformer.rehyat = form
+    return transformer.eval()
+
+
+def save_student(transformer: WanTransformer3DModel, folder: str | Path) -> None:
+    """Writes a student from `load_student`, perhaps trained since, to a new folder that `load_student` reads."""
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} already exists; choose another folder")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        student = Path(temporary) / folder.name
+        transformer.save_pretrained(student)
+        (student / FORM).write_text(json.dumps(transformer.rehyat, indent=2, sort_keys=True) + "\n")
+        shutil.copy(__file__, student / "rehyat_torch.py")
+        student.rename(folder)
+
+
+def _load_weights(transformer: WanTransformer3DModel, folder: Path, torch_dtype: torch.dtype) -> None:
+    """Fills a transformer on the meta device, file by file."""
+    index = folder / f"{WEIGHTS}.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    in_float32 = {*transformer._keep_in_fp32_modules, "log_scale"}
+    missing, unexpected = set(transformer.state_dict()), []
+    for file in files:
+        tensors = load_file(folder / file)
+        for name, tensor in tensors.items():
+            dtype = torch.float32 if in_float32.intersection(name.split(".")) else torch_dtype
+            # A copy, because what is loaded is a view of the file, which may be replaced while the model lives.
+            tensors[name] = tensor.to(dtype, copy=True)
+        unexpected += transformer.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+        missing -= tensors.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder}: the tensors are not those that config.json and {FORM} describe; missing: {sorted(missing)}, "
+            f"unexpected: {sorted(unexpected)}; get the folder again"
+        )
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _choose(name: str, found: str, choices: dict):
+    if found not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, found {found!r}")
+    return choices[found]
