@@ -1,5 +1,6 @@
 """Conversion between PyTorch checkpoints and model checkpoints, one parameter at a time."""
 
+import importlib.resources
 from pathlib import Path
 
 from flax import traverse_util
@@ -11,6 +12,8 @@ from rehyat_jax.weights.new_directory import new_directory
 from rehyat_jax.weights.streamed import StreamedModel
 from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, open_torch_checkpoint, write_torch_checkpoint
 from rehyat_jax.weights.wan_table import Layout
+
+LOADER = importlib.resources.files("rehyat_jax.pytorch") / "rehyat_torch.py"
 
 
 def convert_from_torch(source: Path, destination: Path, *, replace: bool = False) -> StreamedModel:
@@ -47,6 +50,8 @@ def convert_to_torch(
 ) -> StreamedModel:
     """Writes a model checkpoint as a PyTorch folder; shows progress on stderr.
 
+    A student in diffusers' layout gets `rehyat_torch.py` beside its weights: upstream has no code that could run it.
+
     Args:
       source: a model checkpoint.
       destination: the folder to write; its parent must exist.
@@ -67,6 +72,8 @@ def convert_to_torch(
         bar.total = model.nbytes
         with new_directory(destination, replace=replace) as directory:
             write_torch_checkpoint(directory, model, layout, progress=bar.update, max_shard_bytes=max_shard_bytes)
+            if layout == "diffusers" and model.config.hybrid_blocks:
+                (directory / LOADER.name).write_bytes(LOADER.read_bytes())
     return model
 
 
