@@ -31,8 +31,9 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[Any]:
         for value, info, arg in zip(values, infos, args, strict=True):
-            for write in await super().serialize([value.read()], [info], [arg]):
-                write.result()
+            (write,) = await super().serialize([value.read()], [info], [arg])
+            write.result()
+            del write  # it holds the values
         return []
 
 

@@ -73,11 +73,7 @@ def write_torch_checkpoint(
     order = torch_names(table, layout)
     places = create_files(folder, {name: specs[name] for name in order}, max_shard_bytes=max_shard_bytes)
     for row in table:
-        array = model.params[row.path].read()
-        layers = [array] if row.blocks is None else array
-        for name, layer in zip(row.names(layout), layers, strict=True):
-            write_tensor(places[name], row.transform.to_torch(layer))
-            progress(places[name].nbytes)
+        _write_parameter(model.params[row.path], row, [places[name] for name in row.names(layout)], progress)
 
 
 def _template(name: str) -> str:
@@ -190,6 +186,15 @@ def _why_extra(name: str) -> str:
     if "feature_map_" in name:
         return "feature maps need the rehyat.json that was written beside them, with hybrid_blocks that include theirs"
     return "remove it, or give the checkpoint of a text-to-video model"
+
+
+def _write_parameter(array: StreamedArray, row: Row, places: list[StoredTensor], progress: Progress) -> None:
+    # A function of its own, so that one parameter is gone before the next is read.
+    values = array.read()
+    layers = [values] if row.blocks is None else values
+    for place, layer in zip(places, layers, strict=True):
+        write_tensor(place, row.transform.to_torch(layer))
+        progress(place.nbytes)
 
 
 def _reader(row: Row, stack: list[StoredTensor], progress: Progress) -> Callable[[], np.ndarray]:
