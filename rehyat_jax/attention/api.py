@@ -96,8 +96,12 @@ def hybrid_attention(
 
 
 def default_implementation() -> str:
-    """The implementation that `implementation=None` stands for on this platform."""
-    return "xla"
+    """The implementation that `implementation=None` stands for on this platform.
+
+    On CPUs the scan's small arrays stay in cache. At 16 videos of 21 frames x 9 tokens, 2 heads x 64, 256 features on
+    two cores it took 18 ms of processor time forward where "xla" took 32, and with the backward pass 80 and 73.
+    """
+    return "scan" if jax.default_backend() == "cpu" else "xla"
 
 
 def _check_arrays(query, key, value, phi_query, phi_key):

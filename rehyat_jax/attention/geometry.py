@@ -61,6 +61,14 @@ class ChunkGeometry:
         tokens = jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])
         return tokens[:, : self.num_frames * self.tokens_per_frame]
 
+    def delay(self, tokens: jax.Array) -> jax.Array:
+        """The tokens [batch, tokens, ...], overlap_frames later: those of frame i where those of frame i + To were.
+
+        Chunk t of the delayed video is what leaves the softmax window when chunk t is done.
+        """
+        delay = self.overlap_frames * self.tokens_per_frame
+        return jnp.pad(tokens, [(0, 0), (delay, 0)] + [(0, 0)] * (tokens.ndim - 2))[:, : tokens.shape[1]]
+
     def is_token(self) -> np.ndarray:
         """Boolean [chunks, chunk tokens]: False where `split` padded."""
         frame = np.arange(self.num_chunks * self.chunk_frames) < self.num_frames
