@@ -3,11 +3,10 @@
 import importlib.resources
 from pathlib import Path
 
-from flax import traverse_util
 from tqdm import tqdm
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.weights.model_checkpoint import open_model_checkpoint, write_model
+from rehyat_jax.weights.model_checkpoint import open_model_checkpoint, write_model_checkpoint
 from rehyat_jax.weights.new_directory import new_directory
 from rehyat_jax.weights.streamed import StreamedModel
 from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, open_torch_checkpoint, write_torch_checkpoint
@@ -36,7 +35,7 @@ def convert_from_torch(source: Path, destination: Path, *, replace: bool = False
         model = open_torch_checkpoint(source, bar.update)
         bar.total = model.nbytes
         with new_directory(destination, replace=replace) as directory:
-            write_model(directory, model.config, model.metadata, traverse_util.unflatten_dict(model.params, sep="."))
+            write_model_checkpoint(directory, model)
     return model
 
 

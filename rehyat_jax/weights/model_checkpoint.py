@@ -1,5 +1,6 @@
 """Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rehyat_jax.weights.json_files import read_json_object, write_json
 from rehyat_jax.weights.new_directory import new_directory
 from rehyat_jax.weights.orbax_params import open_params, save_params
 from rehyat_jax.weights.safetensors_file import DTYPES
-from rehyat_jax.weights.streamed import StreamedModel
+from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.wan_table import wan_table
 
 MODEL_FILE = "model.json"
@@ -34,7 +35,8 @@ def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, c
     Args:
       path: the directory to write; its parent must exist.
       config: architecture.
-      params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a `WanTransformer`.
+      params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a `WanTransformer`; JAX arrays may be
+        sharded over the devices of one process, and reach the host one at a time.
       codec: name of the codec between the model's latents and videos.
       text_encoder: name of the encoder of its prompts.
 
@@ -43,28 +45,27 @@ def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, c
       InputError: something else exists at `path`, or its parent does not.
     """
     path = Path(path).absolute()
-    _check_params(traverse_util.flatten_dict(params, sep="."), config, "params")
+    arrays = traverse_util.flatten_dict(params, sep=".")
+    _check_params(arrays, config, "params")
+    streamed = {
+        name: StreamedArray(array.shape, np.dtype(array.dtype), functools.partial(np.asarray, array))
+        for name, array in arrays.items()
+    }
+    model = StreamedModel(config, {"codec": codec, "text_encoder": text_encoder}, streamed)
     with new_directory(path, replace=is_model_checkpoint(path)) as directory:
-        write_model(directory, config, {"codec": codec, "text_encoder": text_encoder}, params)
+        write_model_checkpoint(directory, model)
 
 
-def write_model(directory: Path, config: WanConfig, metadata: dict[str, str], params: dict[str, Any]) -> None:
-    """Writes model.json and params/ into an existing empty directory.
+def write_model_checkpoint(directory: Path, model: StreamedModel) -> None:
+    """Writes model.json and params/ into an existing empty directory; one parameter is in memory at a time.
 
     Args:
       directory: absolute path.
-      config: architecture.
-      metadata: names of the model's "codec" and "text_encoder".
-      params: nested dict of `StreamedArray`s, numpy arrays or JAX arrays.
+      model: what to write.
     """
-    save_params(directory / PARAMS, params)
-    description = {
-        "format_version": FORMAT_VERSION,
-        "architecture": ARCHITECTURE,
-        "config": config.to_dict(),
-        **metadata,
-    }
-    write_json(directory / MODEL_FILE, description)
+    save_params(directory / PARAMS, model.params)
+    versions = {"format_version": FORMAT_VERSION, "architecture": ARCHITECTURE}
+    write_json(directory / MODEL_FILE, {**versions, "config": model.config.to_dict(), **model.metadata})
 
 
 def read_model_description(path: Path) -> tuple[WanConfig, dict[str, str]]:

@@ -18,7 +18,7 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
       replace: whether to replace what exists at `path`; it is removed only after the new directory is complete.
 
     Raises:
-      InputError: `path` exists and is not to be replaced, or its parent is not a directory.
+      InputError: `path` exists and is not to be replaced, or can't be written.
     """
     if os.path.lexists(path) and not replace:
         raise InputError(f"{path}: already exists; choose another destination or replace it with --force")
@@ -26,7 +26,10 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
         raise InputError(f"{path.parent}: is not an existing directory; create it before writing {path.name} there")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     previous = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another destination") from error
     try:
         yield temporary
         if os.path.lexists(path):

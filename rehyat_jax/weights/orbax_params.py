@@ -5,13 +5,16 @@ shardings. Orbax by itself would hold all arrays of a tree in memory at once, so
 its turn comes is registered with a handler of its own, which is the extension that Orbax offers for this.
 """
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 
 from rehyat_jax.errors import InputError
@@ -36,71 +39,70 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
             del write  # it holds the values
         return []
 
+    async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Sequence[Any]:
+        # All at once, the first damaged array would leave the others' threads complaining about a closed event loop.
+        found = []
+        for info in infos:
+            found += await super().metadata([info])
+        return found
 
-def _checkpointer() -> ocp.Checkpointer:
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
-        (StreamedArray, StreamedArrayHandler(deepcopy_host_arrays=False)),
-        (np.ndarray, ocp.type_handlers.NumpyHandler()),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (StreamedArray, StreamedArrayHandler(deepcopy_host_arrays=False))
     )
     # OCDBT gathers all of an array's chunks in memory before it writes them (3.4 GB at the peak for arrays of 1.65 GB,
-    # 2.3 GB without it), and trained weights don't compress (7% of float32).
-    return ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
-    )
+    # 2.3 GB without it), and trained weights hardly compress (7% of float32).
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
 
 
-def save_params(directory: Path, params: dict[str, Any]) -> None:
+def save_params(directory: Path, params: dict[str, StreamedArray]) -> None:
     """Saves parameters as an Orbax PyTree checkpoint.
 
     Args:
       directory: absolute path, not existing yet.
-      params: nested dict of `StreamedArray`s, numpy arrays or JAX arrays (these also sharded over processes).
+      params: by path, keys of the tree joined by dots.
     """
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with _checkpointer() as checkpointer:
-        checkpointer.save(directory, args=ocp.args.PyTreeSave(params, save_args=save_args))
+    tree = traverse_util.unflatten_dict(params, sep=".")
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
 def open_params(directory: Path) -> dict[str, StreamedArray]:
-    """The saved arrays by path, keys joined by dots; each is restored to host memory when it is read.
+    """The saved arrays by path, keys of the tree joined by dots.
+
+    Args:
+      directory: absolute path.
 
     Raises:
       InputError: there is no Orbax checkpoint of arrays. Damaged values are found when they are read.
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: does not exist; the model checkpoint is incomplete, convert or train it again")
-    with _checkpointer() as checkpointer:
-        try:
-            tree = checkpointer.metadata(directory).item_metadata.tree
-            stored = traverse_util.flatten_dict(tree, sep=".")
-            return {
-                path: StreamedArray(
-                    tuple(array.shape), np.dtype(array.dtype), lambda path=path: _restore_array(directory, path)
-                )
-                for path, array in stored.items()
-            }
-        except _DAMAGE as error:
-            raise _damaged(directory, error) from error
+    with _reported_damage(directory):
+        tree = _handler().metadata(epath.Path(directory)).tree
+        return {
+            path: StreamedArray(array.shape, np.dtype(array.dtype), functools.partial(_restore, directory, path))
+            for path, array in traverse_util.flatten_dict(tree, sep=".").items()
+        }
 
 
-def _restore_array(directory: Path, path: str) -> np.ndarray:
+def _restore(directory: Path, path: str) -> np.ndarray:
     wanted = traverse_util.unflatten_dict({path: 0}, sep=".")
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    with _checkpointer() as checkpointer:
-        try:
-            restored = checkpointer.restore(
-                directory, args=ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
-            )
-        except _DAMAGE as error:
-            raise _damaged(directory, error) from error
+    with _reported_damage(directory):
+        args = ocp.args.PyTreeRestore(wanted, partial_restore=True)
+        restored = _handler().restore(epath.Path(directory), args=args)
     return traverse_util.flatten_dict(restored, sep=".")[path]
 
 
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError)
-"""What Orbax and TensorStore raise on missing or damaged files."""
-
-
-def _damaged(directory: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-    return InputError(f"{directory}: is not a complete Orbax checkpoint of arrays ({reason}); get or write it again")
+@contextlib.contextmanager
+def _reported_damage(directory: Path) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise on missing or damaged files into an InputError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).split(" [tensorstore_spec")[0]
+        raise InputError(
+            f"{directory}: is not a complete Orbax checkpoint of arrays ({reason}); write it again"
+        ) from error

@@ -1,0 +1,467 @@
+"""The conversion's command line: what it refuses and how it says so, and that it never leaves or removes too much."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles import random_wan
+from safetensors.torch import load_file, save_file
+
+from rehyat_jax.convert import main
+from rehyat_jax.weights import load_params
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+SHARD = "diffusion_pytorch_model-00002-of-00005.safetensors"
+
+FFN = "blocks.1.ffn.net.0.proj.weight"
+FFN_PATH = "blocks.feed_forward.up.kernel"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> Path:
+    """Good checkpoints: `single` and `sharded` by diffusers, and `model`, converted from them."""
+    folder = tmp_path_factory.mktemp("originals")
+    oracle = random_wan()
+    oracle.save_pretrained(folder / "single")
+    oracle.save_pretrained(folder / "sharded", max_shard_size=150_000)
+    assert (folder / "sharded" / SHARD).exists()
+    assert main(["from-torch", str(folder / "single"), str(folder / "model")]) == 0
+    return folder
+
+
+@pytest.fixture
+def work(originals, tmp_path) -> Path:
+    """A copy of the good checkpoints, to be damaged."""
+    return Path(shutil.copytree(originals, tmp_path / "work"))
+
+
+def refusal(capsys, *arguments: object) -> str:
+    """Runs a conversion that must be refused; returns the message."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") or "\nerror: " in message
+    assert "Traceback" not in message
+    return message
+
+
+def assert_refused(capsys, work: Path, source: Path, *expected: str, layout: str | None = None) -> None:
+    """The conversion of a damaged source names what is expected and leaves nothing behind."""
+    before = sorted(path.name for path in work.iterdir())
+    command = ["to-torch", "--layout", layout] if layout else ["from-torch"]
+    message = refusal(capsys, *command, source, work / "destination")
+    for part in expected:
+        assert part in message, message
+    assert sorted(path.name for path in work.iterdir()) == before
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object], file: str = f"single/{WEIGHTS}") -> Callable:
+    """A damage that rewrites a safetensors file with changed tensors."""
+
+    def damage(work: Path) -> None:
+        tensors = load_file(work / file)
+        change(tensors)
+        save_file(tensors, work / file, metadata={"format": "pt"})
+
+    return damage
+
+
+def edit_json(file: str, change: Callable[[dict], object]) -> Callable:
+    """A damage that rewrites a JSON file."""
+
+    def damage(work: Path) -> None:
+        content = json.loads((work / file).read_text())
+        change(content)
+        (work / file).write_text(json.dumps(content))
+
+    return damage
+
+
+def edit_bytes(file: str, change: Callable[[bytes], bytes]) -> Callable:
+    """A damage that rewrites a file."""
+    return lambda work: (work / file).write_bytes(change((work / file).read_bytes()))
+
+
+def cast(name: str, dtype: torch.dtype) -> Callable:
+    """A damage that casts one tensor."""
+    return edit_tensors(lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+
+def set_value(name: str, value: float) -> Callable:
+    """A damage that sets one entry of a tensor."""
+    return edit_tensors(lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
+
+
+def header(content: bytes) -> bytes:
+    """A safetensors file of a header alone."""
+    return len(content).to_bytes(8, "little") + content
+
+
+TENSORS = {
+    "missing": (edit_tensors(lambda t: t.pop(FFN)), FFN, "missing"),
+    "missing outside blocks": (edit_tensors(lambda t: t.pop("proj_out.bias")), "proj_out.bias", "missing"),
+    "missing block": (
+        edit_tensors(lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.0.")]),
+        "blocks.0.",
+        "missing",
+    ),
+    "extra": (edit_tensors(lambda t: t.update(extra=torch.zeros(3))), "extra", "not part of"),
+    "image branch": (
+        edit_tensors(lambda t: t.update({"condition_embedder.image_embedder.norm1.weight": torch.zeros(3)})),
+        "condition_embedder.image_embedder.norm1.weight",
+        "image-to-video",
+    ),
+    "feature maps without rehyat.json": (
+        edit_tensors(lambda t: t.update({"blocks.0.attn1.feature_map_query.log_scale": torch.zeros(2)})),
+        "blocks.0.attn1.feature_map_query.log_scale",
+        "rehyat.json",
+    ),
+    "wrong shape": (edit_tensors(lambda t: t.update({FFN: t[FFN].T.contiguous()})), FFN, "[112, 64]", "[64, 112]"),
+    "wrong number of axes": (
+        edit_tensors(lambda t: t.update({"patch_embedding.weight": t["patch_embedding.weight"].flatten(1)})),
+        "patch_embedding.weight",
+        "5 axes",
+        "[64, 64]",
+    ),
+    "integers": (cast(FFN, torch.int8), FFN, "I8", "F32, BF16, F16"),
+    "float64": (cast(FFN, torch.float64), FFN, "F64", "F32, BF16, F16"),
+    "mixed in one stack": (cast(FFN, torch.bfloat16), FFN, "bfloat16", "blocks.0.ffn.net.0.proj.weight", "float32"),
+    "NaN": (set_value(FFN, float("nan")), FFN, WEIGHTS, "1 values that are NaN or infinite"),
+    "infinity": (set_value("proj_out.weight", float("-inf")), "proj_out.weight", "1 values that are NaN or infinite"),
+    "other model": (lambda work: save_file({"a": torch.ones(2)}, work / "single" / WEIGHTS), "single", "neither"),
+}
+
+FILES = {
+    "truncated": (edit_bytes(f"single/{WEIGHTS}", lambda b: b[:-5]), WEIGHTS, "truncated"),
+    "longer": (edit_bytes(f"single/{WEIGHTS}", lambda b: b + b"12345"), WEIGHTS, "expected", "found"),
+    "truncated in the header": (edit_bytes(f"single/{WEIGHTS}", lambda b: b[:100]), WEIGHTS, "truncated"),
+    "empty": (edit_bytes(f"single/{WEIGHTS}", lambda b: b""), WEIGHTS, "truncated"),
+    "text": (edit_bytes(f"single/{WEIGHTS}", lambda b: b"<!DOCTYPE html><html>"), WEIGHTS, "not a safetensors file"),
+    "huge header": (edit_bytes(f"single/{WEIGHTS}", lambda b: b"\xff" * 7 + b[7:]), WEIGHTS, "not a safetensors file"),
+    "no JSON": (edit_bytes(f"single/{WEIGHTS}", lambda b: header(b"{]")), WEIGHTS, "not JSON"),
+    "nested JSON": (edit_bytes(f"single/{WEIGHTS}", lambda b: header(b"[" * 10**6)), WEIGHTS, "not JSON"),
+    "list": (edit_bytes(f"single/{WEIGHTS}", lambda b: header(b"[]")), WEIGHTS, "not a JSON object"),
+    "no entry": (edit_bytes(f"single/{WEIGHTS}", lambda b: header(b'{"a": 3}')), WEIGHTS, "tensor a"),
+    "twice": (edit_bytes(f"single/{WEIGHTS}", lambda b: header(b'{"a": 3, "a": 4}')), WEIGHTS, "a name occurs twice"),
+    "size": (
+        edit_bytes(
+            f"single/{WEIGHTS}", lambda b: header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}') + b"1234"
+        ),
+        WEIGHTS,
+        "tensor a",
+        "8 bytes",
+    ),
+    "gap": (
+        edit_bytes(
+            f"single/{WEIGHTS}",
+            lambda b: header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}') + b"12345678",
+        ),
+        WEIGHTS,
+        "tensor a",
+        "data_offsets",
+    ),
+    "pickle by content": (
+        edit_bytes(f"single/{WEIGHTS}", lambda b: pickle.dumps({"a": list(range(100))})),
+        WEIGHTS,
+        "pickle",
+    ),
+    "torch.save by content": (lambda work: torch.save({"a": torch.ones(3)}, work / "single" / WEIGHTS), "pickle"),
+    "folder of pickles": (
+        lambda work: (work / "single" / WEIGHTS).rename(work / "single" / "model.pth"),
+        "model.pth",
+        "pickle",
+    ),
+    "empty folder": (lambda work: (work / "single" / WEIGHTS).unlink(), "single", "no safetensors file"),
+    "no folder": (lambda work: shutil.rmtree(work / "single"), "single", "does not exist"),
+    "two files": (
+        lambda work: (
+            [shutil.copy(work / "single" / WEIGHTS, work / f"single/{name}.safetensors") for name in "ab"]
+            and (work / "single" / WEIGHTS).unlink()
+        ),
+        "a.safetensors, b.safetensors",
+    ),
+    "two experts": (
+        lambda work: [(work / "single" / name).mkdir() for name in ("transformer", "transformer_2")],
+        "transformer_2",
+        "expected one",
+    ),
+    "model checkpoint": (lambda work: shutil.copy(work / "model/model.json", work / "single"), "to-torch"),
+}
+
+CONFIGS = {
+    "not JSON": (edit_bytes("single/config.json", lambda b: b"{"), "config.json", "not JSON"),
+    "not text": (edit_bytes("single/config.json", lambda b: b"\xff\xfe\x00"), "config.json", "not JSON"),
+    "list": (edit_bytes("single/config.json", lambda b: b"[]"), "config.json", "object"),
+    "no class": (edit_json("single/config.json", lambda c: c.pop("_class_name")), "_class_name", "None"),
+    "other class": (
+        edit_json("single/config.json", lambda c: c.update(_class_name="WanVACETransformer3DModel")),
+        "_class_name",
+        "WanVACETransformer3DModel",
+    ),
+    "image conditioning": (edit_json("single/config.json", lambda c: c.update(image_dim=1280)), "image_dim", "1280"),
+    "original image-to-video": (
+        lambda work: (work / "single" / "config.json").write_text('{"_class_name": "WanModel", "model_type": "i2v"}'),
+        "model_type",
+        "'t2v'",
+        "'i2v'",
+    ),
+    "no norm": (edit_json("single/config.json", lambda c: c.update(qk_norm=None)), "qk_norm", "rms_norm_across_heads"),
+    "unknown field": (edit_json("single/config.json", lambda c: c.update(ffn_dims=1)), "'ffn_dims'", "'ffn_dim'"),
+    "layers": (edit_json("single/config.json", lambda c: c.update(num_layers=3)), "num_layers", "found 3"),
+    "ffn_dim": (edit_json("single/config.json", lambda c: c.update(ffn_dim=113)), "ffn_dim should be 112", "found 113"),
+    "text_dim": (edit_json("single/config.json", lambda c: c.update(text_dim="48")), "text_dim should be 48", "'48'"),
+    "freq_dim": (edit_json("single/config.json", lambda c: c.update(freq_dim=128)), "freq_dim should be 256"),
+    "in_channels": (edit_json("single/config.json", lambda c: c.update(in_channels=36)), "in_channels should be 16"),
+    "out_channels": (edit_json("single/config.json", lambda c: c.update(out_channels=8)), "out_channels should be 16"),
+    "patch_size": (
+        edit_json("single/config.json", lambda c: c.update(patch_size=[2, 2, 1])),
+        "patch_size",
+        "[1, 2, 2]",
+    ),
+    "heads": (edit_json("single/config.json", lambda c: c.update(num_attention_heads=3)), "num_attention_heads", "64"),
+    "no heads": (edit_json("single/config.json", lambda c: c.update(num_attention_heads=0)), "num_attention_heads"),
+    "head_dim": (
+        edit_json("single/config.json", lambda c: c.update(attention_head_dim=64)),
+        "attention_head_dim",
+        "64",
+    ),
+    "eps": (edit_json("single/config.json", lambda c: c.update(eps="small")), "eps", "'small'"),
+    "no config": (lambda work: (work / "single" / "config.json").unlink(), "config.json", "head_dim 128"),
+    "side-car unknown": (lambda w: (w / "single/rehyat.json").write_text('{"hybrid_block": [0]}'), "'hybrid_blocks'"),
+    "side-car codec": (lambda w: (w / "single/rehyat.json").write_text('{"codec": 3}'), "rehyat.json", "codec"),
+    "side-car blocks": (
+        lambda w: (w / "single/rehyat.json").write_text('{"hybrid_blocks": [5]}'),
+        "rehyat.json",
+        "hybrid_blocks",
+        "[5]",
+    ),
+    "side-car form": (
+        lambda w: (w / "single/rehyat.json").write_text('{"hybrid": {"chunk_frames": 3}}'),
+        "rehyat.json",
+        "hybrid.",
+        "missing",
+    ),
+}
+
+SHARDS = {
+    "missing shard": (lambda work: (work / "sharded" / SHARD).unlink(), SHARD, "does not exist"),
+    "total size": (
+        edit_json(f"sharded/{INDEX}", lambda index: index["metadata"].update(total_size=5)),
+        INDEX,
+        "total_size is 5",
+    ),
+    "wrong shard": (
+        edit_json(
+            f"sharded/{INDEX}",
+            lambda index: index["weight_map"].update({FFN: index["weight_map"]["scale_shift_table"]}),
+        ),
+        INDEX,
+        FFN,
+        "weight_map",
+    ),
+    "tensor in no shard": (
+        edit_json(f"sharded/{INDEX}", lambda index: index["weight_map"].update(ghost=SHARD)),
+        INDEX,
+        "ghost",
+        SHARD,
+    ),
+    "tensor not in the index": (
+        edit_json(f"sharded/{INDEX}", lambda index: index["weight_map"].pop(FFN)),
+        INDEX,
+        FFN,
+    ),
+    "escaping": (
+        edit_json(f"sharded/{INDEX}", lambda index: index["weight_map"].update({FFN: f"../single/{WEIGHTS}"})),
+        INDEX,
+        f"../single/{WEIGHTS}",
+        "same folder",
+    ),
+    "absolute": (
+        edit_json(f"sharded/{INDEX}", lambda index: index["weight_map"].update({FFN: f"/{WEIGHTS}"})),
+        INDEX,
+        "same folder",
+    ),
+    "windows": (
+        edit_json(f"sharded/{INDEX}", lambda index: index["weight_map"].update({FFN: f"..\\single\\{WEIGHTS}"})),
+        INDEX,
+        "same folder",
+    ),
+    "pickled shard": (
+        edit_json(f"sharded/{INDEX}", lambda index: index["weight_map"].update({FFN: "pytorch_model.bin"})),
+        INDEX,
+        "pytorch_model.bin",
+    ),
+    "no map": (edit_json(f"sharded/{INDEX}", lambda index: index.pop("weight_map")), INDEX, "weight_map"),
+    "not JSON": (edit_bytes(f"sharded/{INDEX}", lambda b: b"{"), INDEX, "not JSON"),
+    "no index": (lambda work: (work / "sharded" / INDEX).unlink(), "index"),
+}
+
+
+def cases(table: dict[str, tuple]) -> list:
+    return [pytest.param(damage, expected, id=name) for name, (damage, *expected) in table.items()]
+
+
+@pytest.mark.parametrize(("damage", "expected"), cases(TENSORS | FILES | CONFIGS))
+def test_bad_checkpoint_is_refused(work, capsys, damage, expected):
+    damage(work)
+    assert_refused(capsys, work, work / "single", *expected)
+
+
+@pytest.mark.parametrize(("damage", "expected"), cases(SHARDS))
+def test_bad_shards_are_refused(work, capsys, damage, expected):
+    damage(work)
+    assert_refused(capsys, work, work / "sharded", *expected)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.bin", "model.pt", "model.ckpt"])
+def test_pickle_is_refused_by_its_name_without_being_opened(work, capsys, name):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (work / "sprung",)
+
+    (work / name).write_bytes(pickle.dumps(Trap()))
+    assert_refused(capsys, work, work / name, name, "pickle")
+
+
+def test_one_shard_alone_is_refused(work, capsys):
+    assert_refused(capsys, work, work / "sharded" / SHARD, SHARD, "one shard")
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_source_of_the_wrong_kind_is_refused(work, capsys, layout):
+    assert_refused(capsys, work, work / "single", "single", "not a model checkpoint", layout=layout)
+
+
+# --------------------------------------------------------------------------------------- damaged model checkpoints
+
+CHUNK = f"model/params/{FFN_PATH}/0.0.0"
+
+MODELS = {
+    "no model.json": (lambda work: (work / "model/model.json").unlink(), "model.json"),
+    "not JSON": (edit_bytes("model/model.json", lambda b: b[:50]), "model.json", "not JSON"),
+    "version": (edit_json("model/model.json", lambda m: m.update(format_version=2)), "format_version should be 1", "2"),
+    "architecture": (edit_json("model/model.json", lambda m: m.update(architecture="unet")), "architecture", "'unet'"),
+    "unknown field": (edit_json("model/model.json", lambda m: m.update(codecs="x")), "'codecs'", "'codec'"),
+    "no codec": (edit_json("model/model.json", lambda m: m.pop("codec")), "'codec' is missing"),
+    "codec": (edit_json("model/model.json", lambda m: m.update(codec=None)), "codec", "None"),
+    "no config": (edit_json("model/model.json", lambda m: m.update(config=3)), "config", "3"),
+    "config field": (edit_json("model/model.json", lambda m: m["config"].update(heads=2)), "'heads'", "'num_heads'"),
+    "config type": (
+        edit_json("model/model.json", lambda m: m["config"].update(num_layers="2")),
+        "'num_layers' should be int",
+        "'2'",
+    ),
+    "config value": (
+        edit_json("model/model.json", lambda m: m["config"]["hybrid"].update(chunk_frames=0)),
+        "chunk_frames",
+        "0",
+    ),
+    "other shapes": (
+        edit_json("model/model.json", lambda m: m["config"].update(text_dim=47)),
+        "text_embedding.linear_1.kernel",
+        "(47, 64)",
+        "(48, 64)",
+    ),
+    "fewer parameters": (
+        edit_json("model/model.json", lambda m: m["config"].update(hybrid_blocks=[0])),
+        "feature_maps.key.layer_0.kernel is missing",
+    ),
+    "no params": (lambda work: shutil.rmtree(work / "model/params"), "params", "does not exist"),
+    "no tree": (lambda work: (work / "model/params/_METADATA").unlink(), "params", "not a complete Orbax checkpoint"),
+    "damaged tree": (
+        edit_bytes("model/params/_METADATA", lambda b: b[:99]),
+        "params",
+        "not a complete Orbax checkpoint",
+    ),
+    "other tree": (edit_bytes("model/params/_METADATA", lambda b: b"[]"), "params", "not a complete Orbax checkpoint"),
+    "no array": (lambda work: shutil.rmtree(work / "model/params" / FFN_PATH), FFN_PATH),
+    "no array description": (lambda work: (work / "model/params" / FFN_PATH / ".zarray").unlink(), FFN_PATH),
+    "no values": (lambda work: (work / CHUNK).unlink(), FFN_PATH),
+    "truncated values": (edit_bytes(CHUNK, lambda b: b[:-4]), FFN_PATH),
+    "NaN": (edit_bytes(CHUNK, lambda b: np.float32("nan").tobytes() + b[4:]), "blocks.0.ffn.net.0.proj.weight", "NaN"),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), cases(MODELS))
+def test_bad_model_checkpoint_is_refused(work, capsys, damage, expected):
+    damage(work)
+    assert_refused(capsys, work, work / "model", *expected, layout="diffusers")
+
+
+# ------------------------------------------------------------------------------------------------------ destinations
+
+TO = {
+    "from-torch": lambda work: ["from-torch", str(work / "single"), str(work / "there")],
+    "to-torch": lambda work: ["to-torch", str(work / "model"), str(work / "there"), "--layout", "original"],
+}
+
+
+@pytest.mark.parametrize("command", TO)
+def test_existing_destination_is_only_replaced_with_force(work, capsys, command):
+    (work / "there").mkdir()
+    (work / "there" / "old.txt").write_text("old")
+    assert "already exists" in refusal(capsys, *TO[command](work))
+    assert (work / "there" / "old.txt").read_text() == "old"
+    assert main([*TO[command](work), "--force"]) == 0
+    assert not (work / "there" / "old.txt").exists()
+    assert sorted(path.name for path in work.iterdir()) == ["model", "sharded", "single", "there"]
+    load_params(work / "there")
+
+
+@pytest.mark.parametrize("command", TO)
+def test_failed_replacement_keeps_what_was_there(work, capsys, command):
+    (work / "there").mkdir()
+    (work / "there" / "old.txt").write_text("old")
+    TENSORS["NaN"][0](work)
+    MODELS["NaN"][0](work)
+    assert "NaN" in refusal(capsys, *TO[command](work), "--force")
+    assert (work / "there" / "old.txt").read_text() == "old"
+    assert sorted(path.name for path in work.iterdir()) == ["model", "sharded", "single", "there"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_file_or_link_at_the_destination_is_replaced_and_its_target_kept(work, capsys, kind):
+    (work / "there").write_text("old") if kind == "file" else (work / "there").symlink_to(work / "sharded")
+    assert "already exists" in refusal(capsys, *TO["from-torch"](work))
+    assert main([*TO["from-torch"](work), "--force"]) == 0
+    assert (work / "there" / "model.json").is_file()
+    assert (work / "sharded" / INDEX).is_file()
+
+
+def test_missing_parent_of_the_destination_is_refused(work, capsys):
+    message = refusal(capsys, "from-torch", work / "single", work / "no" / "where")
+    assert f"{work / 'no'}: is not an existing directory" in message
+    assert not (work / "no").exists()
+
+
+def test_unwritable_destination_is_refused(work, capsys):
+    message = refusal(capsys, "from-torch", work / "single", work / ("x" * 250))
+    assert "cannot be written (File name too long)" in message
+
+
+@pytest.mark.parametrize("destination", ["single", "."])
+def test_source_is_never_replaced_by_its_conversion(work, capsys, destination):
+    assert "would replace the source" in refusal(capsys, "from-torch", work / "single", work / destination, "--force")
+    assert (work / "single" / WEIGHTS).exists()
+
+
+def test_exit_codes_and_messages_of_the_program(work):
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "rehyat_jax.convert", *map(str, arguments)]
+        return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+
+    done = run("from-torch", work / "single", work / "there")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{work / 'there'}: 42 parameters")
+    refused = run("from-torch", work / "single", work / "there")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"error: {work / 'there'}: already exists")
+    assert len(refused.stderr.splitlines()) == 1
