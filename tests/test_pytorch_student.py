@@ -62,7 +62,7 @@ def student(tmp_path_factory):
 
 @pytest.fixture
 def exported(student, tmp_path):
-    """A folder of one's own to damage; big files are links."""
+    """A folder of one's own to damage."""
     folder = tmp_path / "exported"
     folder.mkdir()
     for file in student[1].iterdir():
@@ -335,6 +335,15 @@ def test_copies_of_a_model_keep_their_own_grid(student):
     with torch.no_grad():
         expected = run_torch(transformer, *inputs)
         assert torch.equal(run_torch(duplicate, *inputs), expected)
+
+
+def test_loaded_student_does_not_depend_on_its_files(student, exported):
+    transformer = rehyat_torch.load_student(exported)
+    size = (exported / WEIGHTS).stat().st_size
+    with open(exported / WEIGHTS, "r+b") as file:
+        file.write(bytes(size))
+    for name, tensor in load_file(student[1] / WEIGHTS).items():
+        assert torch.equal(transformer.state_dict()[name], tensor), name
 
 
 def damage_tensors(change):
