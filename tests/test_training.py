@@ -28,11 +28,16 @@ TINY = WanConfig(
 
 def tiny_model(config=TINY, **options):
     """(graph definition, parameters), with gates, norms and head away from zero so that every path matters."""
-    graphdef, state = nnx.split(WanTransformer(config, rngs=nnx.Rngs(0), **options))
-    leaves, treedef = jax.tree.flatten(nnx.to_pure_dict(state))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return graphdef, jax.tree.unflatten(treedef, noisy)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **options)))
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if path[-1].key == "kernel":
+            return noise / np.sqrt(leaf.shape[-2])
+        return (path[-1].key == "scale") + 0.1 * noise
+
+    return graphdef, jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(state)))
 
 
 def tiny_batch(batch=2, frames=5, config=TINY):
@@ -102,17 +107,23 @@ def test_every_block_s_feature_maps_get_their_own_gradient():
     assert first > 0 and second > 0 and first != second
 
 
-@pytest.mark.parametrize("remat", sorted(REMAT_POLICIES))
-def test_remat_changes_no_gradient(remat):
+def test_remat_saves_less_and_changes_no_gradient():
     config = TINY.replace(hybrid_blocks=(1,))
     batch = tiny_batch()
 
-    def grads(**options):
-        graphdef, params = tiny_model(config, **options)
+    def grads(remat):
+        graphdef, params = tiny_model(config, remat=remat)
         inputs = batch["latents"], jnp.array([100.0, 900.0]), batch["text"]
-        return jax.jit(jax.grad(lambda p: jnp.square(apply_model(graphdef)(p, *inputs)).sum()))(params)
+        compiled = (
+            jax.jit(jax.grad(lambda p: jnp.square(apply_model(graphdef)(p, *inputs)).mean())).lower(params).compile()
+        )
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), grads(remat=remat), grads())
+    results = {remat: grads(remat) for remat in REMAT_POLICIES}
+    for result, _ in results.values():
+        # The same float32 operations in another order.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), result, results["none"][0])
+    assert results["block"][1] < results["dots"][1] < results["none"][1]
 
 
 # ------------------------------------------------------------------------------------------------------------ distil
@@ -160,27 +171,31 @@ def test_distillation_gradients_are_those_of_each_block_on_the_teacher_s_inputs(
 
 
 def count_score_products(jaxpr, shapes):
-    """Matrix products in a jaxpr, nested ones included, one of whose operands or results has a score's shape."""
+    """Matrix products in a jaxpr, nested ones included, of which an operand or the result has the size of scores."""
     count = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            variables = [*equation.invars, *equation.outvars]
-            count += any(tuple(sorted(v.aval.shape)) in shapes for v in variables)
+            sizes = [sorted(size for size in v.aval.shape if size > 1) for v in (*equation.invars, *equation.outvars)]
+            count += any(size in shapes for size in sizes)
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             if hasattr(parameter, "eqns") or hasattr(parameter, "jaxpr"):
                 count += count_score_products(getattr(parameter, "jaxpr", parameter), shapes)
     return count
 
 
-def test_distillation_runs_no_softmax_backward(student):
+@pytest.mark.parametrize("implementation", ["scan", "xla"])
+def test_distillation_runs_no_softmax_backward(implementation):
     """Two score-sized products (q.k and weights.v) of the student's window and two of the teacher: forward only."""
-    graphdef, params, config = student
+    architecture = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=2))
+    graphdef, params = tiny_model(architecture, attention_implementation=implementation)
+    config = tiny_config("distill")
     feature_maps, frozen = distill.split_feature_maps(params)
     context = {"frozen": frozen, "null_text": NULL_TEXT}
     batch = tiny_batch(frames=4)
     grad_fn = distill.make_grad_fn(graphdef, config)
-    # 6 tokens a frame, 2 heads, batch 2; 2 chunks of 12 queries with windows of 18 keys; 24 tokens in all.
-    scores = {tuple(sorted(shape)) for shape in [(2, 2, 2, 12, 18), (2, 2, 24, 24)]}
+    # 6 tokens a frame, 2 heads, batch 2: chunks of 12 queries with windows of 18 keys (one chunk at a time in a scan, 2
+    # at once in "xla"), and 24 tokens in all.
+    scores = [[2, 2, 12, 18], [2, 2, 2, 12, 18], [2, 2, 24, 24]]
     program = jax.make_jaxpr(grad_fn)(feature_maps, context, batch, jax.random.key(0)).jaxpr
     assert count_score_products(program, scores) == 4
 
@@ -318,8 +333,10 @@ def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
     for kernel in updates["blocks"]["feed_forward"]["up"]["kernel"]:
         singular = np.linalg.svd(np.asarray(kernel), compute_uv=False)
         assert singular.min() / singular.max() > 0.5
-    adam = updates["feature_maps"]["query"]["layer_0"]["kernel"]
-    np.testing.assert_allclose(jnp.abs(adam), config.optimizer.learning_rate, rtol=1e-3)
+    # Adam's first update has one size, whatever the gradient's.
+    adam = jnp.abs(updates["feature_maps"]["query"]["layer_0"]["kernel"])
+    np.testing.assert_allclose(adam, adam.mean(), rtol=1e-3)
+    assert 1 <= adam.mean() / config.optimizer.learning_rate < 2
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

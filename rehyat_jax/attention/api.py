@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.attention.reference import hybrid_attention_reference
 from rehyat_jax.attention.scan import hybrid_attention_scan
-from rehyat_jax.attention.state import HybridState, accumulation_dtype
+from rehyat_jax.attention.state import HybridState
 from rehyat_jax.attention.xla import hybrid_attention_xla
 
 STABILIZERS = ("row_max", "joint")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rehyat_jax.attention.feature_map_config import FeatureMapConfig
-from rehyat_jax.attention.state import accumulation_dtype
+from rehyat_jax.attention.product import product
 
 _HIDDEN_ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 _OUTPUT_ACTIVATIONS = {
@@ -26,7 +26,7 @@ class HeadwiseLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[batch, tokens, heads, in_features] -> [batch, tokens, heads, out_features], float32 (or float64)."""
         kernel = self.kernel[...].astype(x.dtype)
-        return jnp.einsum("bnhi,hio->bnho", x, kernel, preferred_element_type=accumulation_dtype(x.dtype))
+        return product("bnhi,hio->bnho", x, kernel)
 
 
 class FeatureMap(nnx.Module):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rehyat_jax.attention.geometry import ChunkGeometry
-from rehyat_jax.attention.state import accumulation_dtype
+from rehyat_jax.attention.product import product
 
 
 def hybrid_attention_reference(
@@ -27,12 +27,11 @@ def hybrid_attention_reference(
         mask.repeat(geometry.tokens_per_frame, axis=0).repeat(geometry.tokens_per_frame, axis=1)
         for mask in geometry.key_masks(causal=causal)
     )
-    dtype = accumulation_dtype(query.dtype)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=dtype) / query.shape[-1] ** 0.5
+    scores = product("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
     scores = jnp.where(softmax_keys, scores, -jnp.inf)
     c = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)) if stabilizer == "row_max" else 0
 
-    similarity = jnp.einsum("bqhf,bkhf->bhqk", phi_query, phi_key, preferred_element_type=dtype)
+    similarity = product("bqhf,bkhf->bhqk", phi_query, phi_key)
     weights = jnp.exp(scores - c) + jnp.where(linear_keys, similarity, 0)
     weights = weights / weights.sum(axis=-1, keepdims=True)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, preferred_element_type=dtype).astype(query.dtype)
+    return product("bhqk,bkhd->bqhd", weights, value).astype(query.dtype)

@@ -13,6 +13,6 @@ def softmax_attention(
       key, value: [batch, keys, heads, head_dim].
       implementation: "xla", "cudnn" (NVIDIA GPUs, bfloat16 or float16), or None for jax's choice on this platform.
 
-    Returns: [batch, queries, heads, head_dim] in the dtype of `query`; weights are computed in float32 or better.
+    Returns: [batch, queries, heads, head_dim] in the dtype of `query`; weights are computed in float32.
     """
     return jax.nn.dot_product_attention(query, key, value, implementation=implementation)

@@ -6,10 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
-def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype of scores, weights and sums: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(dtype, jnp.float32)
+from rehyat_jax.attention.product import accumulation_dtype, product
 
 
 class LinearState(NamedTuple):
@@ -28,7 +25,7 @@ class LinearState(NamedTuple):
         """Sums over the tokens of phi_key [..., tokens, heads, features] and value [..., tokens, heads, head_dim]."""
         dtype = accumulation_dtype(value.dtype)
         return cls(
-            state=jnp.einsum("...nhf,...nhd->...hfd", phi_key, value, preferred_element_type=dtype),
+            state=product("...nhf,...nhd->...hfd", phi_key, value),
             normalizer=jnp.sum(phi_key, axis=-3, dtype=dtype),
         )
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.state import LinearState, accumulation_dtype
+from rehyat_jax.attention.product import product
+from rehyat_jax.attention.state import LinearState
 
 
 def attend_window(
@@ -27,19 +28,16 @@ def attend_window(
 
     Returns: [..., n, heads, head_dim] in the dtype of `query`.
     """
-    dtype = accumulation_dtype(query.dtype)
-    scores = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=dtype) / query.shape[-1] ** 0.5
+    scores = product("...qhd,...khd->...hqk", query, key) / query.shape[-1] ** 0.5
     scores = jnp.where(is_key[..., None, None, :], scores, -jnp.inf)
 
     linear = LinearState(*(leaf.astype(phi_query.dtype) for leaf in linear))
-    linear_values = jnp.einsum("...qhf,...hfd->...qhd", phi_query, linear.state, preferred_element_type=dtype)
-    linear_mass = jnp.einsum("...qhf,...hf->...hq", phi_query, linear.normalizer, preferred_element_type=dtype)
+    linear_values = product("...qhf,...hfd->...qhd", phi_query, linear.state)
+    linear_mass = product("...qhf,...hf->...hq", phi_query, linear.normalizer)
 
     shift, linear_scale = _stabilize(scores, linear_mass, stabilizer)
     weights = jnp.exp(scores - shift[..., None])
-    softmax_values = jnp.einsum(
-        "...hqk,...khd->...qhd", weights.astype(value.dtype), value, preferred_element_type=dtype
-    )
+    softmax_values = product("...hqk,...khd->...qhd", weights.astype(value.dtype), value)
     mass = jnp.sum(weights, axis=-1) + linear_scale * linear_mass
     values = softmax_values + jnp.swapaxes(linear_scale, -1, -2)[..., None] * linear_values
     return (values / jnp.swapaxes(mass, -1, -2)[..., None]).astype(query.dtype)
