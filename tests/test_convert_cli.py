@@ -243,6 +243,14 @@ CONFIGS = {
         "hybrid_blocks",
         "[5]",
     ),
+    "side-car against config": (
+        lambda w: [
+            (w / "single/config.json").write_text('{"_class_name": "WanModel", "num_heads": 2, "text_len": 512}'),
+            (w / "single/rehyat.json").write_text('{"text_length": 8}'),
+        ],
+        "rehyat.json: text_length is 8",
+        "512",
+    ),
     "side-car form": (
         lambda w: (w / "single/rehyat.json").write_text('{"hybrid": {"chunk_frames": 3}}'),
         "rehyat.json",

@@ -45,19 +45,15 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
 
     Raises:
       InputError: as `load_params`.
-      ValueError: an option is unknown to `WanTransformer`.
+      TypeError or ValueError: an option's name or value is unknown to `WanTransformer`.
     """
     model = _open(path)
     abstract = nnx.eval_shape(lambda: WanTransformer(model.config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
     expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
-    if {name: leaf.shape for name, leaf in expected.items()} != {name: a.shape for name, a in model.params.items()}:
-        different = sorted(
-            name
-            for name in expected.keys() | model.params.keys()
-            if getattr(expected.get(name), "shape", None) != getattr(model.params.get(name), "shape", None)
-        )
-        raise ValueError(f"{path}: parameters {different} are not those of WanTransformer; wan_table does not match it")
+    shapes = lambda arrays: {(name, array.shape) for name, array in arrays.items()}
+    if different := shapes(expected) ^ shapes(model.params):
+        raise ValueError(f"{path}: expected WanTransformer's parameters, these differ: {sorted(different)}")
     params = {name: jnp.asarray(model.params[name].read(), leaf.dtype) for name, leaf in expected.items()}
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params, sep="."))
 
