@@ -10,7 +10,7 @@ def get_config():
     config = default_config()
     config.stage = "pretrain"
     config.preset = "tiny"
-    config.steps = 2400
+    config.steps = 2000
     config.batch_size = 16
     config.dtype = "float32"
     config.optimizer.name = "muon"
