@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import logging
 
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
@@ -29,7 +28,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     to_torch = commands.add_parser("to-torch", help="model checkpoint -> PyTorch folder")
     for command, source in ((from_torch, "safetensors file or folder"), (to_torch, "model checkpoint")):
         command.add_argument("source", metavar="SRC", type=Path, help=source)
-        command.add_argument("destination", metavar="DST", type=Path, help="directory to write; its parent must exist")
+        command.add_argument("destination", metavar="DST", type=Path, help="directory to write")
         command.add_argument("--force", action="store_true", help="replace DST once the new one is complete")
     to_torch.add_argument("--layout", choices=LAYOUTS, required=True, help="whose tensor names and config.json")
     return parser.parse_args(argv)
@@ -54,6 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # Nothing here computes; without this, JAX would take hold of an accelerator.
     jax.config.update("jax_platforms", "cpu")
-    # Orbax warns that there is nothing to merge, which is so by choice.
-    logging.set_verbosity(logging.ERROR)
     sys.exit(main())

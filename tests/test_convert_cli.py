@@ -444,10 +444,16 @@ def test_file_or_link_at_the_destination_is_replaced_and_its_target_kept(work, c
     assert (work / "sharded" / INDEX).is_file()
 
 
-def test_missing_parent_of_the_destination_is_refused(work, capsys):
-    message = refusal(capsys, "from-torch", work / "single", work / "no" / "where")
-    assert f"{work / 'no'}: is not an existing directory" in message
-    assert not (work / "no").exists()
+def test_missing_parents_of_the_destination_are_made(work):
+    assert main(["from-torch", str(work / "single"), str(work / "new" / "place" / "model")]) == 0
+    assert (work / "new" / "place" / "model" / "model.json").is_file()
+
+
+def test_file_in_the_destination_s_path_is_refused(work, capsys):
+    (work / "file").write_text("kept")
+    message = refusal(capsys, "from-torch", work / "single", work / "file" / "model")
+    assert "cannot be written (Not a directory)" in message
+    assert (work / "file").read_text() == "kept"
 
 
 def test_unwritable_destination_is_refused(work, capsys):

@@ -1,7 +1,7 @@
 """Moving handwritten digits: a real, tiny text-to-video data set that needs no download.
 
-A 16x16 digit (one of scikit-learn's 8x8 scans, enlarged) starts in the middle of an edge of a 24x24 frame and crosses to
-the opposite edge in 21 frames. (Starting anywhere along the edge is too much for the demo's teacher: after 2,400
+A 16x16 digit (one of scikit-learn's 8x8 scans, enlarged) starts in the middle of an edge of a 24x24 frame and crosses
+to the opposite edge in 21 frames. (Starting anywhere along the edge is too much for the demo's teacher: after 2,400
 steps it drew 5% of the digits wrong and let many of them change shape on the way.) The caption names the digit and the
 axis, "a seven moves sideways" or "a seven moves up and down", but not the sign: tokens of pure noise carry almost no
 absolute position under rotary embeddings, so a text-to-video model cannot decide at which edge to start.

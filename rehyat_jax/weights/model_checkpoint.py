@@ -33,7 +33,7 @@ def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, c
     """Writes a model checkpoint, complete or not at all; replaces a model checkpoint that is already there.
 
     Args:
-      path: the directory to write; its parent must exist.
+      path: the directory to write; missing parents are created.
       config: architecture.
       params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a `WanTransformer`; JAX arrays may be
         sharded over the devices of one process, and reach the host one at a time.
@@ -42,7 +42,7 @@ def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, c
 
     Raises:
       ValueError: the parameters are not those of the configuration.
-      InputError: something else exists at `path`, or its parent does not.
+      InputError: something else exists at `path`, or it can't be written.
     """
     path = Path(path).absolute()
     arrays = traverse_util.flatten_dict(params, sep=".")

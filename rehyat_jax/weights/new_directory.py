@@ -14,7 +14,7 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
     """Yields a temporary directory beside `path` to be filled; it becomes `path` when the block ends without error.
 
     Args:
-      path: absolute destination.
+      path: absolute destination; missing parents are created.
       replace: whether to replace what exists at `path`; it is removed only after the new directory is complete.
 
     Raises:
@@ -22,12 +22,10 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
     """
     if os.path.lexists(path) and not replace:
         raise InputError(f"{path}: already exists; choose another destination or replace it with --force")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: is not an existing directory; create it before writing {path.name} there")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     previous = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another destination") from error
     try:
