@@ -307,14 +307,23 @@ def test_state_can_be_a_scan_carry_with_float32_sums_of_bfloat16_inputs(implemen
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
-@pytest.mark.parametrize("score", [200.0, -200.0])
-def test_extreme_scores_are_right_in_float32(implementation, stabilizer, score, x64):
+@pytest.mark.parametrize(
+    "score, log_similarity",
+    [
+        (200.0, 0.0),
+        (-200.0, 0.0),
+        (-60.0, 40.0),  # exp(100) apart: neither may be the scale of the other
+        (-60.0, -60.0),  # equally tiny: both count
+    ],
+)
+def test_extreme_scores_and_features_are_right_in_float32(implementation, stabilizer, score, log_similarity, x64):
     form = (5, 2, 2, 1)
-    query, key, *others = make_arrays(*form[:2], dtype=np.float32)
+    query, key, value, phi_query, phi_key = make_arrays(*form[:2], dtype=np.float32)
     # q.k / sqrt(4) is `score` plus or minus a few for every pair.
-    query = query.at[..., 0].set(2 * 200.0**0.5)
-    key = key.at[..., 0].set(score / 200.0**0.5)
-    arrays = (query, key, *others)
+    query = query.at[..., 0].set(2 * abs(score) ** 0.5)
+    key = key.at[..., 0].set(score / abs(score) ** 0.5)
+    phi_query, phi_key = (phi * np.float32(np.exp(log_similarity / 2)) for phi in (phi_query, phi_key))
+    arrays = (query, key, value, phi_query, phi_key)
     found = output_and_gradients(attention(form, True, stabilizer, implementation), arrays)
     assert all(np.isfinite(array).all() for array in found.values())
     exact = attention_by_loops(arrays, form, True, stabilizer)

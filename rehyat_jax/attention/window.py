@@ -59,8 +59,6 @@ def _stabilize(scores: jax.Array, linear_mass: jax.Array, stabilizer: str) -> tu
     row_max = jnp.max(jax.lax.stop_gradient(scores), axis=-1)
     if stabilizer == "row_max":
         return row_max, jnp.ones_like(row_max)
-    linear_mass = jax.lax.stop_gradient(linear_mass)
-    has_mass = linear_mass > 0
-    log_linear_mass = jnp.where(has_mass, jnp.log(jnp.where(has_mass, linear_mass, 1)), row_max)
-    shift = jnp.maximum(row_max, log_linear_mass)
+    # No mass at all: log 0 is -inf, the maximum ignores it, and nothing here is differentiated.
+    shift = jnp.maximum(row_max, jnp.log(jax.lax.stop_gradient(linear_mass)))
     return shift, jnp.exp(-jnp.maximum(shift, _LOWEST_LINEAR_SHIFT))
