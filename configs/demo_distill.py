@@ -23,5 +23,6 @@ def get_config():
     config.optimizer.clip_norm = 0.0
     config.ema_decay = 0.0
     config.flow_shift = 5.0
+    config.checkpoint_every = 100
     config.timestep_sampling = "uniform"
     return config

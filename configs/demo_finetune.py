@@ -20,5 +20,6 @@ def get_config():
     config.optimizer.weight_decay = 0.0
     config.ema_decay = 0.99
     config.flow_shift = 5.0
+    config.checkpoint_every = 100
     config.timestep_sampling = "uniform"
     return config

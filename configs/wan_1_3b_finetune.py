@@ -6,9 +6,10 @@
 
 Which 15 blocks: every other one, as long as no better choice is made; `relative_error` in stage 1's metrics ranks them.
 
-Hardware: one accelerator with 80 GB (planned, not yet run). Memory (planned): 29 GB of float32 weights, gradients,
-Adam moments and average, 3.0 GB of block inputs at 32,760 tokens, and one block's activations at a time. Step
-(planned): about 0.8 PFLOP a video, three times the forward pass and one more for the rematerialised blocks.
+Hardware: none yet at this size, because the softmax blocks have no fused kernel here: their scores take most of 222 GB
+of temporaries (XLA's count when compiled for a CPU; 52 GB with all blocks hybrid). Besides (planned): 35 GB of float32
+weights, two sets of gradients, Adam moments and average. Step (planned): about 0.8 PFLOP a video, three times the
+forward pass and one more for the rematerialised blocks.
 """
 
 from rehyat_jax.training.config import default_config
@@ -26,4 +27,5 @@ def get_config():
     config.accumulation_steps = 8
     config.remat = "block"
     config.optimizer.learning_rate = 1e-5
+    config.ema_decay = 0.99
     return config

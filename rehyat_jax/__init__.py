@@ -2,7 +2,7 @@
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, HybridState, hybrid_attention, softmax_attention
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
-from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.weights import load_wan
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "HybridState",
     "WanConfig",
     "WanTransformer",
+    "apply_model",
     "hybrid_attention",
     "load_wan",
     "softmax_attention",

@@ -3,9 +3,10 @@
 The configuration names the stage: "pretrain" (a softmax model from scratch), "distill" (stage 1: feature maps of the
 hybrid blocks against the model's own softmax attention) or "finetune" (stage 2: the whole transformer). The workdir
 receives `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`, a model checkpoint. The
-same command continues a run that was stopped.
+same command continues a run that was stopped. Every field: `rehyat_jax/training/config.py`.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.checkpoints import RunCheckpoints
-from rehyat_jax.training.config import check_config, save_config
+from rehyat_jax.training.config import check_config, check_continuation, save_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import make_optimizer
-from rehyat_jax.training.setup import calibration_batch, initial_model, make_source
+from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, make_source
 from rehyat_jax.training.step import init_state, make_step
 from rehyat_jax.weights import save_model
 
@@ -50,10 +51,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     data = batches(source, batch_size=config.batch_size, seed=config.seed, workers=config.data.workers)
 
     # --------------------------------------------------------------------------------------------------------- model
+    checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints)
+    is_new = checkpoints.latest_step is None
+    if not is_new:
+        check_continuation(config, workdir)
+        print(f"continuing {workdir} after step {checkpoints.latest_step}", flush=True)
     model = initial_model(config)
-    checkpoints = RunCheckpoints(workdir, every=config.checkpoint_every, keep=config.keep_checkpoints)
+    check_data(source, model)
     params, context = model.params, {"null_text": jnp.asarray(source.null_text)}
-    if model.fresh_feature_maps and checkpoints.latest_step is None:
+    if model.fresh_feature_maps and is_new:
         batch = calibration_batch(source, config)
         params = distill.calibrated(model.model_def, params, batch, context["null_text"], config)
     if config.stage == "distill":
@@ -72,24 +78,31 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
         ema_decay=config.ema_decay,
     )
     step = jax.jit(step, donate_argnums=0)
-    state = init_state(params, optimizer, keep_ema=config.ema_decay > 0)
-    if checkpoints.latest_step is None:
+    initial_state = functools.partial(init_state, optimizer=optimizer, keep_ema=config.ema_decay > 0)
+    if is_new:
         save_config(config, workdir)
+        state = initial_state(params)
     else:
-        state = checkpoints.restore(state, data)
+        state = checkpoints.restore(jax.eval_shape(initial_state, params), data)
     first_step = int(state["step"])
+    del params
+    model = model._replace(params={})
 
     # ---------------------------------------------------------------------------------------------------------- loop
     writer = MetricWriter(workdir, first_step=first_step, steps=config.steps, description=config.stage)
-    for number in range(first_step + 1, config.steps + 1):
-        state, metrics = step(state, context, next(data))
-        writer.advance()
-        if number % config.log_every == 0 or number in (1, config.steps):
-            writer.write(number, metrics)
-        checkpoints.save(state, data, force=number == config.steps)
-    writer.close()
-    checkpoints.close()
-    data.close()
+    try:
+        for number in range(first_step + 1, config.steps + 1):
+            state, metrics = step(state, context, next(data))
+            writer.advance()
+            if number % config.log_every == 0 or number in (1, config.steps):
+                writer.write(number, metrics)
+            if number % config.checkpoint_every == 0 or number == config.steps:
+                checkpoints.save(number, state, data)
+    finally:
+        # An interrupted run still finishes the save that is under way.
+        checkpoints.close()
+        writer.close()
+        data.close()
 
     # -------------------------------------------------------------------------------------------------------- result
     result = state["ema"] or state["params"]
@@ -109,7 +122,8 @@ def parse_arguments(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
       InputError: a flag or a field is missing, unknown or of the wrong type; unknown ones name the nearest.
     """
     values = flags.FlagValues()
-    config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    options = dict(lock_config=True, flag_values=values, sys_argv=argv)
+    config_flag = config_flags.DEFINE_config_file("config", **options)
     workdir_flag = flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
     try:
         unparsed = values(argv)[1:]
@@ -125,7 +139,11 @@ def parse_arguments(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and trains; returns the exit code, 2 when the user's input is wrong."""
-    return report_input_errors(lambda: train(*parse_arguments(sys.argv if argv is None else ["train", *argv])))
+    argv = sys.argv if argv is None else ["train", *argv]
+    if "--help" in argv:
+        print(__doc__)
+        return 0
+    return report_input_errors(lambda: print(f"wrote {train(*parse_arguments(argv))}"))
 
 
 if __name__ == "__main__":

@@ -341,6 +341,11 @@ def test_a_wrong_file_is_still_named_by_a_worker(tmp_path):
     iterator.close()
 
 
+def test_batches_may_hold_a_single_example():
+    numbers = take(batches(Numbers(5), batch_size=1, seed=0), 5)
+    assert numbers.shape == (5, 1) and sorted(numbers.ravel()) == [0, 1, 2, 3, 4]
+
+
 def test_batches_of_an_empty_source_are_refused():
     with pytest.raises(ValueError, match="at least one example"):
         batches(Numbers(0), batch_size=1, seed=0)

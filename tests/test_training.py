@@ -1,6 +1,7 @@
 """The recipe: what a step computes, what it leaves alone, and that a stopped run goes on as if nothing had happened."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ from flax import nnx
 
 from rehyat_jax.attention import hybrid_attention, softmax_attention
 from rehyat_jax.errors import InputError
-from rehyat_jax.models.wan.config import HybridConfig, WanConfig
+from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES, WanTransformer, apply_model
-from rehyat_jax.train import main, train
+from rehyat_jax.train import main, parse_arguments, train
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.attention_error import attention_errors
-from rehyat_jax.training.config import default_config
+from rehyat_jax.training.config import check_config, default_config
+from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from rehyat_jax.training.setup import initial_model
+from rehyat_jax.training.setup import hybrid_config, initial_model
 from rehyat_jax.training.step import accumulate, init_state, make_step
 from rehyat_jax.weights import load_params, save_model
 
@@ -53,8 +55,6 @@ def tiny_config(stage, **changes):
     config.stage, config.dtype = stage, "float32"
     config.steps, config.batch_size, config.optimizer.warmup_steps = 6, 4, 2
     config.log_every, config.checkpoint_every = 1, 3
-    config.hybrid.chunk_frames, config.hybrid.overlap_frames = 2, 1
-    config.hybrid.feature_map.features = 16
     config.update_from_flattened_dict(changes)
     return config
 
@@ -234,7 +234,7 @@ def test_calibration_gives_every_block_the_softmax_mass(student):
     np.testing.assert_allclose(scales[2], scales[1], atol=1e-4)
 
 
-def test_attention_errors_rank_as_their_definitions_say(student):
+def test_attention_errors_have_references_that_are_zero_for_a_single_chunk(student):
     graphdef, params, config = student
     errors = attention_errors(graphdef, params, tiny_batch(2, 6), NULL_TEXT, jax.random.key(0), config)
     assert all(value.shape == (2,) for value in errors.values())
@@ -344,8 +344,6 @@ def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
 
 def pretrained(tmp_path):
     """A model checkpoint for the digits: the tiny preset with random weights."""
-    from rehyat_jax.models.wan.config import WAN_PRESETS
-
     config = WAN_PRESETS["tiny"].replace(num_layers=2, ffn_dim=64, num_heads=1, head_dim=24)
     _, params = tiny_model(config)
     save_model(tmp_path / "teacher", config, params, codec="space_to_depth", text_encoder="word_vectors")
@@ -356,22 +354,34 @@ def digits_config(tmp_path, stage, **changes):
     changes = {"init_from": pretrained(tmp_path)} | changes
     config = tiny_config(stage, **changes)
     if stage == "distill":
-        config.hybrid.blocks = "all"
+        config.hybrid.blocks, config.hybrid.chunk_frames, config.hybrid.feature_map.features = "all", 2, 16
     return config
 
 
-@pytest.mark.parametrize("stage", ["distill", "finetune"])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stage):
-    config = digits_config(tmp_path, stage, accumulation_steps=2)
+def interrupt_at(last_step, write):
+    def interrupted(self, step, metrics):
+        write(self, step, metrics)
+        if step == last_step:
+            raise KeyboardInterrupt
+
+    return interrupted
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("distill", {"ema_decay": 0.0, "optimizer.clip_norm": 0.0}),
+        ("finetune", {"optimizer.name": "muon", "accumulation_steps": 2}),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stage, changes):
+    config = digits_config(tmp_path, stage, **changes)
     whole = train(config, tmp_path / "whole")
 
-    # Stopped in the middle: the run dies when it asks for its fifth batch, after the checkpoint of step 3.
+    # Interrupted after its fourth step; the newest checkpoint is that of the third.
     stopped = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        import rehyat_jax.train
-
-        batches = rehyat_jax.train.batches
-        patch.setattr(rehyat_jax.train, "batches", lambda *a, **k: DyingIterator(batches(*a, **k), after=4))
+        patch.setattr(MetricWriter, "write", interrupt_at(4, MetricWriter.write))
         train(config, stopped)
     resumed = train(config, stopped)
 
@@ -381,21 +391,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stage):
     assert logs[0] == logs[1]
     assert list((stopped / "tensorboard").iterdir())
 
-
-class DyingIterator:
-    """A data iterator that is killed after some batches; everything else is the real one."""
-
-    def __init__(self, iterator, after):
-        self._iterator, self._left = iterator, after
-
-    def __next__(self):
-        if not self._left:
-            raise KeyboardInterrupt
-        self._left -= 1
-        return next(self._iterator)
-
-    def __getattr__(self, name):
-        return getattr(self._iterator, name)
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(InputError, match=r"config\.optimizer\.learning_rate was 1e-05, is 0\.5"):
+        train(config, stopped)
 
 
 def test_distillation_changes_the_feature_maps_alone(tmp_path):
@@ -405,15 +403,23 @@ def test_distillation_changes_the_feature_maps_alone(tmp_path):
         load_params(train(config, tmp_path / "run")),
     )
     assert student_wan.hybrid_blocks == "all" and metadata["codec"] == "space_to_depth"
-    maps = student.pop("feature_maps")
+    del student["feature_maps"]
     jax.tree.map(np.testing.assert_array_equal, student, teacher)
-    assert float(np.ptp(maps["query"]["log_scale"])) > 0
+
+
+def test_distillation_lowers_every_block_s_error(tmp_path):
+    config = digits_config(tmp_path, "distill", steps=40, **{"optimizer.learning_rate": 1e-2})
+    train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    errors = np.array([line["relative_error"] for line in lines])
+    assert (errors[-10:].mean(0) < 0.9 * errors[0]).all()
 
 
 def test_finetuning_may_keep_some_of_the_distilled_blocks(tmp_path):
     config = digits_config(tmp_path, "distill")
     _, distilled, _ = load_params(distilled_path := train(config, tmp_path / "distill"))
     finetuning = digits_config(tmp_path, "finetune", init_from=str(distilled_path))
+    finetuning.hybrid = config.hybrid
     finetuning.hybrid.blocks = (1,)
     model = initial_model(finetuning)
     assert model.config.hybrid_blocks == (1,) and not model.fresh_feature_maps
@@ -423,6 +429,15 @@ def test_finetuning_may_keep_some_of_the_distilled_blocks(tmp_path):
     finetuning.hybrid.chunk_frames = 3
     with pytest.raises(InputError, match="chunk_frames=3"):
         initial_model(finetuning)
+
+
+def test_data_that_the_model_cannot_take_is_named(tmp_path):
+    config = WAN_PRESETS["tiny"].replace(num_layers=1, ffn_dim=8, num_heads=1, head_dim=12, text_dim=48)
+    params = tiny_model(config)[1]
+    save_model(tmp_path / "other", config, params, codec="wan_vae", text_encoder="umt5")
+    finetuning = tiny_config("finetune", init_from=str(tmp_path / "other"))
+    with pytest.raises(InputError, match=r"text width 64, but the model expects 48.*umt5"):
+        train(finetuning, tmp_path / "run")
 
 
 def test_pretraining_from_scratch_lowers_the_loss(tmp_path):
@@ -455,13 +470,21 @@ def test_pretraining_from_scratch_lowers_the_loss(tmp_path):
         (["--config.timestep_sampling=often"], ["timestep_sampling", "often"]),
         (["--config.dtype=float31"], ["dtype", "float31"]),
         (["--config.hybrid.blocks=(0,9)"], ["hybrid_blocks", "9"]),
+        (
+            ["--config.stage=finetune", "--config.hybrid.blocks=()", "--config.hybrid.chunk_frames=5"],
+            ["blocks is unset"],
+        ),
+        (["--config.attention_implementation=flash"], ["attention_implementation", "flash", "scan"]),
+        (["--config.seed=-1"], ["seed", "-1"]),
+        (["--config.ema_decay=1.0"], ["ema_decay"]),
+        (["--config.data.source=latent_files"], ["data.path"]),
         (["stray"], ["stray"]),
     ],
 )
 def test_wrong_configuration_is_named_and_exits_with_2(tmp_path, capsys, arguments, words):
     file = tmp_path / "config.py"
     file.write_text(
-        "from rehyat_jax.training.config import default_config\n"
+        "from rehyat_jax.training.config import check_config, default_config\n"
         "def get_config():\n"
         "    config = default_config()\n"
         "    config.stage, config.steps, config.dtype = 'distill', 200, 'float32'\n"
@@ -474,6 +497,23 @@ def test_wrong_configuration_is_named_and_exits_with_2(tmp_path, capsys, argumen
     assert error.startswith("error: ") and "Traceback" not in error
     for word in words:
         assert word in error
+
+
+def test_fields_on_the_command_line_reach_the_configuration():
+    arguments = ["train", "--config=configs/demo_distill.py", "--workdir=somewhere"]
+    config, workdir = parse_arguments(
+        [*arguments, "--config.optimizer.learning_rate=0.5", "--config.hybrid.blocks=(0,2)"]
+    )
+    assert config.optimizer.learning_rate == 0.5 and tuple(config.hybrid.blocks) == (0, 2)
+    assert config.steps == 300 and workdir == Path("somewhere")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+def test_shipped_configurations_can_be_run(path):
+    config, _ = parse_arguments(["train", f"--config={path}", "--workdir=somewhere"])
+    check_config(config)
+    hybrid_config(config)
+    assert "python -m rehyat_jax.train --config configs/" + path.name in path.read_text()
 
 
 def test_missing_flags_are_named(capsys):

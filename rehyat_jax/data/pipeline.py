@@ -48,7 +48,8 @@ def batches(
     examples = grain.MapDataset.source(source).shuffle(seed=seed).repeat()[process_index::process_count]
     # Grain's default buffer of 500 elements counts examples; here an element is a whole batch.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    dataset = examples.batch(batch_size).to_iter_dataset(ahead)
+    # Nothing remains in an endless data set; without the flag, its length overflows at batch size 1.
+    dataset = examples.batch(batch_size, drop_remainder=True).to_iter_dataset(ahead)
     if workers:
         # Grain reads absl's flags, which are an error to read in a program that never parses them.
         if not flags.FLAGS.is_parsed():

@@ -15,12 +15,11 @@ class RunCheckpoints:
 
     Args:
       workdir: directory of the run.
-      every: steps between saves.
       keep: newest checkpoints to keep.
     """
 
-    def __init__(self, workdir: Path, *, every: int, keep: int):
-        options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep)
+    def __init__(self, workdir: Path, *, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     @property
@@ -41,13 +40,10 @@ class RunCheckpoints:
         )
         return self._manager.restore(self.latest_step, args=args).state
 
-    def save(self, state: State, data: Any, *, force: bool = False) -> None:
-        """Starts a save if one is due at this step (or `force`); returns before it is on disk."""
-        step = int(state["step"])
-        if step == self.latest_step:
-            return
+    def save(self, step: int, state: State, data: Any) -> None:
+        """Starts to save what is there after `step` updates; returns before it is on disk."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
-        self._manager.save(step, args=args, force=force)
+        self._manager.save(step, args=args)
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -1,14 +1,17 @@
 """Every field of a training configuration, with its default: the one home of what can be set."""
 
+import dataclasses
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
+from rehyat_jax.attention.api import IMPLEMENTATIONS
 from rehyat_jax.errors import InputError
 from rehyat_jax.files import written_whole
-from rehyat_jax.models.wan.config import WAN_PRESETS
+from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
 
 CHOICES = {
@@ -20,6 +23,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "muon"),
     "optimizer.decay": ("cosine", "linear", "constant"),
     "timestep_sampling": ("logit_normal", "uniform"),
+    "attention_implementation": ("", *IMPLEMENTATIONS),
 }
 """The values that fields with names for values can take."""
 
@@ -39,20 +43,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.seed = 0
 
     # Which blocks become hybrid ("all" or indices) and how. Unset, the model stays as it was loaded; of a hybrid model
-    # some of its hybrid blocks may be chosen, and the others are softmax again.
-    config.hybrid = ml_collections.ConfigDict()
+    # some of its hybrid blocks may be chosen, and the others are softmax again. `HybridConfig` explains the fields.
+    config.hybrid = ml_collections.ConfigDict(dataclasses.asdict(HybridConfig()))
     config.hybrid.blocks = ml_collections.config_dict.placeholder(object)
-    config.hybrid.chunk_frames = 3
-    config.hybrid.overlap_frames = 1
-    config.hybrid.causal = True
-    config.hybrid.stabilizer = "row_max"
-    config.hybrid.feature_map = ml_collections.ConfigDict()
-    config.hybrid.feature_map.features = 256
-    config.hybrid.feature_map.num_layers = 2
-    config.hybrid.feature_map.degree = 2
-    config.hybrid.feature_map.hidden_activation = "gelu"
-    config.hybrid.feature_map.output_activation = "relu"
-    config.hybrid.feature_map.input = "rotated"
 
     config.data = ml_collections.ConfigDict()
     # "digits", or "latent_files" for a folder of encoded examples at `path`.
@@ -79,7 +72,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0  # global gradient norm; 0 does not clip
 
-    config.ema_decay = 0.999  # 0 keeps no average
+    config.ema_decay = 0.99  # 0 keeps no average
     config.flow_shift = 5.0
     config.timestep_sampling = "logit_normal"  # or "uniform"
     config.caption_dropout = 0.1
@@ -102,9 +95,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for path in ("steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
         if _lookup(config, path) < 1:
             raise InputError(f"config.{path} must be at least 1, found {_lookup(config, path)}")
-    for path, highest in (("ema_decay", 1), ("caption_dropout", 1)):
-        if not 0 <= _lookup(config, path) <= highest:
-            raise InputError(f"config.{path} must be between 0 and {highest}, found {_lookup(config, path)}")
+    if not 0 <= config.ema_decay < 1:
+        raise InputError(f"config.ema_decay must be at least 0 and below 1, found {config.ema_decay}")
+    if not 0 <= config.caption_dropout <= 1:
+        raise InputError(f"config.caption_dropout must be between 0 and 1, found {config.caption_dropout}")
+    if not 0 <= config.seed < 2**31:
+        raise InputError(f"config.seed must be between 0 and 2**31 - 1, found {config.seed}")
     if config.flow_shift <= 0:
         raise InputError(f"config.flow_shift must be positive, found {config.flow_shift}")
     if config.batch_size % config.accumulation_steps:
@@ -137,6 +133,35 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
     config = default_config()
     config.update(json.loads(path.read_text()))
     return config
+
+
+FREE_TO_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "attention_implementation")
+"""What may differ when a run is continued; anything else would make it another run."""
+
+
+def check_continuation(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Raises InputError, naming the fields, if `workdir` holds a run of another configuration."""
+    flat = lambda c: {name: _plain(value) for name, value in _flatten(c).items() if name not in FREE_TO_CHANGE}
+    started, now = flat(load_config(workdir)), flat(config)
+    different = [f"config.{name} was {started[name]!r}, is {now[name]!r}" for name in now if started[name] != now[name]]
+    if different:
+        raise InputError(
+            f"{workdir}: holds a run with another configuration: {'; '.join(different)}; continue it with the same "
+            f"command, or start over in another workdir"
+        )
+
+
+def _flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        nested = isinstance(value, ml_collections.ConfigDict)
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON, which has no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _lookup(config: ml_collections.ConfigDict, path: str):

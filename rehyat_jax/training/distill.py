@@ -16,12 +16,15 @@ from flax import nnx
 from rehyat_jax.attention import softmax_attention
 from rehyat_jax.attention.calibration import linear_mass_log_scale
 from rehyat_jax.models.wan.modeling import AttentionInputs, WanTransformer
+from rehyat_jax.training.keys import calibration_key
 from rehyat_jax.training.noising import NoisyBatch, noise_batch
 from rehyat_jax.training.step import Batch, Context, GradFn, Metrics
 
 
 def hybrid_rows(model: WanTransformer, stacked: Any) -> Any:
     """Rows of the hybrid blocks from a tree stacked over all layers."""
+    if len(model.config.hybrid_block_indices) == model.config.num_layers:
+        return stacked
     return jax.tree.map(lambda leaf: leaf[jnp.array(model.config.hybrid_block_indices)], stacked)
 
 
@@ -103,7 +106,7 @@ def calibrated(
     """
 
     @jax.jit
-    def correction(params: dict[str, Any], batch: Batch) -> jax.Array:
+    def correction(params: dict[str, Any], batch: Batch, null_text: jax.Array) -> jax.Array:
         model = nnx.merge(model_def, params)
         form = model.config.hybrid
 
@@ -119,9 +122,9 @@ def calibrated(
                 stabilizer=form.stabilizer,
             )
 
-        key = jax.random.key(config.seed)
-        return teacher_scan(model, noise_batch(batch, null_text, key, config), log_scale)
+        noisy = noise_batch(batch, null_text, calibration_key(config.seed), config)
+        return teacher_scan(model, noisy, log_scale)
 
-    half = correction(params, batch) / 2
+    half = correction(params, batch, null_text) / 2
     maps = {name: {**tree, "log_scale": tree["log_scale"] + half} for name, tree in params["feature_maps"].items()}
     return {**params, "feature_maps": maps}

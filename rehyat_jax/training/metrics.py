@@ -40,8 +40,14 @@ class MetricWriter:
         self._bar.update()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs scalars and vectors (one TensorBoard curve per entry) of one step."""
+        """Logs scalars and vectors (one TensorBoard curve per entry) of one step.
+
+        Raises:
+          FloatingPointError: the loss is not finite; better to stop than to save what comes of it.
+        """
         values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+        if not np.isfinite(values["loss"]):
+            raise FloatingPointError(f"the loss of step {step} is {values['loss']}; lower the learning rate")
         self._file.write(json.dumps({"step": step, **{name: value.tolist() for name, value in values.items()}}) + "\n")
         self._file.flush()
         for name, value in values.items():

@@ -14,6 +14,7 @@ from rehyat_jax.data.pipeline import Source, batches
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
+from rehyat_jax.training.keys import initialisation_key
 from rehyat_jax.weights import load_params
 
 
@@ -38,6 +39,8 @@ class InitialModel(NamedTuple):
 
 def make_source(config: ml_collections.ConfigDict) -> Source:
     """The configured training examples. Raises InputError if they cannot be read."""
+    if config.data.source == "latent_files" and not config.data.path:
+        raise InputError('config.data.path is empty; source "latent_files" reads a folder of encoded videos: give it')
     if config.data.source == "digits":
         return DigitVideos(split="train", seed=config.seed)
     return LatentFiles(config.data.path)
@@ -59,10 +62,14 @@ def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanC
     Raises:
       InputError: there are no such blocks; or the loaded model is hybrid already, in another form or in other blocks.
     """
-    blocks = config.hybrid.blocks
+    blocks, hybrid = config.hybrid.blocks, hybrid_config(config)
     if not blocks:
+        if hybrid not in (HybridConfig(), loaded.hybrid):
+            raise InputError(
+                f"config.hybrid asks for {hybrid}, but config.hybrid.blocks is unset, which keeps the attention of "
+                f"{config.init_from or config.preset}; set config.hybrid.blocks, or leave all of config.hybrid alone"
+            )
         return loaded
-    hybrid = hybrid_config(config)
     try:
         wanted = loaded.replace(hybrid_blocks=blocks, hybrid=hybrid)
     except (ValueError, TypeError) as error:
@@ -87,7 +94,7 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
     Raises:
       InputError: the checkpoint cannot be read, or does not fit the configuration.
     """
-    key = jax.random.key(config.seed)
+    key = initialisation_key(config.seed)
     if config.stage == "pretrain":
         loaded, params, codec, text_encoder = WAN_PRESETS[config.preset], None, "wan_vae", "umt5"
         if config.data.source == "digits":
@@ -98,18 +105,18 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
     wan = student_config(loaded, config)
-    build = lambda rngs: WanTransformer(
-        wan,
+    build = lambda architecture, rngs: WanTransformer(
+        architecture,
         rngs=rngs,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         attention_implementation=config.attention_implementation or None,
     )
-    model_def = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    model_def = nnx.graphdef(nnx.eval_shape(lambda: build(wan, nnx.Rngs(0))))
     if params is None:
-        params = nnx.to_pure_dict(jax.jit(lambda: nnx.state(build(nnx.Rngs(params=key))))())
-    fresh_feature_maps = bool(wan.hybrid_blocks) and "feature_maps" not in params
-    if "feature_maps" in params:
+        params = nnx.to_pure_dict(jax.jit(lambda: nnx.state(build(loaded, nnx.Rngs(params=key))))())
+    fresh_feature_maps = bool(wan.hybrid_blocks) and not loaded.hybrid_blocks
+    if loaded.hybrid_blocks:
         kept = jnp.array([loaded.hybrid_block_indices.index(block) for block in wan.hybrid_block_indices])
         params = {**params, "feature_maps": jax.tree.map(lambda leaf: leaf[kept], params["feature_maps"])}
     elif fresh_feature_maps:
@@ -120,6 +127,27 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
     return InitialModel(model_def, wan, params, fresh_feature_maps, codec, text_encoder)
 
 
+def check_data(source: Source, model: InitialModel) -> None:
+    """Raises InputError, naming the axis, if the model cannot take the source's examples."""
+    example, config = source[0], model.config
+    found = {"latent channels": example["latents"].shape[-1], "text width": example["text"].shape[-1]}
+    expected = {"latent channels": config.in_channels, "text width": config.text_dim}
+    for axis in expected:
+        if found[axis] != expected[axis]:
+            raise InputError(
+                f"the training examples have {axis} {found[axis]}, but the model expects {expected[axis]}; encode them "
+                f"with the model's codec {model.codec!r} and text encoder {model.text_encoder!r}"
+            )
+    if example["text"].shape[0] > config.text_length:
+        raise InputError(
+            f"the training examples have {example['text'].shape[0]} text tokens, but the model takes at most "
+            f"{config.text_length}; cut them"
+        )
+
+
 def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """One batch to scale fresh feature maps by, drawn apart from the run's own batches."""
-    return next(batches(source, batch_size=config.batch_size, seed=config.seed + 1))
+    """As many examples as go through the model at once, drawn apart from the run's own batches."""
+    data = batches(source, batch_size=config.batch_size // config.accumulation_steps, seed=config.seed + 1)
+    batch = next(data)
+    data.close()
+    return batch

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rehyat_jax.training.keys import step_key
+
 Params = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -57,14 +59,12 @@ def make_step(
 ) -> Callable[[State, Context, Batch], tuple[State, Metrics]]:
     """(state, context, batch) -> (state, metrics).
 
-    The random key of step n is fold_in(key(seed), n): a run is a function of its configuration, seed and data, however
-    often it is stopped and resumed.
+    A run is a function of its configuration, seed and data, however often it is stopped and resumed.
     """
     grad_fn = accumulate(grad_fn, accumulation_steps)
 
     def step(state: State, context: Context, batch: Batch) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        metrics, grads = grad_fn(state["params"], context, batch, key)
+        metrics, grads = grad_fn(state["params"], context, batch, step_key(seed, state["step"]))
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optax.incremental_update(params, state["ema"], 1 - ema_decay) if state["ema"] else state["ema"]

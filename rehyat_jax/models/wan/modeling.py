@@ -122,7 +122,9 @@ class WanBlock(nnx.Module):
         self.modulation = nnx.Param(jnp.zeros((6, config.width)))
         self.self_attention = Attention(config, dtype=dtype, rngs=rngs)
         self.cross_attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.cross_attention_norm = nnx.LayerNorm(config.width, epsilon=config.eps, dtype=jnp.float32, rngs=rngs)
+        self.cross_attention_norm = nnx.LayerNorm(
+            config.width, epsilon=config.eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+        )
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
         self.eps = config.eps
 
