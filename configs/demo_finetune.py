@@ -10,7 +10,7 @@ def get_config():
     config = default_config()
     config.stage = "finetune"
     config.init_from = "runs/demo/distill/model"
-    config.steps = 330
+    config.steps = 480
     config.batch_size = 16
     config.dtype = "float32"
     config.optimizer.name = "muon"
