@@ -24,7 +24,7 @@ from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.checkpoints import RunCheckpoints
 from rehyat_jax.training.config import check_config, check_continuation, save_config
 from rehyat_jax.training.metrics import MetricWriter
-from rehyat_jax.training.optimizer import make_optimizer
+from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, make_source
 from rehyat_jax.training.step import init_state, make_step
 from rehyat_jax.weights import save_model
@@ -70,6 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
 
     # ---------------------------------------------------------------------------------------------------------- step
     optimizer = make_optimizer(config)
+    schedule = learning_rate_schedule(config.optimizer.learning_rate, config)
     step = make_step(
         grad_fn,
         optimizer,
@@ -95,7 +96,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
             state, metrics = step(state, context, next(data))
             writer.advance()
             if number % config.log_every == 0 or number in (1, config.steps):
-                writer.write(number, metrics)
+                writer.write(number, {**metrics, "learning_rate": schedule(number - 1)})
             if number % config.checkpoint_every == 0 or number == config.steps:
                 checkpoints.save(number, state, data)
     finally:

@@ -167,7 +167,11 @@ def test_distillation_gradients_are_those_of_each_block_on_the_teacher_s_inputs(
         # Sums of float32 terms with signs (L1): relative to the largest entry.
         check = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()))
         jax.tree.map(check, found, expected)
-    assert metrics["relative_error"].shape == (2,)
+        block_loss = loss(maps, captured[block])
+        # A mean of a few hundred float32 terms.
+        np.testing.assert_allclose(metrics["block_loss"][row], block_loss, rtol=1e-4)
+        target = jnp.abs(softmax_attention(captured[block].query, captured[block].key, captured[block].value)).mean()
+        np.testing.assert_allclose(metrics["relative_error"][row], block_loss / target, rtol=1e-4)
 
 
 def count_score_products(jaxpr, shapes):
@@ -317,6 +321,16 @@ def test_schedule_warms_up_and_decays_to_zero():
     rates = [float(schedule(step)) for step in range(11)]
     assert 0 < rates[0] < rates[1] < rates[2] < rates[3] == 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True) and rates[10] == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_shrinks_kernels_alone(name):
+    _, params = tiny_model(TINY.replace(hybrid_blocks=(1,)))
+    config = tiny_config("finetune", **{"optimizer.name": name, "optimizer.weight_decay": 0.1})
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert bool(jnp.any(update != 0)) == (path[-1].key == "kernel"), path
 
 
 def test_muon_takes_the_blocks_matrices_and_adam_the_rest():

@@ -65,8 +65,8 @@ def make_grad_fn(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> 
 
     Returns:
       A function of (feature maps, context, batch, key); context["frozen"] is the teacher, the transformer's parameters
-      without "feature_maps". Metrics: "loss" (mean over blocks of the mean absolute error),
-      "relative_error" [K] (mean |y - y_hat| / mean |y| of every hybrid block).
+      without "feature_maps". Metrics: "loss" (mean over blocks), "block_loss" [K]
+      (mean |y - y_hat| of every hybrid block) and "relative_error" [K] (the same over mean |y|).
     """
 
     def grad_fn(feature_maps: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[Metrics, Any]:
@@ -82,7 +82,11 @@ def make_grad_fn(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> 
             return {"loss": loss, "target": jnp.abs(target.astype(jnp.float32)).mean(), "grads": grads}
 
         blocks = teacher_scan(model, noisy, block_loss_and_grads)
-        metrics = {"loss": blocks["loss"].mean(), "relative_error": blocks["loss"] / blocks["target"]}
+        metrics = {
+            "loss": blocks["loss"].mean(),
+            "block_loss": blocks["loss"],
+            "relative_error": blocks["loss"] / blocks["target"],
+        }
         return metrics, nnx.to_pure_dict(blocks["grads"])
 
     return grad_fn

@@ -31,6 +31,11 @@ def muon_dimension_numbers(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(mark, params)
 
 
+def decayed(params: Any) -> Any:
+    """Marks what weight decay shrinks: kernels. Norms, biases, modulation and scales have no reason to be small."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """The configured optimizer with gradient clipping."""
     options = config.optimizer
@@ -39,11 +44,12 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         optimizer = optax.contrib.muon(
             learning_rate_schedule(options.muon_learning_rate, config),
             weight_decay=options.weight_decay,
+            weight_decay_mask=decayed,
             adam_weight_decay=options.weight_decay,
             adam_learning_rate=schedule,
             muon_weight_dimension_numbers=muon_dimension_numbers,
         )
     else:
-        optimizer = optax.adamw(schedule, weight_decay=options.weight_decay)
+        optimizer = optax.adamw(schedule, weight_decay=options.weight_decay, mask=decayed)
     clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)

@@ -68,7 +68,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optax.incremental_update(params, state["ema"], 1 - ema_decay) if state["ema"] else state["ema"]
-        metrics |= {"gradient_norm": optax.global_norm(grads)}
+        metrics |= {"gradient_norm": optax.tree.norm(grads)}
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state, "ema": ema}, metrics
 
     return step
