@@ -32,20 +32,18 @@ def muon_dimension_numbers(params: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-    """Marks what weight decay shrinks: kernels. Norms, biases, modulation and scales have no reason to be small."""
+    """Marks what AdamW's weight decay shrinks: kernels. Norms, biases, modulation and scales have no reason to be small."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The configured optimizer with gradient clipping."""
+    """The configured optimizer with gradient clipping. Weight decay is for AdamW's kernels or Muon's matrices alone."""
     options = config.optimizer
     schedule = learning_rate_schedule(options.learning_rate, config)
     if options.name == "muon":
         optimizer = optax.contrib.muon(
             learning_rate_schedule(options.muon_learning_rate, config),
             weight_decay=options.weight_decay,
-            weight_decay_mask=decayed,
-            adam_weight_decay=options.weight_decay,
             adam_learning_rate=schedule,
             muon_weight_dimension_numbers=muon_dimension_numbers,
         )
