@@ -32,7 +32,7 @@ def muon_dimension_numbers(params: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-    """Marks what AdamW's weight decay shrinks: kernels. Norms, biases, modulation and scales have no reason to be small."""
+    """Marks what AdamW's decay shrinks: kernels. Norms, biases, modulation and scales have no reason to be small."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
