@@ -10,7 +10,8 @@ from oracles import random_wan, save_wan
 from safetensors.torch import save_file
 
 import rehyat_jax
-from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.models.wan.config import WAN_PRESETS
+from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.weights import load_params
 
 # Upstream's sinusoids of the timestep are float32: at t = 737 an angle is good to 3e-5, and unit outputs follow.
@@ -115,8 +116,6 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_own(oracle):
 
 def test_jaxpr_does_not_grow_with_depth():
     """A scan's body is traced once, so the program, and with it the compile time, is the same for 3 and 30 layers."""
-    from rehyat_jax.models.wan.config import WAN_PRESETS
-    from rehyat_jax.models.wan.modeling import WanTransformer
 
     def program_size(num_layers):
         # A mixture of softmax and hybrid blocks: the choice is made inside the body too.
@@ -143,3 +142,9 @@ def test_wrong_inputs_are_named(oracle, shape, field):
     model = rehyat_jax.load_wan(oracle[1])
     with pytest.raises(ValueError, match=field):
         model(*(np.zeros(s, np.float32) for s in shape))
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("t2v-1.3B", 1_418_996_800), ("t2v-14B", 14_288_491_584)])
+def test_presets_have_the_published_sizes(preset, parameters):
+    model = nnx.eval_shape(lambda: WanTransformer(WAN_PRESETS[preset], rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == parameters
