@@ -2,8 +2,8 @@
 
 python -m rehyat_jax.train --config configs/demo_finetune.py --workdir runs/demo/finetune
 
-Hardware: two CPU cores; 0.75 seconds a step (measured), memory as for the teacher. Expect samples that show the asked-for digit in
-97% of all frames, where the teacher's do in 99%.
+Hardware: two CPU cores; 0.75 seconds a step (measured), memory as for the teacher. Expect samples that show the
+asked-for digit in 97% of all frames, where the teacher's do in 99%.
 """
 
 from rehyat_jax.training.config import default_config

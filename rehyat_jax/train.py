@@ -133,9 +133,17 @@ def parse_arguments(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
         for flag in (config_flag, workdir_flag):
             if flag.value is None:
                 raise InputError(f"--{flag.name} is required: python -m rehyat_jax.train --config FILE --workdir DIR")
-    except (flags.Error, AttributeError, TypeError, OSError) as error:
-        raise InputError(f"{error}".replace("\\'", "'").replace("\n", " ")) from error
-    return config_flag.value, Path(workdir_flag.value)
+        config = config_flag.value
+        config.keys()  # a file that failed to load says so only when it is used
+    except AttributeError as error:
+        # ml_collections names the closest field, in an exception within an exception.
+        reason = error.args[0]
+        while isinstance(reason, Exception):
+            reason = reason.args[0]
+        raise InputError(f"unknown field of the configuration: {reason}".replace("\n", " ")) from error
+    except (flags.Error, TypeError, OSError) as error:
+        raise InputError(str(error)) from error
+    return config, Path(workdir_flag.value)
 
 
 def main(argv: list[str] | None = None) -> int:

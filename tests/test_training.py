@@ -514,6 +514,11 @@ def test_wrong_configuration_is_named_and_exits_with_2(tmp_path, capsys, argumen
         assert word in error
 
 
+def test_missing_configuration_file_is_named(tmp_path, capsys):
+    assert main(["--config=configs/nope.py", f"--workdir={tmp_path}"]) == 2
+    assert "configs/nope.py" in capsys.readouterr().err
+
+
 def test_fields_on_the_command_line_reach_the_configuration():
     arguments = ["train", "--config=configs/demo_distill.py", "--workdir=somewhere"]
     config, workdir = parse_arguments(
