@@ -94,9 +94,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     try:
         for number in range(first_step + 1, config.steps + 1):
             state, metrics = step(state, context, next(data))
-            writer.advance()
+            writer.advance(metrics)
             if number % config.log_every == 0 or number in (1, config.steps):
-                writer.write(number, {**metrics, "learning_rate": schedule(number - 1)})
+                writer.write(number, learning_rate=schedule(number - 1))
             if number % config.checkpoint_every == 0 or number == config.steps:
                 checkpoints.save(number, state, data)
     finally:

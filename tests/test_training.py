@@ -354,6 +354,22 @@ def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
     assert 1 <= adam.mean() / config.optimizer.learning_rate < 2
 
 
+def test_logged_metrics_are_means_since_the_last_log_and_a_diverged_loss_stops_the_run(tmp_path):
+    writer = MetricWriter(tmp_path, first_step=0, steps=5, description="test")
+    for step, loss in ((1, 1.0), (2, 3.0), (3, 7.0)):
+        writer.advance({"loss": jnp.array(loss), "block_loss": jnp.array([loss, 0.0])})
+        if step != 1:
+            writer.write(step, learning_rate=0.5)
+    writer.advance({"loss": jnp.array(jnp.nan), "block_loss": jnp.zeros(2)})
+    with pytest.raises(FloatingPointError, match="step 4 is nan"):
+        writer.write(4)
+    writer.close()
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == [
+        {"step": 2, "loss": 2.0, "block_loss": [2.0, 0.0], "learning_rate": 0.5},
+        {"step": 3, "loss": 7.0, "block_loss": [7.0, 0.0], "learning_rate": 0.5},
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -374,8 +390,8 @@ def digits_config(tmp_path, stage, **changes):
 
 
 def interrupt_at(last_step, write):
-    def interrupted(self, step, metrics):
-        write(self, step, metrics)
+    def interrupted(self, step, **more):
+        write(self, step, **more)
         if step == last_step:
             raise KeyboardInterrupt
 
@@ -405,6 +421,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stage, changes):
     assert [entry["step"] for entry in logs[1]] == list(range(1, 7))
     assert logs[0] == logs[1]
     assert list((stopped / "tensorboard").iterdir())
+
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # as a kill leaves it
+    train(config, stopped)
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 6
 
     config.optimizer.learning_rate = 0.5
     with pytest.raises(InputError, match=r"config\.optimizer\.learning_rate was 1e-05, is 0\.5"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from rehyat_jax.files import written_whole
 
 
 class MetricWriter:
-    """Writes the metrics of logged steps to the terminal, `metrics.jsonl` and TensorBoard's event files.
+    """Writes a run's metrics, as means between logged steps, to the terminal, `metrics.jsonl` and TensorBoard's files.
 
     Args:
       workdir: directory of the run.
@@ -26,28 +27,36 @@ class MetricWriter:
         self._path = workdir / "metrics.jsonl"
         kept = []
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= first_step]
         with written_whole(self._path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
+        self._recent: list[dict[str, jax.Array]] = []
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(
             total=steps, initial=first_step, desc=description, unit="step", dynamic_ncols=True, mininterval=1
         )
 
-    def advance(self) -> None:
-        """Counts one step on the progress bar."""
+    def advance(self, metrics: dict[str, jax.Array]) -> None:
+        """Counts one step on the progress bar and keeps its metrics, on the device, for the next `write`."""
+        self._recent.append(metrics)
         self._bar.update()
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs scalars and vectors (one TensorBoard curve per entry) of one step.
+    def write(self, step: int, **more: Any) -> None:
+        """Logs the means of scalars and vectors (one TensorBoard curve per entry) since the last call.
+
+        Args:
+          step: updates made so far.
+          **more: metrics of this step alone.
 
         Raises:
           FloatingPointError: the loss is not finite; better to stop than to save what comes of it.
         """
-        values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+        means = {name: np.mean([metrics[name] for metrics in self._recent], axis=0) for name in self._recent[0]}
+        self._recent.clear()
+        values = {name: np.asarray(value, np.float64) for name, value in {**means, **more}.items()}
         if not np.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss of step {step} is {values['loss']}; lower the learning rate")
+            raise FloatingPointError(f"the loss up to step {step} is {values['loss']}; lower the learning rate")
         self._file.write(json.dumps({"step": step, **{name: value.tolist() for name, value in values.items()}}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -61,3 +70,11 @@ class MetricWriter:
         self._bar.close()
         self._file.close()
         self._tensorboard.close()
+
+
+def _step(line: str) -> float:
+    """The step that a line of `metrics.jsonl` is about; infinity for half a line, which a killed run may leave."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
