@@ -3,8 +3,8 @@
 python -m rehyat_jax.train --config configs/demo_teacher.py --workdir runs/demo_teacher
 python -m rehyat_jax.convert to-torch --layout diffusers runs/demo_teacher/model assets/demo_teacher
 
-Hardware: two CPU cores; 2 GB of memory, 0.5 seconds a step (0.9 with other work beside it) after 20 seconds of
-compilation (measured). `assets/demo_teacher/README.md` says how good the result is.
+Hardware: two CPU cores; 1.7 GB of memory and 0.9 seconds a step, with other work beside it (measured).
+`assets/demo_teacher/README.md` says how good the result is.
 """
 
 from rehyat_jax.training.config import default_config

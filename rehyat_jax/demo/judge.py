@@ -53,7 +53,7 @@ class Score(NamedTuple):
 class Judge:
     """A support-vector classifier of single frames, trained on scans that no transformer trains on.
 
-    It is itself right about 98.6% of videos of the transformer's 1,297 scans, and about the motion of all: a perfect
+    It is itself right about 97.9% of videos of the transformer's 1,297 scans, and about the motion of all: a perfect
     transformer scores no higher.
     """
 
