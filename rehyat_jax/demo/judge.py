@@ -53,8 +53,8 @@ class Score(NamedTuple):
 class Judge:
     """A support-vector classifier of single frames, trained on scans that no transformer trains on.
 
-    It is itself right about 97.9% of videos of the transformer's 1,297 scans, and about the motion of all: a perfect
-    transformer scores no higher.
+    It is itself right about 97.9% of real videos of the transformer's 1,297 scans, and about the motion of all. Samples
+    may score higher: they are more typical than handwriting is.
     """
 
     def __init__(self, classifier: Any):
