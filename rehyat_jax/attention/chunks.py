@@ -1,0 +1,108 @@
+"""All chunks of a video as a batch: the softmax window and the linear state that each chunk's queries read."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.state import HybridState, LinearState
+
+# attend(query, key, value, num_keys, phi_query, linear, stabilizer=...) -> output; see `attend_chunks`.
+AttendWindow = Callable[..., jax.Array]
+
+
+def attend_chunks(
+    attend: AttendWindow,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: jax.Array,
+    phi_key: jax.Array,
+    geometry: ChunkGeometry,
+    *,
+    causal: bool,
+    stabilizer: str,
+    initial_state: HybridState,
+) -> tuple[jax.Array, HybridState]:
+    """Hybrid attention by any function that attends to windows; arguments else as `hybrid_attention_xla`'s.
+
+    Args:
+      attend: called once with query [batch, chunks, n, heads, head_dim]; key and value [batch, chunks, w, heads,
+        head_dim], of which only the first num_keys [chunks] (int32) of a window are keys and the rest padding;
+        phi_query [batch, chunks, n, heads, features]; and the sums over each chunk's linear keys, a LinearState of
+        [batch, chunks, heads, features(, head_dim)]. Returns what each query reads, in the shape of query.
+
+    Returns: the output and the state after the last chunk (meaningless if that chunk is ragged).
+    """
+    split = lambda tokens: jnp.moveaxis(geometry.split(tokens), 0, 1)
+    leaving = LinearState.of(split(geometry.delay(phi_key)), split(geometry.delay(value)))
+    query, key, value, phi_query, phi_key = map(split, (query, key, value, phi_query, phi_key))
+    overlap_start, chunk = geometry.overlap_start, np.arange(geometry.num_chunks)
+
+    linear = _past_states(initial_state, leaving)
+    if not causal:
+        # Never the total minus the window: that cancels, and a normalizer could come out negative.
+        future = jax.tree.map(lambda sums: _select(chunk > chunk[:, None], sums), LinearState.of(phi_key, value))
+        linear = LinearState.sum(linear, future)
+
+    overlap_tokens = initial_state.overlap_key.shape[1]
+    chunk_tokens = geometry.is_token().sum(axis=1, dtype=np.int32)
+    num_keys = chunk_tokens + overlap_tokens * (initial_state.chunks + chunk > 0).astype(np.int32)
+    output = attend(
+        query,
+        _windows(key, initial_state.overlap_key, overlap_start, chunk_tokens[-1]),
+        _windows(value, initial_state.overlap_value, overlap_start, chunk_tokens[-1]),
+        num_keys,
+        phi_query,
+        linear,
+        stabilizer=stabilizer,
+    )
+    final_state = HybridState(
+        past=LinearState.sum(initial_state.past, initial_state.overlap, jax.tree.map(lambda s: s.sum(axis=1), leaving)),
+        overlap=LinearState.of(phi_key[:, -1, overlap_start:], value[:, -1, overlap_start:]),
+        overlap_key=key[:, -1, overlap_start:],
+        overlap_value=value[:, -1, overlap_start:],
+        chunks=initial_state.chunks + geometry.num_chunks,
+    )
+    return geometry.join(jnp.moveaxis(output, 1, 0)), final_state
+
+
+def _windows(chunks: jax.Array, initial_overlap: jax.Array, overlap_start: int, last_chunk_tokens: int) -> jax.Array:
+    """Each chunk's tokens, then its overlap, then padding: [batch, chunks, n, ...] -> [batch, chunks, w, ...].
+
+    In this order the keys of a window are always its first ones, with no mask: the first chunk of a video has no
+    overlap, and of the last chunk perhaps only `last_chunk_tokens` exist.
+    """
+    overlaps = jnp.concatenate([initial_overlap[:, None], chunks[:, :-1, overlap_start:]], axis=1)
+    windows = jnp.concatenate([chunks, overlaps], axis=2)
+    if last_chunk_tokens == chunks.shape[2]:
+        return windows
+    last = chunks[:, -1:]
+    last = [last[:, :, :last_chunk_tokens], overlaps[:, -1:], last[:, :, last_chunk_tokens:]]
+    return jnp.concatenate([windows[:, :-1], jnp.concatenate(last, axis=2)], axis=1)
+
+
+def _past_states(initial_state: HybridState, leaving: LinearState) -> LinearState:
+    """The sums over all frames before each chunk's window; leaves [batch, chunks, ...].
+
+    `leaving` are the sums over the frames that leave the softmax window when a chunk is done, but for the initial
+    overlap, which leaves with the first chunk.
+    """
+
+    def past(initial_past, initial_overlap, leaving):
+        later = jnp.broadcast_to((initial_past + initial_overlap)[:, None], leaving[:, 1:].shape)
+        chunk = np.arange(leaving.shape[1])
+        return jnp.concatenate([initial_past[:, None], later], axis=1) + _select(chunk < chunk[:, None], leaving)
+
+    return jax.tree.map(past, initial_state.past, initial_state.overlap, leaving)
+
+
+def _select(selection: np.ndarray, chunks: jax.Array) -> jax.Array:
+    """Sums the chunks that the boolean [readers, chunks] selects: [batch, chunks, ...] -> [batch, readers, ...].
+
+    XLA lowers a cumulative sum to a quadratic reduce-window. This small product only adds, hence the full precision.
+    """
+    selection = selection.astype(chunks.dtype)
+    return jnp.einsum("rc,bc...->br...", selection, chunks, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,1 @@
+"""Windows attended to by fused attention kernels on NVIDIA GPUs."""
