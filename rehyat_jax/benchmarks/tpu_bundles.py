@@ -1,0 +1,107 @@
+"""The listing of a compiled TPU kernel: its VLIW bundles, and how often each is issued."""
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+
+from rehyat_jax.errors import InputError
+
+SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
+"""Kinds of instruction slots of a bundle, in libtpu's order. FILL is part of VLOAD, SPILL of VSTORE."""
+
+
+LISTINGS = ("packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization")
+"""libtpu's names for the listing of bundles, and for that of the slots in use."""
+
+DELAY_SLOTS = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 6}
+"""Bundles after a branch that are issued whether it is taken or not, by generation of TPUs."""
+
+
+def generation_of(topology: str) -> str:
+    """The generation of a topology such as "v5e:2x2".
+
+    Raises:
+      InputError: one that is not known here.
+    """
+    generation = topology.split(":")[0]
+    if generation not in DELAY_SLOTS:
+        raise InputError(f"--topology {topology}: expected one that begins with {', '.join(DELAY_SLOTS)}")
+    return generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel.
+
+    Attributes:
+      bundles: the instructions of every bundle, as text.
+      slots: int [bundles, slots], how many of each kind are in use.
+      capacity: int [slots], how many of each kind there are.
+      delay_slots: bundles after a branch that are issued whether it is taken or not.
+    """
+
+    bundles: list[str]
+    slots: np.ndarray
+    capacity: np.ndarray
+    delay_slots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Bundles [start, end), issued `times` times each; `busy` is the share of each kind of slots in use."""
+
+    start: int
+    end: int
+    times: int
+    busy: np.ndarray
+
+    @property
+    def cycles(self) -> int:
+        return (self.end - self.start) * self.times
+
+
+def read_kernel(directory: Path, name: str, generation: str) -> Kernel | None:
+    """Reads what libtpu wrote of the HLO instruction `name` for a generation of TPUs ("v5e", "v5p", "v6e", "tpu7x").
+
+    The listings are those made before idle cycles are folded into delays: one row is one cycle. None if there are none.
+
+    Raises:
+      ValueError: the two listings do not describe the same bundles: libtpu's format has changed.
+    """
+    bundles, slots = (_listing(directory, name, label) for label in LISTINGS)
+    if bundles is None or slots is None:
+        return None
+    bundles = _read_bundles(bundles.read_text())
+    rows = re.findall(r"^[ \t]*\d+" + r"[ \t]+\d+" * (len(SLOTS) - 1) + r"[ \t]*$", slots.read_text(), re.MULTILINE)
+    capacity, *slots = (np.array(row.split(), int) for row in rows)
+    if len(slots) != len(bundles):
+        raise ValueError(f"{name}: found {len(bundles)} bundles, but {len(slots)} rows of slots in use")
+    return Kernel(bundles, np.array(slots), capacity, DELAY_SLOTS[generation])
+
+
+def regions(kernel: Kernel, times: np.ndarray) -> list[Region]:
+    """Neighbouring bundles that are issued equally often, in order; those never issued included."""
+    cuts = [0, *(np.flatnonzero(np.diff(times)) + 1).tolist(), len(times)]
+    return [
+        Region(start, end, int(times[start]), kernel.slots[start:end].mean(axis=0) / kernel.capacity)
+        for start, end in itertools.pairwise(cuts)
+    ]
+
+
+def _listing(directory: Path, name: str, label: str) -> Path | None:
+    pattern = re.compile(rf"\d+-{re.escape(name)}-\d+-{label}\.txt")
+    return max((file for file in directory.iterdir() if pattern.fullmatch(file.name)), default=None)
+
+
+def _read_bundles(text: str) -> list[str]:
+    # Two things are told by comments alone: a load of the core's number, and what a division returns.
+    text = re.sub(r"= sld (\[smem:[^;}]*?)/\*[^*]*\bcore id\b[^*]*\*/", r"= core_id \1", text)
+    text = re.sub(r"= sdivrem\.u32 ([^;}/]*)/\* k(\w+) \*/", r"= sdivrem.\2 \1", text)
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+    found = re.findall(r"^\s*(0|0x[0-9a-f]+)\s*(?:[A-Z]{2})?\s*:\s*>*\s*\{(.*?)\}\s*$", text, re.MULTILINE | re.DOTALL)
+    if [int(address, 16) for address, _ in found] != list(range(len(found))):
+        raise ValueError("the bundles' addresses do not count from 0: libtpu's format has changed")
+    return [instructions for _, instructions in found]

@@ -1,0 +1,99 @@
+"""What `tpu_static` compiles: one attention layer, everything from (q, k, v) to y included, forward and backward.
+
+Every case is called by `tpu_compile` in a process of its own, with JSON-ready keywords, and returns a function and the
+abstract arguments to compile it for.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from rehyat_jax.attention.api import hybrid_attention
+from rehyat_jax.attention.feature_map_config import FeatureMapConfig
+from rehyat_jax.attention.feature_maps import FeatureMap
+
+CHUNK_FRAMES, OVERLAP_FRAMES = 3, 1
+
+SPLASH_DATA = 0x02020202
+"""What splash attention's kernels read of their mask, four blocks a word: 2 is a block without masked scores."""
+
+Case = tuple[Callable, tuple[Any, ...]]
+
+
+def hybrid(
+    heads: int, head_dim: int, frames: int, tokens_per_frame: int, *, implementation: str, direction: str
+) -> Case:
+    """Hybrid attention with feature maps of the default configuration.
+
+    Queries, keys and values come, and y leaves, as the model has them: bfloat16 [1, tokens, heads * head_dim].
+    `direction`: "forward", "backward" (gradients of q, k, v and the feature maps) or "phi_backward" (of the feature
+    maps alone, what distilling one block needs). Backward is the pullback alone: what the forward pass keeps for it is
+    given.
+    """
+    make_map = lambda: FeatureMap(FeatureMapConfig(), heads=heads, head_dim=head_dim, rngs=nnx.Rngs(0))
+    graphdef, weights = nnx.split(nnx.eval_shape(make_map))
+    x = jax.ShapeDtypeStruct((1, frames * tokens_per_frame, heads * head_dim), jnp.bfloat16)
+
+    def layer(weights, *qkv):
+        split = lambda x: x.reshape(*x.shape[:2], heads, head_dim)
+        map_query, map_key = (nnx.merge(graphdef, weight) for weight in weights)
+        y = hybrid_attention(
+            *map(split, qkv),
+            map_query,
+            map_key,
+            tokens_per_frame=tokens_per_frame,
+            chunk_frames=CHUNK_FRAMES,
+            overlap_frames=OVERLAP_FRAMES,
+            implementation=implementation,
+        )
+        return y.reshape(x.shape)
+
+    arguments = ((weights, weights), x, x, x)
+    if direction == "forward":
+        return layer, arguments
+    return _pullback(layer, arguments, differentiated=1 if direction == "phi_backward" else len(arguments), cotangent=x)
+
+
+def full_softmax(
+    heads: int,
+    head_dim: int,
+    frames: int,
+    tokens_per_frame: int,
+    *,
+    direction: str,
+    blocks: dict[str, int],
+    is_fused: bool = False,
+) -> Case:
+    """Full softmax attention by JAX's splash attention kernels with the given block sizes.
+
+    It is given all that it could wish for: queries (scaled), keys and values in its own layout, [heads, tokens,
+    head_dim], padded to whole blocks, and no mask on the padding. `direction`: "forward" or "backward"; `is_fused`: one
+    backward kernel in place of two, which writes partial gradients of the queries for every block of keys.
+    """
+    block = math.lcm(*blocks.values())
+    tokens = -(-frames * tokens_per_frame // block) * block
+    x = jax.ShapeDtypeStruct((heads, tokens, head_dim), jnp.bfloat16)
+    mask = splash.MultiHeadMask([splash.FullMask((tokens, tokens))] * heads)
+    sizes = splash.BlockSizes(**{"block_q": 512, "block_kv": 512} | blocks, use_fused_bwd_kernel=is_fused)
+
+    def attend(q, k, v):
+        return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)(q, k, v)
+
+    if direction == "forward":
+        return attend, (x, x, x)
+    return _pullback(attend, (x, x, x), differentiated=3, cotangent=x)
+
+
+def _pullback(function: Callable, arguments: tuple[Any, ...], *, differentiated: int, cotangent: Any) -> Case:
+    """The backward pass alone, of the first `differentiated` arguments: residuals and cotangent are its arguments."""
+
+    def residuals(*arguments):
+        head, tail = arguments[:differentiated], arguments[differentiated:]
+        return jax.vjp(lambda *head: function(*head, *tail), *head)[1]
+
+    return (lambda pullback, cotangent: pullback(cotangent)), (jax.eval_shape(residuals, *arguments), cotangent)

@@ -1,0 +1,130 @@
+"""Ahead-of-time compilation for a TPU that is not there, with the compiler's own listings kept.
+
+libtpu compiles on any machine. It reads the options that make it write its listings (the VLIW bundles of every kernel)
+once, when it is loaded, so every program is compiled by a process of its own:
+python -m rehyat_jax.benchmarks.tpu_compile MODULE:FUNCTION ARGUMENTS TOPOLOGY DIRECTORY.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rehyat_jax.benchmarks.tpu_bundles import LISTINGS, generation_of
+from rehyat_jax.errors import InputError
+
+
+class DoesNotFitError(Exception):
+    """The compiler found that the program needs more memory (HBM, or VMEM for a kernel) than the chip has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram:
+    """What the compiler left: `hlo` is the optimised module's text; sizes are bytes of HBM on one device."""
+
+    generation: str
+    hlo: str
+    temporary_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    directory: Path
+
+    @property
+    def total_bytes(self) -> int:
+        return self.temporary_bytes + self.argument_bytes + self.output_bytes
+
+
+def check_libtpu() -> None:
+    """Raises InputError if the TPU compiler is missing."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "libtpu: expected the TPU compiler to be installed, found no such package; run `pip install libtpu` "
+            "(no TPU is needed)"
+        )
+
+
+@contextmanager
+def compiled_for_tpu(case: str, arguments: dict, topology: str) -> Iterator[CompiledProgram]:
+    """Compiles one case for one chip of a topology; its listings last as long as the context.
+
+    Args:
+      case: "module:function". The function takes `arguments` as keywords, and returns a function to be jitted and a
+        tuple of its arguments, trees of `jax.ShapeDtypeStruct`.
+      arguments: JSON-ready.
+      topology: as in `jax.experimental.topologies`: "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1" or larger.
+
+    Raises:
+      InputError: libtpu is missing, or the topology is not known to it or here.
+      DoesNotFitError: the program needs more memory than the chip has.
+      RuntimeError: anything else that the compiler says.
+    """
+    check_libtpu()
+    generation = generation_of(topology)
+    with tempfile.TemporaryDirectory(prefix="tpu_compile_") as directory:
+        command = [sys.executable, "-m", __spec__.name, case, json.dumps(arguments), topology, directory]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            # Nothing is run, so compilations need not wait for one another's lock on the chip.
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            # Of the seventy passes of a large kernel all listings would be half a gigabyte.
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
+            f"--xla_jf_dump_llo_pass_label_regex={'|'.join(LISTINGS)}",
+        }
+        child = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if child.returncode:
+            _raise(child.stderr, f"{case} {arguments}", topology)
+        result = Path(directory, "result.json").read_text()
+        yield CompiledProgram(generation, **json.loads(result), directory=Path(directory))
+
+
+def _raise(stderr: str, case: str, topology: str):
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    message = next((line for line in reversed(lines) if "Error" in line or "exceeded" in line), "".join(lines[-1:]))
+    if "RESOURCE_EXHAUSTED" in stderr:
+        raise DoesNotFitError(message)
+    if "get_topology_desc" in stderr:
+        raise InputError(
+            f"--topology {topology}: expected a name that libtpu knows, for example v5e:2x2, v5p:2x2x1, v6e:2x2 or "
+            f"tpu7x:2x2x1; found {message}"
+        )
+    raise RuntimeError(f"{case}: cannot be compiled for {topology}: {message}")
+
+
+def _compile(case: str, arguments: dict, topology: str, directory: Path) -> None:
+    """The child process: compiles, and leaves result.json beside the listings."""
+    module, function = case.split(":")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("chip",))
+    here = NamedSharding(mesh, PartitionSpec())
+    function, abstract = getattr(importlib.import_module(module), function)(**arguments)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    # Without a mesh Pallas asks the default device which TPU it is.
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(*abstract).compile()
+    memory = compiled.memory_analysis()
+    result = {
+        "hlo": compiled.as_text(),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+    }
+    directory.joinpath("result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _compile(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

@@ -1,0 +1,272 @@
+"""Static cycles of one attention layer on TPUs, none needed: python -m rehyat_jax.benchmarks.tpu_static [options].
+
+The layer is compiled for the TPU ahead of time, and costed from the compiler's own listings (docs/static_cycles.md).
+Hybrid attention (3 frames a chunk, 1 of overlap, feature maps included, bfloat16) stands beside full softmax attention
+by JAX's splash kernels. Cycles are issue cycles without stalls: for ratios and for what binds, not for seconds.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rehyat_jax.benchmarks.splash_blocks import SPLASH_BLOCKS, search, splash_arguments
+from rehyat_jax.benchmarks.static_cycles import ProgramCost, StaticProgram
+from rehyat_jax.benchmarks.tpu_bundles import SLOTS, generation_of
+from rehyat_jax.benchmarks.tpu_cases import SPLASH_DATA
+from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError, check_libtpu, compiled_for_tpu
+from rehyat_jax.cli import report_input_errors
+from rehyat_jax.files import written_whole
+from rehyat_jax.models.wan.config import WAN_PRESETS
+
+PRESETS = {name.lower().removeprefix("t2v-"): preset for name, preset in WAN_PRESETS.items()}
+
+DIRECTIONS = ("forward", "backward", "phi_backward")
+
+RUN_TIME_DATA = {"small": 0.0, "large": 1e30}
+"""What is assumed of numbers that decide control flow but exist only when a kernel runs: both are shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compiled: `function` of `tpu_cases`, its keywords, for what, and how the table calls it."""
+
+    topology: str
+    preset: str
+    implementation: str
+    function: str
+    keywords: dict
+
+    @property
+    def frames(self) -> int:
+        return self.keywords["frames"]
+
+    @property
+    def direction(self) -> str:
+        return self.keywords["direction"]
+
+    @property
+    def is_splash(self) -> bool:
+        return self.function == "full_softmax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The cost of a case, and its program: None both where the program does not fit into the chip's memory.
+
+    `run_time_data` is what was assumed of it, where that makes a difference.
+    """
+
+    case: Case
+    cost: ProgramCost | None
+    program: CompiledProgram | None
+    run_time_data: str | None = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    return report_input_errors(lambda: run(parse_arguments(argv)))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Costs all cases and prints a table of them, line by line.
+
+    Raises:
+      InputError: libtpu is missing, or an argument is wrong.
+    """
+    if arguments.search:
+        for topology in arguments.topology:
+            search_blocks(topology, arguments)
+        return
+    check_libtpu()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
+    print(f"{versions}; {arguments.tokens_per_frame} tokens a frame; one chip (tpu7x: one of its two cores)\n")
+    print(
+        "| TPU | preset | frames | direction | implementation | cycles | splash / this | MXU | temporary MiB | formed from |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for group in groups(arguments):
+        results = [result for case in group for result in costs(case)]
+        for result in results:
+            rows.append(row(result, results))
+            print(table_line(rows[-1], result), flush=True)
+            if arguments.details and result.cost is not None:
+                print(f"\n{details(result.cost)}\n", flush=True)
+    print("\n".join(["", *growth(rows)]))
+    if arguments.json:
+        with written_whole(arguments.json) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def groups(arguments: argparse.Namespace) -> Iterator[list[Case]]:
+    """The cases that are compared with one another: one topology, preset and length."""
+    for topology, preset, frames in itertools.product(arguments.topology, arguments.preset, arguments.frames):
+        model = PRESETS[preset]
+        shape = {
+            "heads": model.num_heads,
+            "head_dim": model.head_dim,
+            "frames": frames,
+            "tokens_per_frame": arguments.tokens_per_frame,
+        }
+        blocks = SPLASH_BLOCKS[generation_of(topology)]
+        splash = [(name, splash_arguments(name, blocks)) for name in ("splash", "splash_fused", "splash_unfused")]
+        hybrid = [
+            (name, {"implementation": name, "direction": direction})
+            for name, direction in itertools.product(arguments.implementations, DIRECTIONS)
+        ]
+        yield [Case(topology, preset, name, "full_softmax", shape | keywords) for name, keywords in splash] + [
+            Case(topology, preset, name, "hybrid", shape | keywords) for name, keywords in hybrid
+        ]
+
+
+def costs(case: Case) -> list[Result]:
+    """Compiles a case and costs it; twice, if its control flow depends on numbers that only a run would know."""
+    function = f"rehyat_jax.benchmarks.tpu_cases:{case.function}"
+    try:
+        with compiled_for_tpu(function, case.keywords, case.topology) as compiled:
+            program = StaticProgram(compiled)
+    except DoesNotFitError:
+        return [Result(case, None, None)]
+    if case.is_splash:
+        return [Result(case, program.cost(SPLASH_DATA), compiled)]
+    assumed = {name: program.cost(data) for name, data in RUN_TIME_DATA.items() if program.depends_on_data}
+    if len({cost.cycles for cost in assumed.values()}) < 2:
+        return [Result(case, program.cost(), compiled)]
+    return [Result(case, cost, compiled, name) for name, cost in assumed.items()]
+
+
+def row(result: Result, compared: list[Result]) -> dict:
+    """The result as JSON holds it.
+
+    `ratio_to_splash`: how many times more cycles splash attention takes in the same direction, backward by the faster
+    of its two ways that fit into memory; gradients of the feature maps alone are compared with its backward pass.
+    `mxu_utilization`: matrix unit slots in use in the inner loop of the kernel that has most matrix products.
+    """
+    case, cost = result.case, result.cost
+    passes = "forward" if case.direction == "forward" else "backward"
+    splash = [r.cost.cycles for r in compared if r.cost and r.case.is_splash and r.case.direction == passes]
+    main_kernel = cost and cost.main_kernel
+    return {
+        "topology": case.topology,
+        "preset": case.preset,
+        "frames": case.frames,
+        "direction": case.direction,
+        "implementation": case.implementation,
+        "cycles": cost and cost.cycles,
+        "ratio_to_splash": min(splash) / cost.cycles if cost and splash else None,
+        "mxu_utilization": main_kernel and float(main_kernel.inner_loop.busy[0]),
+        "kernel_cycles": cost and cost.kernel_cycles,
+        "xla_cycles": cost and cost.xla_cycles,
+        "mxu_cycles": cost and round(sum(kernel.mxu_cycles for kernel in cost.kernels)),
+        "temporary_bytes": result.program and result.program.temporary_bytes,
+        "total_bytes": result.program and result.program.total_bytes,
+        "run_time_data": result.run_time_data,
+        "tokens_per_frame": case.keywords["tokens_per_frame"],
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+
+
+def table_line(row: dict, result: Result) -> str:
+    named = " ".join([row["implementation"], *([f"({row['run_time_data']} data)"] if row["run_time_data"] else [])])
+    cells = [row["topology"], row["preset"], row["frames"], row["direction"], named]
+    if result.cost is None:
+        return "| " + " | ".join(map(str, [*cells, "does not fit into memory", "", "", "", ""])) + " |"
+    kernels = [f"{kernel.name} {millions(kernel.cycles)}" for kernel in result.cost.kernels]
+    cells += [
+        millions(row["cycles"]),
+        "" if row["ratio_to_splash"] is None else f"{row['ratio_to_splash']:.2f}",
+        "" if row["mxu_utilization"] is None else f"{row['mxu_utilization']:.0%}",
+        f"{row['temporary_bytes'] / 2**20:,.0f}",
+        " + ".join([*kernels, f"XLA's estimates {millions(row['xla_cycles'])}"]),
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def details(cost: ProgramCost) -> str:
+    """Every part of every kernel, with the share of its slots in use, and XLA's most expensive operations."""
+    lines = []
+    for kernel in cost.kernels:
+        lines.append(
+            f"{kernel.name}: {kernel.calls} x {kernel.cycles // kernel.calls:,} cycles, {len(kernel.times)} bundles"
+        )
+        lines.append(f"{'bundles':>16}{'times':>9}{'cycles':>13}  slots in use, %")
+        for region in kernel.regions:
+            if region.cycles * kernel.calls * 1000 >= cost.cycles:
+                busy = " ".join(
+                    f"{slot} {100 * share:.0f}" for slot, share in zip(SLOTS, region.busy, strict=True) if share > 0.005
+                )
+                lines.append(f"{region.start:#8x}{region.end:#8x}{region.times:9,}{region.cycles:13,}  {busy}")
+    for operation in sorted(cost.xla, key=lambda x: x.estimated_cycles * x.executions, reverse=True)[:12]:
+        lines.append(
+            f"XLA {operation.executions} x {operation.estimated_cycles:,} cycles: {operation.kind} {operation.name} "
+            f"({operation.source})"
+        )
+    return "\n".join(lines)
+
+
+def growth(rows: list[dict]) -> Iterator[str]:
+    """With how many frames to which power cycles and memory grow, between the smallest and the largest number."""
+    series: dict[tuple, list[dict]] = {}
+    for row in rows:
+        keys = ("topology", "preset", "direction", "implementation", "run_time_data")
+        series.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for name, members in series.items():
+        fitting = sorted((row for row in members if row["cycles"]), key=lambda row: row["frames"])
+        if len(fitting) > 1 and fitting[0]["frames"] < fitting[-1]["frames"]:
+            first, last = fitting[0], fitting[-1]
+            exponents = {
+                key: math.log(last[key] / first[key]) / math.log(last["frames"] / first["frames"])
+                for key in ("cycles", "total_bytes")
+            }
+            told = ", ".join(f"{key.replace('_', ' ')} as frames^{exponent:.2f}" for key, exponent in exponents.items())
+            yield f"{' '.join(filter(None, name))}, {first['frames']} to {last['frames']} frames: {told}"
+
+
+def search_blocks(topology: str, arguments: argparse.Namespace) -> None:
+    """Searches splash attention's block sizes at the first of the asked presets and lengths, and prints the best."""
+    generation = generation_of(topology)
+    splash = next(groups(argparse.Namespace(**vars(arguments) | {"topology": [topology]})))[0]
+
+    def cycles(keywords: dict) -> int | None:
+        (result,) = costs(dataclasses.replace(splash, keywords=splash.keywords | keywords))
+        return result.cost and result.cost.cycles
+
+    print(f'"{generation}": {search(cycles, SPLASH_BLOCKS[generation])}', flush=True)
+
+
+def millions(cycles: int) -> str:
+    return f"{cycles / 1e6:,.2f}M"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line; argparse itself exits with code 2 on a wrong one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rehyat_jax.benchmarks.tpu_static", description="Static cycles of an attention layer on TPUs."
+    )
+    option = parser.add_argument
+    default = " (default: %(default)s)"
+    option("--topology", nargs="+", default=["v5e:2x2"], help="v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1..." + default)
+    option("--preset", nargs="+", choices=sorted(PRESETS), default=["1.3b"], help="heads and their width" + default)
+    option("--frames", nargs="+", type=int, default=[21], help="latent frames" + default)
+    option("--height", type=int, default=480, help="of the video, in pixels" + default)
+    option("--width", type=int, default=832, help="of the video, in pixels" + default)
+    option("--tokens-per-frame", type=int, help="in place of height and width")
+    option("--implementations", nargs="+", default=["pallas_tpu", "xla"], help="of hybrid_attention" + default)
+    option("--json", type=Path, metavar="FILE", help="also write the rows there")
+    option("--details", action="store_true", help="also print what binds every part of every kernel")
+    option("--search", action="store_true", help="search splash attention's block sizes instead")
+    arguments = parser.parse_args(argv)
+    # A token is two by two latent pixels, a latent pixel eight by eight.
+    arguments.tokens_per_frame = arguments.tokens_per_frame or (arguments.height // 16) * (arguments.width // 16)
+    if min(*arguments.frames, arguments.tokens_per_frame) < 1:
+        parser.error("expected at least one frame of one token")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
