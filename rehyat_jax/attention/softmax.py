@@ -1,6 +1,15 @@
-"""Full softmax attention: the teacher's, and that of the blocks which stay as they are."""
+"""Full softmax attention: the teacher's, that of the blocks which stay as they are, and attention to the text."""
 
 import jax
+
+from rehyat_jax.attention.splash import DTYPES as SPLASH_DTYPES
+from rehyat_jax.attention.splash import HEAD_DIMS as SPLASH_HEAD_DIMS
+from rehyat_jax.attention.splash import splash_attention
+
+IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+
+# With fewer queries or keys than this, the scores are small enough to be stored.
+_SHORTEST_FUSED = 512
 
 
 def softmax_attention(
@@ -11,8 +20,77 @@ def softmax_attention(
     Args:
       query: [batch, queries, heads, head_dim].
       key, value: [batch, keys, heads, head_dim].
-      implementation: "xla", "cudnn" (NVIDIA GPUs, bfloat16 or float16), or None for jax's choice on this platform.
+      implementation: "xla" stores all scores, anywhere. "splash" (TPUs; bfloat16 or float32, head_dim 64 or 128) and
+        "cudnn" (NVIDIA GPUs from Ampere on; bfloat16 or float16, head_dim a multiple of 8 up to 128) store none. None
+        is the best that these arrays allow on the platform that the program is compiled for, which need not be this
+        machine's; from 512 queries and keys on, where that is "xla", scores are recomputed for the gradient.
 
     Returns: [batch, queries, heads, head_dim] in the dtype of `query`; weights are computed in float32.
+
+    Raises:
+      ValueError: if the implementation cannot take these arrays.
     """
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    _check_arrays(query, key, value)
+    if implementation is not None:
+        if problem := _problem(implementation, query):
+            raise ValueError(problem)
+        return _FORMS[implementation](query, key, value)
+    if min(query.shape[1], key.shape[1]) < _SHORTEST_FUSED:
+        return _xla(query, key, value)
+    platforms = {"tpu": "splash", "cuda": "cudnn"}
+    fused = {platform: _FORMS[name] for platform, name in platforms.items() if not _problem(name, query)}
+    # A residual of any branch is a residual of all: had XLA's branch kept its scores for the gradient, a TPU's program
+    # would hold as many zeros.
+    return jax.lax.platform_dependent(query, key, value, default=jax.checkpoint(_xla), **fused)
+
+
+def _xla(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+_FORMS = {"xla": _xla, "splash": splash_attention, "cudnn": _cudnn}
+
+
+def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array):
+    if query.ndim != 4:
+        raise ValueError(f"query must be [batch, queries, heads, head_dim], found shape {query.shape}")
+    if key.ndim != 4:
+        raise ValueError(f"key must be [batch, keys, heads, head_dim], found shape {key.shape}")
+    expected = (query.shape[0], key.shape[1], *query.shape[2:])
+    for name, array in (("key", key), ("value", value)):
+        if array.shape != expected:
+            raise ValueError(f"{name} must be {list(expected)}, found shape {array.shape}")
+        if array.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype {query.dtype}, found {array.dtype}")
+
+
+def _problem(implementation: str, query: jax.Array) -> str | None:
+    """What keeps an implementation from taking these arrays, or None."""
+    dtype, head_dim = query.dtype.name, query.shape[-1]
+    if implementation not in IMPLEMENTATIONS:
+        return f"implementation must be one of {IMPLEMENTATIONS} or None, found {implementation!r}"
+    if implementation == "splash":
+        if dtype not in SPLASH_DTYPES:
+            return f'query must be of dtype {" or ".join(SPLASH_DTYPES)} for "splash", found {dtype}; "xla" takes it'
+        if head_dim not in SPLASH_HEAD_DIMS:
+            return f'head_dim must be one of {SPLASH_HEAD_DIMS} for "splash", found {head_dim}; "xla" takes any'
+    if implementation == "cudnn":
+        if dtype not in ("bfloat16", "float16"):
+            return f'query must be of dtype bfloat16 or float16 for "cudnn", found {dtype}; "xla" takes it'
+        if head_dim % 8 or head_dim > 128:
+            return f'head_dim must be a multiple of 8 up to 128 for "cudnn", found {head_dim}; "xla" takes any'
+        if not _has_ampere():
+            return 'implementation "cudnn" needs an NVIDIA GPU of compute capability 8.0 or more; use "xla"'
+    return None
+
+
+def _has_ampere() -> bool:
+    """Whether cuDNN's attention can be traced here: that takes its library and a GPU, unlike the other forms."""
+    try:
+        return all(float(device.compute_capability) >= 8.0 for device in jax.local_devices(backend="cuda"))
+    except RuntimeError:
+        return False
