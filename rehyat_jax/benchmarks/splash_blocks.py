@@ -1,6 +1,5 @@
 """Block sizes of JAX's splash attention, the best that were found: the baseline gets what it can."""
 
-import itertools
 from collections.abc import Callable
 
 Blocks = dict[str, tuple[int, ...]]
@@ -32,26 +31,30 @@ def splash_arguments(implementation: str, blocks: Blocks) -> dict:
 
 
 def search(cycles: Callable[[dict], int | None], start: Blocks) -> Blocks:
-    """The best blocks of 512 to 4096 tokens, one kernel after the other from `start`; prints what it tries.
+    """The best blocks among those of 2 or 4 million scores, one kernel after the other from `start`; prints what it
+    tries.
 
-    `cycles` takes keywords of `tpu_cases.full_softmax`, and returns None for what cannot be compiled: VMEM holds no
-    more.
+    Smaller blocks load more for the same work; of larger ones VMEM holds none. `cycles` takes keywords of
+    `tpu_cases.full_softmax`, and returns None for what cannot be compiled.
     """
-    queries, keys, parts = (512, 1024, 2048), (1024, 2048, 4096), (512, 1024)
-    looped = list(itertools.product(queries, keys, parts))
-    unlooped = list(itertools.product(queries, keys))
+    sizes = (256, 512, 1024, 2048, 4096, 8192)
+    blocks = [(queries, keys) for queries in sizes for keys in sizes if queries * keys in (2**21, 2**22)]
+    looped = [
+        (*block, keys_at_a_time) for block in blocks for keys_at_a_time in (512, 1024) if keys_at_a_time <= block[1]
+    ]
     best = dict(start)
     for kernel, implementation, candidates in (
         ("forward", "splash", looped),
         ("fused", "splash_fused", looped),
         ("dkv", "splash_unfused", looped),
-        ("dq", "splash_unfused", unlooped),
+        ("dq", "splash_unfused", blocks),
     ):
         found = {}
-        for blocks in candidates:
-            result = cycles(splash_arguments(implementation, best | {kernel: blocks}))
-            print(f"{implementation} {kernel} {blocks}: {'cannot be compiled' if result is None else f'{result:,}'}")
+        for candidate in candidates:
+            result = cycles(splash_arguments(implementation, best | {kernel: candidate}))
+            told = "cannot be compiled" if result is None else f"{result:,}"
+            print(f"{implementation} {kernel} {candidate}: {told}", flush=True)
             if result is not None:
-                found[blocks] = result
+                found[candidate] = result
         best[kernel] = min(found, key=found.get)
     return best

@@ -75,11 +75,13 @@ def full_softmax(
     head_dim], padded to whole blocks, and no mask on the padding. `direction`: "forward" or "backward"; `is_fused`: one
     backward kernel in place of two, which writes partial gradients of the queries for every block of keys.
     """
+    tokens = frames * tokens_per_frame
+    blocks = {name: min(size, max(128, 1 << (tokens - 1).bit_length())) for name, size in blocks.items()}
     block = math.lcm(*blocks.values())
-    tokens = -(-frames * tokens_per_frame // block) * block
+    tokens = -(-tokens // block) * block
     x = jax.ShapeDtypeStruct((heads, tokens, head_dim), jnp.bfloat16)
     mask = splash.MultiHeadMask([splash.FullMask((tokens, tokens))] * heads)
-    sizes = splash.BlockSizes(**{"block_q": 512, "block_kv": 512} | blocks, use_fused_bwd_kernel=is_fused)
+    sizes = splash.BlockSizes(**{"block_q": 128, "block_kv": 128} | blocks, use_fused_bwd_kernel=is_fused)
 
     def attend(q, k, v):
         return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)(q, k, v)

@@ -28,8 +28,9 @@ PRESETS = {name.lower().removeprefix("t2v-"): preset for name, preset in WAN_PRE
 
 DIRECTIONS = ("forward", "backward", "phi_backward")
 
-RUN_TIME_DATA = {"small": 0.0, "large": 1e30}
-"""What is assumed of numbers that decide control flow but exist only when a kernel runs: both are shown."""
+RUN_TIME_DATA = {"zero": 0.0, "one": 1.0, "huge": 1e30}
+"""What is assumed of numbers that decide control flow but exist only when a kernel runs. The first is how it is where
+models normalise queries and keys; whatever costs differently is shown too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Case:
 class Result:
     """The cost of a case, and its program: None both where the program does not fit into the chip's memory.
 
-    `run_time_data` is what was assumed of it, where that makes a difference.
+    `run_time_data` is what was assumed of it, of RUN_TIME_DATA, where that makes a difference.
     """
 
     case: Case
@@ -85,10 +86,18 @@ def run(arguments: argparse.Namespace) -> None:
     check_libtpu()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
     print(f"{versions}; {arguments.tokens_per_frame} tokens a frame; one chip (tpu7x: one of its two cores)\n")
-    print(
-        "| TPU | preset | frames | direction | implementation | cycles | splash / this | MXU | temporary MiB | formed from |"
+    columns = (
+        "TPU",
+        "preset",
+        "frames",
+        "direction",
+        "implementation",
+        "cycles",
+        "splash / this",
+        "MXU",
+        "temporary MiB",
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join([*columns, 'formed from'])} |\n{'|---' * 10}|")
     rows = []
     for group in groups(arguments):
         results = [result for case in group for result in costs(case)]
@@ -125,7 +134,7 @@ def groups(arguments: argparse.Namespace) -> Iterator[list[Case]]:
 
 
 def costs(case: Case) -> list[Result]:
-    """Compiles a case and costs it; twice, if its control flow depends on numbers that only a run would know."""
+    """Compiles a case and costs it: more than once, if what only a run would know makes a difference."""
     function = f"rehyat_jax.benchmarks.tpu_cases:{case.function}"
     try:
         with compiled_for_tpu(function, case.keywords, case.topology) as compiled:
@@ -134,10 +143,13 @@ def costs(case: Case) -> list[Result]:
         return [Result(case, None, None)]
     if case.is_splash:
         return [Result(case, program.cost(SPLASH_DATA), compiled)]
-    assumed = {name: program.cost(data) for name, data in RUN_TIME_DATA.items() if program.depends_on_data}
-    if len({cost.cycles for cost in assumed.values()}) < 2:
+    if not program.depends_on_data:
         return [Result(case, program.cost(), compiled)]
-    return [Result(case, cost, compiled, name) for name, cost in assumed.items()]
+    assumed: dict[int, tuple[str, ProgramCost]] = {}
+    for name, data in RUN_TIME_DATA.items():
+        cost = program.cost(data)
+        assumed.setdefault(cost.cycles, (name, cost))
+    return [Result(case, cost, compiled, name if len(assumed) > 1 else None) for name, cost in assumed.values()]
 
 
 def row(result: Result, compared: list[Result]) -> dict:
@@ -172,7 +184,9 @@ def row(result: Result, compared: list[Result]) -> dict:
 
 
 def table_line(row: dict, result: Result) -> str:
-    named = " ".join([row["implementation"], *([f"({row['run_time_data']} data)"] if row["run_time_data"] else [])])
+    named = " ".join(
+        [row["implementation"], *([f"(run-time data {row['run_time_data']})"] if row["run_time_data"] else [])]
+    )
     cells = [row["topology"], row["preset"], row["frames"], row["direction"], named]
     if result.cost is None:
         return "| " + " | ".join(map(str, [*cells, "does not fit into memory", "", "", "", ""])) + " |"
@@ -240,7 +254,7 @@ def search_blocks(topology: str, arguments: argparse.Namespace) -> None:
 
 
 def millions(cycles: int) -> str:
-    return f"{cycles / 1e6:,.2f}M"
+    return f"{cycles / 1e6:,.4g}M"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
