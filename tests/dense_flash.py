@@ -1,9 +1,12 @@
-"""What a fused flash attention computes, as dense products: stands in for GPU kernels where there is no GPU."""
+"""What cuDNN's flash attention computes, as dense products: stands in for it where there is no GPU."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.gpu.flash_window import FlashAttention
+from rehyat_jax.attention.gpu.flash_merge import merged_forward
+from rehyat_jax.attention.gpu.fused_window import WindowKernels
 from rehyat_jax.attention.product import product
 
 
@@ -12,13 +15,16 @@ def _scores(query, key, num_keys, scale):
     return jnp.where(jnp.arange(key.shape[1]) < num_keys[:, None, None, None], scores, -jnp.inf)
 
 
-def _forward(query, key, value, num_keys, scale):
+def dense_forward(query, key, value, num_keys, scale):
+    """As `cudnn_forward`."""
     scores = _scores(query, key, num_keys, scale)
     output = product("nhqk,nkhd->nqhd", jax.nn.softmax(scores).astype(value.dtype), value)
     return output.astype(query.dtype), jax.nn.logsumexp(scores, axis=-1)
 
 
-def _backward(query, key, value, num_keys, output, log_sum_exp, cotangent, scale):
+def dense_backward(query, key, value, num_keys, output, log_sum_exp, cotangent):
+    """As `cudnn_backward`."""
+    scale = query.shape[-1] ** -0.5
     weights = jnp.exp(_scores(query, key, num_keys, scale) - log_sum_exp[..., None])
     delta = product("nqhd,nqhd->nhq", cotangent, output)[..., None]
     d_scores = scale * weights * (product("nqhd,nkhd->nhqk", cotangent, value) - delta)
@@ -29,4 +35,4 @@ def _backward(query, key, value, num_keys, output, log_sum_exp, cotangent, scale
     )
 
 
-DENSE = FlashAttention(_forward, _backward)
+DENSE_KERNELS = WindowKernels(functools.partial(merged_forward, dense_forward), dense_backward)

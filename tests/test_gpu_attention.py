@@ -1,4 +1,8 @@
-"""Attention for NVIDIA GPUs: its arithmetic against the reference, its cuDNN calls against those of jax."""
+"""Attention for NVIDIA GPUs, without one.
+
+The arithmetic around the kernels is tested against the reference, with dense products in cuDNN's place; the calls of
+cuDNN against those of jax; the Hopper kernel in Pallas' interpreter.
+"""
 
 import functools
 import json
@@ -9,7 +13,8 @@ import jax._src.cudnn.fused_attention_stablehlo as jax_cudnn
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_flash import DENSE
+from dense_flash import DENSE_KERNELS, dense_backward
+from hopper_interpreter import interpreted_kernels
 from test_hybrid_attention import (
     F32,
     F64,
@@ -23,9 +28,14 @@ from test_hybrid_attention import (
     reference_results,
 )
 
-from rehyat_jax.attention import HybridState, cudnn
+from rehyat_jax.attention import HybridState
+from rehyat_jax.attention.chunks import attend_chunks
 from rehyat_jax.attention.cudnn import hybrid_attention_cudnn
 from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.gpu.cudnn_calls import cudnn_backward, cudnn_forward
+from rehyat_jax.attention.gpu.fused_window import WindowKernels, attend_window_fused
+from rehyat_jax.attention.gpu.hopper import hopper_window_forward
+from rehyat_jax.attention.pallas_gpu import hybrid_attention_pallas_gpu
 
 
 @pytest.fixture
@@ -34,32 +44,30 @@ def x64():
         yield
 
 
-@pytest.fixture
-def dense_cudnn(monkeypatch):
-    """Everything but cuDNN itself, of which dense products take the place."""
-    monkeypatch.setattr(cudnn, "CUDNN", DENSE)
+def by_kernels(kernels):
+    """An implementation of `hybrid_attention` by any kernels."""
+    return functools.partial(attend_chunks, functools.partial(attend_window_fused, kernels))
 
 
-def attention(form, causal=True, stabilizer="row_max"):
-    """`hybrid_attention_cudnn` with `form` = (frames, tokens_per_frame, chunk_frames, overlap_frames)."""
+dense = by_kernels(DENSE_KERNELS)
+
+
+def attention(form, causal=True, stabilizer="row_max", implementation=dense):
+    """An implementation's output, `form` = (frames, tokens_per_frame, chunk_frames, overlap_frames)."""
 
     def attend(query, *arrays, state=None, return_state=False):
         _, tokens_per_frame, chunk_frames, overlap_frames = form
         geometry = ChunkGeometry(query.shape[1] // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
         if state is None:
-            batch, _, heads, head_dim = query.shape
             state = HybridState.zeros(
-                batch,
-                heads,
-                head_dim,
+                query.shape[0],
+                *query.shape[2:],
                 arrays[-1].shape[-1],
                 tokens_per_frame=tokens_per_frame,
                 overlap_frames=overlap_frames,
                 dtype=query.dtype,
             )
-        results = hybrid_attention_cudnn(
-            query, *arrays, geometry, causal=causal, stabilizer=stabilizer, initial_state=state
-        )
+        results = implementation(query, *arrays, geometry, causal=causal, stabilizer=stabilizer, initial_state=state)
         return results if return_state else results[0]
 
     return attend
@@ -72,13 +80,13 @@ TOLERANCE = {"joint": F64, "row_max": F32}
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_outputs_and_all_gradients_equal_the_reference(stabilizer, causal, form, x64, dense_cudnn):
+def test_outputs_and_all_gradients_equal_the_reference(stabilizer, causal, form, x64):
     found = output_and_gradients(attention(form, causal, stabilizer), make_arrays(*form[:2], batch=2))
     assert_close(found, reference_results(form, causal, stabilizer), TOLERANCE[stabilizer])
 
 
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
-def test_float32_is_as_exact_as_its_rounding(stabilizer, x64, dense_cudnn):
+def test_float32_is_as_exact_as_its_rounding(stabilizer, x64):
     form, causal = FORMS[0], stabilizer == "joint"
     arrays = make_arrays(*form[:2], batch=2, dtype=np.float32)
     found = output_and_gradients(attention(form, causal, stabilizer), arrays)
@@ -87,7 +95,7 @@ def test_float32_is_as_exact_as_its_rounding(stabilizer, x64, dense_cudnn):
 
 
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
-def test_bfloat16_is_as_exact_as_its_rounding(stabilizer, x64, dense_cudnn):
+def test_bfloat16_is_as_exact_as_its_rounding(stabilizer, x64):
     form = FORMS[0]
     arrays = make_arrays(*form[:2], batch=2, dtype=jnp.bfloat16)
     found = output_and_gradients(attention(form, True, stabilizer), arrays)
@@ -99,7 +107,7 @@ def test_bfloat16_is_as_exact_as_its_rounding(stabilizer, x64, dense_cudnn):
 
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
 @pytest.mark.parametrize("form, groups", [((7, 2, 2, 1), (2, 2, 2, 1)), ((6, 1, 3, 0), (3, 3))], ids=str)
-def test_video_continued_from_its_state_equals_one_call(stabilizer, form, groups, x64, dense_cudnn):
+def test_video_continued_from_its_state_equals_one_call(stabilizer, form, groups, x64):
     attend = attention(form, True, stabilizer)
 
     def streamed(*arrays):
@@ -116,7 +124,7 @@ def test_video_continued_from_its_state_equals_one_call(stabilizer, form, groups
 
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
 @pytest.mark.parametrize("score, log_similarity", [(200.0, 0.0), (-200.0, 0.0), (-60.0, 40.0), (-60.0, -60.0)])
-def test_extreme_scores_and_features_are_right_in_float32(stabilizer, score, log_similarity, x64, dense_cudnn):
+def test_extreme_scores_and_features_are_right_in_float32(stabilizer, score, log_similarity, x64):
     form = (5, 2, 2, 1)
     query, key, value, phi_query, phi_key = make_arrays(*form[:2], dtype=np.float32)
     # q.k / sqrt(4) is `score` plus or minus a few for every pair.
@@ -130,7 +138,7 @@ def test_extreme_scores_and_features_are_right_in_float32(stabilizer, score, log
     assert_close(found["output"], attention_by_loops(arrays, form, True, stabilizer), 1e-4)
 
 
-def test_equal_scores_move_the_row_maximum_by_their_logarithm_at_most(x64, dense_cudnn):
+def test_equal_scores_move_the_row_maximum_by_their_logarithm_at_most(x64):
     form = (4, 30, 1, 1)
     query, *arrays = make_arrays(*form[:2])
     arrays = [jnp.zeros_like(query), *arrays]
@@ -139,7 +147,7 @@ def test_equal_scores_move_the_row_maximum_by_their_logarithm_at_most(x64, dense
     assert_close(found, attention_by_loops(arrays, form, True, "row_max"), np.log(60) / 2**16)
 
 
-def test_zero_features_leave_the_window_alone(dense_cudnn):
+def test_zero_features_leave_the_window_alone():
     form = (5, 2, 2, 1)
     *arrays, phi_query, phi_key = make_arrays(*form[:2], dtype=np.float32)
     arrays = (*arrays, jnp.zeros_like(phi_query), jnp.zeros_like(phi_key))
@@ -176,8 +184,8 @@ def test_cudnn_is_called_as_jax_calls_it(monkeypatch):
 
     def ours(query, key, value, num_keys, cotangent):
         inputs = (query, key, value, num_keys)
-        output, log_sum_exp = cudnn.CUDNN.forward(*inputs, scale=16**-0.5)
-        return output, cudnn.CUDNN.backward(*inputs, output, log_sum_exp, cotangent, scale=16**-0.5)
+        output, log_sum_exp = cudnn_forward(*inputs, scale=16**-0.5)
+        return output, cudnn_backward(*inputs, output, log_sum_exp, cotangent)
 
     shapes = (query, key, key, num_keys, query)
     found, expected = cudnn_calls(lowered_for_cuda(ours, *shapes)), cudnn_calls(lowered_for_cuda(of_jax, *shapes))
@@ -185,32 +193,61 @@ def test_cudnn_is_called_as_jax_calls_it(monkeypatch):
     assert found == expected
 
 
-def gpu_program(argnums, stabilizer, form=(12, 8, 3, 1)):
-    """What is lowered for a GPU to differentiate by the inputs `argnums`, after the compiler's removal of dead code."""
-    batch, tokens, width = 1, form[0] * form[1], 8
-    shapes = [jax.ShapeDtypeStruct((batch, tokens, HEADS, width), jnp.bfloat16)] * 5
-    loss = lambda *arrays: attention(form, True, stabilizer)(*arrays).astype(jnp.float32).sum()
+def gpu_program(argnums, stabilizer, implementation, head_dim, features):
+    """What a GPU is given to differentiate by the inputs `argnums`, all of them bfloat16."""
+    form = (12, 12, 3, 1)
+    widths = [head_dim] * 3 + [features] * 2
+    shapes = [jax.ShapeDtypeStruct((1, form[0] * form[1], HEADS, width), jnp.bfloat16) for width in widths]
+    attend = attention(form, True, stabilizer, implementation)
+    loss = lambda *arrays: attend(*arrays).astype(jnp.float32).sum()
     return lowered_for_cuda(jax.grad(loss, argnums), *shapes)
 
 
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
-def test_each_direction_takes_the_fewest_calls_of_cudnn(stabilizer):
-    forward = {"row_max": 2, "joint": 1}[stabilizer]
-    for argnums, backward in (((0, 1, 2, 3, 4), 1), ((3, 4), 0)):
-        program = gpu_program(argnums, stabilizer)
-        assert program.count("@__cudnn$fmhaSoftmax(") == forward
-        assert program.count("@__cudnn$fmhaSoftmaxBackward(") == backward
+@pytest.mark.parametrize("argnums, backward_calls", [((0, 1, 2, 3, 4), 1), ((3, 4), 0)])
+def test_each_direction_takes_the_fewest_kernels(stabilizer, argnums, backward_calls):
+    program = gpu_program(argnums, stabilizer, hybrid_attention_cudnn, 8, 8)
+    assert program.count("@__cudnn$fmhaSoftmax(") == {"row_max": 2, "joint": 1}[stabilizer]
+    assert program.count("@__cudnn$fmhaSoftmaxBackward(") == backward_calls
+
+    program = gpu_program(argnums, stabilizer, hybrid_attention_pallas_gpu, 128, 128)
+    assert program.count("@mosaic_gpu_v2(") == 1
+    assert program.count("@__cudnn$fmhaSoftmax(") == 0
+    assert program.count("@__cudnn$fmhaSoftmaxBackward(") == backward_calls
+
+
+# Tiles of 128 queries and blocks of 128 keys fit neither the chunks of 150 tokens nor their windows of 200; the last
+# chunk is ragged, and the first has no overlap. The other form has one whole tile a chunk. 256 features are two steps.
+@pytest.mark.parametrize(
+    "stabilizer, causal, form", [("row_max", True, (5, 50, 3, 1)), ("joint", False, (4, 64, 2, 1))], ids=str
+)
+def test_hopper_kernel_equals_the_arithmetic_around_it(stabilizer, causal, form):
+    rng, tokens = np.random.default_rng(0), form[0] * form[1]
+    arrays = [rng.normal(size=(1, tokens, 1, width)) for width in (128, 128, 128, 256, 256)]
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in (*arrays[:3], *(np.abs(arrays[3:]) / 16))]
+    with jax.enable_x64(True):
+        wide = [array.astype(np.float64) for array in arrays]
+        exact = output_and_gradients(attention(form, causal, stabilizer), wide)
+    hopper = by_kernels(WindowKernels(hopper_window_forward, dense_backward))
+    with interpreted_kernels():
+        found = output_and_gradients(attention(form, causal, stabilizer, hopper), arrays)
+    # As in the test of bfloat16 above. The gradients have their log-sum-exp and linear weights from the kernel.
+    assert_close(found, exact, 2**-6)
 
 
 @pytest.mark.parametrize(
-    "dtype, head_dim, message",
+    "implementation, dtypes, head_dim, features, message",
     [
-        (np.float32, 8, r"must be bfloat16 or float16 for cuDNN's attention, found float32: cast them, or"),
-        (jnp.bfloat16, 12, r"head_dim must be a multiple of 8 and at most 128 .*, found 12: use"),
-        (jnp.bfloat16, 136, r"head_dim must be a multiple of 8 and at most 128 .*, found 136: use"),
+        (hybrid_attention_cudnn, "ff", 8, 8, r"takes .* in bfloat16 or float16, found float32: cast them, or use"),
+        (hybrid_attention_cudnn, "ee", 12, 8, r"multiple of 8 and at most 128, found 12: use"),
+        (hybrid_attention_cudnn, "ee", 136, 8, r"multiple of 8 and at most 128, found 136: use"),
+        (hybrid_attention_pallas_gpu, "ff", 128, 128, r"one dtype, bfloat16 or float16, found float32 and float32"),
+        (hybrid_attention_pallas_gpu, "ef", 128, 128, r"one dtype, bfloat16 or float16, found float16 and float32"),
+        (hybrid_attention_pallas_gpu, "ee", 64, 128, r"head_dim 128 and a multiple of 128 features, found 64 and 128"),
+        (hybrid_attention_pallas_gpu, "ee", 128, 96, r"head_dim 128 and a multiple of 128 features, found 128 and 96"),
     ],
 )
-def test_what_cudnn_does_not_take_is_refused(dtype, head_dim, message):
-    arrays = [jnp.zeros((1, 4, 1, head_dim), dtype)] * 5
+def test_what_a_kernel_does_not_take_is_refused(implementation, dtypes, head_dim, features, message):
+    arrays = [jnp.zeros((1, 4, 1, head_dim), dtypes[0])] * 3 + [jnp.zeros((1, 4, 1, features), dtypes[1])] * 2
     with pytest.raises(ValueError, match=message):
-        attention((2, 2, 1, 1))(*arrays)
+        attention((2, 2, 1, 1), implementation=implementation)(*arrays)

@@ -6,9 +6,12 @@ import jax
 
 from rehyat_jax.attention.chunks import attend_chunks
 from rehyat_jax.attention.geometry import ChunkGeometry
-from rehyat_jax.attention.gpu.cudnn_call import CUDNN
-from rehyat_jax.attention.gpu.flash_window import attend_window_by_flash
+from rehyat_jax.attention.gpu.cudnn_calls import cudnn_backward, cudnn_forward, why_not_cudnn
+from rehyat_jax.attention.gpu.flash_merge import merged_forward
+from rehyat_jax.attention.gpu.fused_window import WindowKernels, attend_window_fused
 from rehyat_jax.attention.state import HybridState
+
+KERNELS = WindowKernels(functools.partial(merged_forward, cudnn_forward), cudnn_backward)
 
 
 def hybrid_attention_cudnn(
@@ -32,8 +35,10 @@ def hybrid_attention_cudnn(
     Raises:
       ValueError: a dtype other than bfloat16 or float16, or a head_dim that cuDNN does not take.
     """
+    if problem := why_not_cudnn(query):
+        raise ValueError(problem)
     return attend_chunks(
-        functools.partial(attend_window_by_flash, CUDNN),
+        functools.partial(attend_window_fused, KERNELS),
         query,
         key,
         value,

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rehyat_jax.attention.gpu.flash_window import FlashAttention
-
 _ELEMENT_TYPES = {jnp.dtype(jnp.bfloat16): "BF16", jnp.dtype(jnp.float16): "F16"}
 _MAX_HEAD_DIM = 128
 
@@ -30,8 +28,18 @@ _BACKWARD_PRODUCTS = {
 }
 
 
-def _forward(query, key, value, num_keys, scale) -> tuple[jax.Array, jax.Array]:
-    _check(query)
+def cudnn_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, num_keys: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention to the first keys of each batch element.
+
+    Args:
+      query: [n, queries, heads, head_dim], bfloat16 or float16; head_dim a multiple of 8 up to 128.
+      key, value: [n, keys, heads, head_dim].
+      num_keys: int32 [n], how many of the keys are not padding.
+
+    Returns: the output in query's shape and dtype, and the log-sum-exp of scale * q.k, [n, heads, queries] in float32.
+    """
     batch, queries, heads, head_dim = query.shape
     results = (
         jax.ShapeDtypeStruct((batch, heads, queries, head_dim), query.dtype),
@@ -41,28 +49,35 @@ def _forward(query, key, value, num_keys, scale) -> tuple[jax.Array, jax.Array]:
     return _call("__cudnn$fmhaSoftmax", operands, results, scale, _FORWARD_PRODUCTS)
 
 
-def _backward(query, key, value, num_keys, output, log_sum_exp, cotangent, scale):
-    _check(query)
+def cudnn_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    num_keys: jax.Array,
+    output: jax.Array,
+    log_sum_exp: jax.Array,
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The backward of `WindowKernels` (fused_window.py), for scores q.k / sqrt(head_dim)."""
     heads_first = lambda array: jax.ShapeDtypeStruct(tuple(array.shape[axis] for axis in (0, 2, 1, 3)), array.dtype)
     results = tuple(map(heads_first, (query, key, value)))
     operands = (query, key, value, log_sum_exp, cotangent, output, *_lengths(query, num_keys))
-    return _call("__cudnn$fmhaSoftmaxBackward", operands, results, scale, _BACKWARD_PRODUCTS)
+    return _call("__cudnn$fmhaSoftmaxBackward", operands, results, query.shape[-1] ** -0.5, _BACKWARD_PRODUCTS)
 
 
-CUDNN = FlashAttention(_forward, _backward)
-
-
-def _check(query: jax.Array) -> None:
+def why_not_cudnn(query: jax.Array) -> str | None:
+    """What keeps cuDNN's attention from taking these queries, and what to do about it; None if it takes them."""
     if query.dtype not in _ELEMENT_TYPES:
-        raise ValueError(
-            f"query, key and value must be bfloat16 or float16 for cuDNN's attention, found {query.dtype}: "
-            f'cast them, or use implementation="xla"'
+        return (
+            f"cuDNN's attention takes query, key and value in bfloat16 or float16, found {query.dtype}: cast them, or "
+            f'use implementation="xla"'
         )
     if query.shape[-1] % 8 or query.shape[-1] > _MAX_HEAD_DIM:
-        raise ValueError(
-            f"head_dim must be a multiple of 8 and at most {_MAX_HEAD_DIM} for cuDNN's attention, found "
+        return (
+            f"cuDNN's attention takes a head_dim that is a multiple of 8 and at most {_MAX_HEAD_DIM}, found "
             f'{query.shape[-1]}: use implementation="xla"'
         )
+    return None
 
 
 def _lengths(query: jax.Array, num_keys: jax.Array) -> tuple[jax.Array, jax.Array]:
