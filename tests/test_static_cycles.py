@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rehyat_jax.benchmarks import tpu_cases, tpu_static
+from rehyat_jax.benchmarks import tpu_cases, tpu_report, tpu_static
 from rehyat_jax.benchmarks.static_cycles import StaticProgram
 from rehyat_jax.benchmarks.tpu_bundles import Kernel
 from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, compiled_for_tpu
@@ -221,7 +221,7 @@ def test_growth_is_told_as_an_exponent():
     row = dict.fromkeys(("topology", "preset", "direction", "implementation", "run_time_data"), "x")
     rows = [row | {"frames": n, "cycles": 7 * n**2, "total_bytes": 5 * n} for n in (40, 10, 20)]
     unfit = row | {"frames": 80, "cycles": None, "total_bytes": None}
-    (line,) = tpu_static.growth([*rows, unfit])
+    (line,) = tpu_report.growth([*rows, unfit])
     assert line.endswith("10 to 40 frames: cycles as frames^2.00, total bytes as frames^1.00")
 
 

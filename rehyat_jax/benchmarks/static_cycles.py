@@ -85,6 +85,10 @@ class StaticProgram:
         self._xla = [operation for operation in operations if operation.estimated_cycles is not None]
         self._calls = [operation for operation in operations if operation.kernel_body is not None]
 
+        listed = program.hlo.count('custom_call_target="tpu_custom_call"')
+        if len({call.name for call in self._calls}) != listed:
+            raise ValueError(f"found {listed} kernels in the program, but reached only {[x.name for x in self._calls]}")
+
         self._kernels: dict[str, tuple[Kernel, ScalarProgram]] = {}
         for call in self._calls:
             # libtpu compiles equal kernels once, and lists them under the name of one of them.

@@ -10,16 +10,17 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rehyat_jax.attention.api import IMPLEMENTATIONS
 from rehyat_jax.benchmarks.splash_blocks import SPLASH_BLOCKS, search, splash_arguments
 from rehyat_jax.benchmarks.static_cycles import ProgramCost, StaticProgram
-from rehyat_jax.benchmarks.tpu_bundles import SLOTS, generation_of
+from rehyat_jax.benchmarks.tpu_bundles import generation_of
 from rehyat_jax.benchmarks.tpu_cases import SPLASH_DATA
 from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError, check_libtpu, compiled_for_tpu
+from rehyat_jax.benchmarks.tpu_report import details, growth, table_head, table_line
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.files import written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS
@@ -86,24 +87,13 @@ def run(arguments: argparse.Namespace) -> None:
     check_libtpu()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
     print(f"{versions}; {arguments.tokens_per_frame} tokens a frame; one chip (tpu7x: one of its two cores)\n")
-    columns = (
-        "TPU",
-        "preset",
-        "frames",
-        "direction",
-        "implementation",
-        "cycles",
-        "splash / this",
-        "MXU",
-        "temporary MiB",
-    )
-    print(f"| {' | '.join([*columns, 'formed from'])} |\n{'|---' * 10}|")
+    print(table_head())
     rows = []
     for group in groups(arguments):
         results = [result for case in group for result in costs(case)]
         for result in results:
             rows.append(row(result, results))
-            print(table_line(rows[-1], result), flush=True)
+            print(table_line(rows[-1], result.cost), flush=True)
             if arguments.details and result.cost is not None:
                 print(f"\n{details(result.cost)}\n", flush=True)
     print("\n".join(["", *growth(rows)]))
@@ -183,64 +173,6 @@ def row(result: Result, compared: list[Result]) -> dict:
     }
 
 
-def table_line(row: dict, result: Result) -> str:
-    named = " ".join(
-        [row["implementation"], *([f"(run-time data {row['run_time_data']})"] if row["run_time_data"] else [])]
-    )
-    cells = [row["topology"], row["preset"], row["frames"], row["direction"], named]
-    if result.cost is None:
-        return "| " + " | ".join(map(str, [*cells, "does not fit into memory", "", "", "", ""])) + " |"
-    kernels = [f"{kernel.name} {millions(kernel.cycles)}" for kernel in result.cost.kernels]
-    cells += [
-        millions(row["cycles"]),
-        "" if row["ratio_to_splash"] is None else f"{row['ratio_to_splash']:.2f}",
-        "" if row["mxu_utilization"] is None else f"{row['mxu_utilization']:.0%}",
-        f"{row['temporary_bytes'] / 2**20:,.0f}",
-        " + ".join([*kernels, f"XLA's estimates {millions(row['xla_cycles'])}"]),
-    ]
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def details(cost: ProgramCost) -> str:
-    """Every part of every kernel, with the share of its slots in use, and XLA's most expensive operations."""
-    lines = []
-    for kernel in cost.kernels:
-        lines.append(
-            f"{kernel.name}: {kernel.calls} x {kernel.cycles // kernel.calls:,} cycles, {len(kernel.times)} bundles"
-        )
-        lines.append(f"{'bundles':>16}{'times':>9}{'cycles':>13}  slots in use, %")
-        for region in kernel.regions:
-            if region.cycles * kernel.calls * 1000 >= cost.cycles:
-                busy = " ".join(
-                    f"{slot} {100 * share:.0f}" for slot, share in zip(SLOTS, region.busy, strict=True) if share > 0.005
-                )
-                lines.append(f"{region.start:#8x}{region.end:#8x}{region.times:9,}{region.cycles:13,}  {busy}")
-    for operation in sorted(cost.xla, key=lambda x: x.estimated_cycles * x.executions, reverse=True)[:12]:
-        lines.append(
-            f"XLA {operation.executions} x {operation.estimated_cycles:,} cycles: {operation.kind} {operation.name} "
-            f"({operation.source})"
-        )
-    return "\n".join(lines)
-
-
-def growth(rows: list[dict]) -> Iterator[str]:
-    """With how many frames to which power cycles and memory grow, between the smallest and the largest number."""
-    series: dict[tuple, list[dict]] = {}
-    for row in rows:
-        keys = ("topology", "preset", "direction", "implementation", "run_time_data")
-        series.setdefault(tuple(row[key] for key in keys), []).append(row)
-    for name, members in series.items():
-        fitting = sorted((row for row in members if row["cycles"]), key=lambda row: row["frames"])
-        if len(fitting) > 1 and fitting[0]["frames"] < fitting[-1]["frames"]:
-            first, last = fitting[0], fitting[-1]
-            exponents = {
-                key: math.log(last[key] / first[key]) / math.log(last["frames"] / first["frames"])
-                for key in ("cycles", "total_bytes")
-            }
-            told = ", ".join(f"{key.replace('_', ' ')} as frames^{exponent:.2f}" for key, exponent in exponents.items())
-            yield f"{' '.join(filter(None, name))}, {first['frames']} to {last['frames']} frames: {told}"
-
-
 def search_blocks(topology: str, arguments: argparse.Namespace) -> None:
     """Searches splash attention's block sizes at the first of the asked presets and lengths, and prints the best."""
     generation = generation_of(topology)
@@ -251,10 +183,6 @@ def search_blocks(topology: str, arguments: argparse.Namespace) -> None:
         return result.cost and result.cost.cycles
 
     print(f'"{generation}": {search(cycles, SPLASH_BLOCKS[generation])}', flush=True)
-
-
-def millions(cycles: int) -> str:
-    return f"{cycles / 1e6:,.4g}M"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -270,7 +198,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--height", type=int, default=480, help="of the video, in pixels" + default)
     option("--width", type=int, default=832, help="of the video, in pixels" + default)
     option("--tokens-per-frame", type=int, help="in place of height and width")
-    option("--implementations", nargs="+", default=["pallas_tpu", "xla"], help="of hybrid_attention" + default)
+    option(
+        "--implementations",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        default=["pallas_tpu", "xla"],
+        help="of hybrid_attention" + default,
+    )
     option("--json", type=Path, metavar="FILE", help="also write the rows there")
     option("--details", action="store_true", help="also print what binds every part of every kernel")
     option("--search", action="store_true", help="search splash attention's block sizes instead")
