@@ -34,6 +34,8 @@ def compiled(case: str, topology: str, **keywords) -> StaticProgram:
 def matrix_product_kernel(*, heads: int = 1, trips: int = 4, parallel: bool = False, reads_flag: bool = False):
     """A grid [heads, 4, 4] whose products are made where j // 3 * 3 <= i, in `trips` parts; again where a flag is 1."""
 
+    pltpu.get_tpu_info()  # raises unless cases are made for the chip, as what chooses its blocks by the chip needs
+
     def kernel(flag, x, w, y, total):
         i, j = pl.program_id(1), pl.program_id(2)
 

@@ -111,10 +111,11 @@ def _compile(case: str, arguments: dict, topology: str, directory: Path) -> None
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices[:1]), ("chip",))
     here = NamedSharding(mesh, PartitionSpec())
-    function, abstract = getattr(importlib.import_module(module), function)(**arguments)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-    # Without a mesh Pallas asks the default device which TPU it is.
+    make_case = getattr(importlib.import_module(module), function)
+    # Without a mesh Pallas, and what chooses its blocks, would ask the default device which TPU it is.
     with jax.set_mesh(mesh):
+        function, abstract = make_case(**arguments)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
         compiled = jax.jit(function).lower(*abstract).compile()
     memory = compiled.memory_analysis()
     result = {
