@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.linear_products import sum_keys
 from rehyat_jax.attention.state import HybridState, LinearState
 
 # attend(query, key, value, num_keys, phi_query, linear, stabilizer=...) -> output; see `attend_chunks`.
@@ -37,14 +38,14 @@ def attend_chunks(
     Returns: the output and the state after the last chunk (meaningless if that chunk is ragged).
     """
     split = lambda tokens: jnp.moveaxis(geometry.split(tokens), 0, 1)
-    leaving = LinearState.of(split(geometry.delay(phi_key)), split(geometry.delay(value)))
+    leaving = sum_keys(split(geometry.delay(phi_key)), split(geometry.delay(value)))
     query, key, value, phi_query, phi_key = map(split, (query, key, value, phi_query, phi_key))
     overlap_start, chunk = geometry.overlap_start, np.arange(geometry.num_chunks)
 
     linear = _past_states(initial_state, leaving)
     if not causal:
         # Never the total minus the window: that cancels, and a normalizer could come out negative.
-        future = jax.tree.map(lambda sums: _select(chunk > chunk[:, None], sums), LinearState.of(phi_key, value))
+        future = jax.tree.map(lambda sums: _select(chunk > chunk[:, None], sums), sum_keys(phi_key, value))
         linear = LinearState.sum(linear, future)
 
     overlap_tokens = initial_state.overlap_key.shape[1]
@@ -61,7 +62,7 @@ def attend_chunks(
     )
     final_state = HybridState(
         past=LinearState.sum(initial_state.past, initial_state.overlap, jax.tree.map(lambda s: s.sum(axis=1), leaving)),
-        overlap=LinearState.of(phi_key[:, -1, overlap_start:], value[:, -1, overlap_start:]),
+        overlap=sum_keys(phi_key[:, -1, overlap_start:], value[:, -1, overlap_start:]),
         overlap_key=key[:, -1, overlap_start:],
         overlap_value=value[:, -1, overlap_start:],
         chunks=initial_state.chunks + geometry.num_chunks,

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.gpu.fused_window import per_token
-from rehyat_jax.attention.product import product
+from rehyat_jax.attention.linear_products import read_sums
 from rehyat_jax.attention.state import LinearState
 from rehyat_jax.attention.window import _LOWEST_LINEAR_SHIFT
 
@@ -34,8 +33,8 @@ def merged_forward(
     """
     scale = query.shape[-1] ** -0.5
     softmax_output, softmax_log_sum_exp = flash_attention(query, key, value, num_keys, scale)
-    linear_values = product("nqhf,nhfd->nqhd", phi_query, linear.state.astype(phi_query.dtype))
-    linear_mass = product("nqhf,nhf->nhq", phi_query, linear.normalizer.astype(phi_query.dtype))
+    linear_values, linear_mass = read_sums(phi_query, linear)
+    linear_mass = jnp.swapaxes(linear_mass, 1, 2)
 
     # Softmax weights are relative to exp(shift), linear ones are multiplied by linear_scale: as in window.py.
     if stabilizer == "row_max":
@@ -47,6 +46,7 @@ def merged_forward(
     mass = softmax_mass + linear_scale * linear_mass
     linear_weight = linear_scale / mass
 
+    per_token = lambda statistic: jnp.swapaxes(statistic, 1, 2)[..., None]
     output = per_token(softmax_mass / mass) * softmax_output + per_token(linear_weight) * linear_values
     return output.astype(query.dtype), shift + jnp.log(mass), linear_weight
 

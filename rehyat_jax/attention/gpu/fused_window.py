@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rehyat_jax.attention.linear_products import read_sums_backward
 from rehyat_jax.attention.product import product
 from rehyat_jax.attention.state import LinearState
 
@@ -76,18 +77,12 @@ def _attend_backward(kernels, stabilizer, residuals, cotangent):
     # The compiler drops this call where only the features learn: nothing else here reads it.
     d_query, d_key, d_value = kernels.backward(query, key, value, num_keys, output, log_sum_exp, cotangent)
 
-    d_values = (per_token(linear_weight) * cotangent).astype(phi_query.dtype)
-    d_mass = -linear_weight * product("nqhd,nqhd->nhq", cotangent, output)
-    d_phi_query = product("nqhd,nhfd->nqhf", d_values, state.astype(phi_query.dtype))
-    d_phi_query += per_token(d_mass) * normalizer[:, None]
-    d_state = product("nqhf,nqhd->nhfd", phi_query, d_values)
-    d_normalizer = product("nqhf,nhq->nhf", phi_query, d_mass)
-    return d_query, d_key, d_value, None, d_phi_query.astype(phi_query.dtype), d_state, d_normalizer
+    weight = jnp.swapaxes(linear_weight, 1, 2)
+    delta = product("nqhd,nqhd->nqh", cotangent, output)
+    d_phi_query, d_linear = read_sums_backward(
+        phi_query, LinearState(state, normalizer), LinearState(weight[..., None] * cotangent, -weight * delta)
+    )
+    return d_query, d_key, d_value, None, d_phi_query, *d_linear
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def per_token(statistic: jax.Array) -> jax.Array:
-    """[n, heads, queries] -> [n, queries, heads, 1]."""
-    return jnp.swapaxes(statistic, 1, 2)[..., None]

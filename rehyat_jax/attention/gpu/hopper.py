@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rehyat_jax.attention.product import product
 from rehyat_jax.attention.state import LinearState
 from rehyat_jax.attention.window import _LOWEST_LINEAR_SHIFT
 
@@ -43,7 +42,7 @@ def hopper_window_forward(
       phi_query: of query's dtype, its features a multiple of 128.
     """
     windows, num_queries, heads, head_dim = query.shape
-    mass = product("nqhf,nhf->nhq", phi_query, linear.normalizer.astype(phi_query.dtype))
+    mass = jnp.swapaxes(jnp.sum(phi_query * linear.normalizer[:, None], axis=-1), 1, 2)
     tile = _WARPGROUPS * _ROWS
     pad = lambda array, axis, size: jnp.pad(
         array, [(0, max(size - array.shape[i], 0) if i == axis else 0) for i in range(array.ndim)]
