@@ -155,7 +155,10 @@ def save_plot(path: Path, points: list[Measurement]) -> None:
                 x, y = [point.frames for point in curve], [quantity(point) for point in curve]
                 axes.plot(x, y, style, marker="o", markersize=3, color=f"C{index}", label=attention if curve else None)
             axes.set(title=direction, xlabel="latent frames", ylabel=label, xscale="log", yscale="log")
-            axes.grid(alpha=0.3, which="both")
+            frames = sorted({point.frames for point in points})
+            axes.set_xticks(frames, labels=map(str, frames))
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png")
