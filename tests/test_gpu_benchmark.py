@@ -1,4 +1,4 @@
-"""The GPU benchmark: everything but the GPU."""
+"""The GPU benchmarks: everything but the GPU and its compiler."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rehyat_jax.attention.geometry import ChunkGeometry
-from rehyat_jax.benchmarks import gpu
+from rehyat_jax.benchmarks import gpu, gpu_compile
 
 TINY = ["--device=cpu", "--implementations=scan", "--heads=1", "--frames=4", "--tokens-per-frame=2", "--repeats=1"]
 
@@ -66,3 +66,35 @@ def test_sizes_are_positive(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main([option])
     assert f"argument {option.split('=')[0]}: invalid positive value" in capsys.readouterr().err
+
+
+HLO = """HloModule jit_f
+
+%fused (p: bf16[4,8]) -> f32[8,4] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %t = f32[8,4]{0,1} transpose(%p), dimensions={1,0}
+}
+
+ENTRY %main.1 (a.1: bf16[4,8]) -> (f32[8,4]) {
+  %a.1 = bf16[4,8]{1,0} parameter(0), sharding={replicated}
+  %fusion.1 = f32[8,4]{0,1} fusion(%a.1), kind=kLoop, calls=%fused
+  %call.2 = (f32[8,4]{1,0}, u8[0]{0}) custom-call(%fusion.1, %a.1), custom_call_target="attention", metadata={}
+  %get-tuple-element.3 = f32[8,4]{1,0} get-tuple-element(%call.2), index=0
+  %reduce.4 = s32[] reduce(%get-tuple-element.3, /*index=1*/%a.1), dimensions={0,1}
+  ROOT %tuple.5 = (f32[8,4]{1,0}) tuple(%get-tuple-element.3)
+}
+"""
+
+
+def test_bytes_are_those_of_operations_beside_the_kernels():
+    # The fusion reads 4*8 numbers of two bytes and writes as many of four; the reduction reads both and writes one.
+    assert gpu_compile.moved_bytes(HLO) == (["attention"], (64 + 128) + (128 + 64 + 4))
+
+
+def test_without_the_cuda_plugin_the_error_says_what_to_do(monkeypatch, capsys):
+    def missing(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(gpu_compile.topologies, "get_topology_desc", missing)
+    assert gpu_compile.main([]) == 2
+    assert "expected JAX's CUDA plugin, found none; run `pip install" in capsys.readouterr().err

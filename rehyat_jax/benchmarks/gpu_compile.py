@@ -1,0 +1,201 @@
+"""What becomes of hybrid attention on an H100, without one: python -m rehyat_jax.benchmarks.gpu_compile.
+
+Compiles forward, and forward + backward, with JAX's CUDA plugin, which needs neither GPU nor driver for that (`pip
+install "jax[cuda12]"`). For every program: the attention kernels it calls, the bytes that XLA's operations read and
+write beside them (at 3.35 TB/s, the H100's, a bound on what they cost), its temporary memory, and what ptxas says of
+the project's own kernel, once: it is not compiled again. cuDNN's kernels are chosen on the GPU itself, so nothing is
+known of them here.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from rehyat_jax.attention import HybridState
+from rehyat_jax.attention.api import STABILIZERS
+from rehyat_jax.attention.cudnn import hybrid_attention_cudnn
+from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.pallas_gpu import hybrid_attention_pallas_gpu
+from rehyat_jax.benchmarks.gpu import CHUNK_FRAMES, FEATURES, HEAD_DIM, OVERLAP_FRAMES, output_and_gradients
+from rehyat_jax.cli import report_input_errors
+from rehyat_jax.errors import InputError
+
+IMPLEMENTATIONS = {"cudnn": hybrid_attention_cudnn, "pallas_gpu": hybrid_attention_pallas_gpu}
+
+BYTES_A_SECOND = 3.35e12
+
+# XLA's GpuTargetConfigProto of an H100 SXM.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+runtime_version { major: 12 minor: 9 }
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_OPERATION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)")
+# They move nothing.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program: its attention kernels in order, bytes moved beside them, temporary bytes, what ptxas says."""
+
+    kernels: list[str]
+    other_bytes: int
+    temporary_bytes: int
+    ptxas: str
+
+
+def moved_bytes(hlo: str) -> tuple[list[str], int]:
+    """The custom calls of an optimised HLO module's entry, and the bytes all its other operations read and write."""
+    kernels, total, bytes_of = [], 0, {}
+    for line in hlo[hlo.index("\nENTRY") :].splitlines():
+        if not (match := _OPERATION.match(line)):
+            continue
+        name, shapes, kind, operands = match.groups()
+        bytes_of[name] = _array_bytes(shapes)
+        if target := re.search(r'custom_call_target="([^"]*)"', line):
+            kernels.append(target[1])
+        elif kind not in _FREE:
+            total += bytes_of[name] + sum(bytes_of[operand] for operand in re.findall(r"%([\w.\-]+)", operands))
+    return kernels, total
+
+
+def _array_bytes(shapes: str) -> int:
+    arrays = re.findall(r"([a-z]\w+)\[([\d,]*)\]", shapes)
+    return sum(_ITEM_BYTES[dtype] * math.prod(map(int, filter(None, sizes.split(",")))) for dtype, sizes in arrays)
+
+
+def h100() -> SingleDeviceSharding:
+    """Where the arguments of a program lie that is to be compiled for an H100."""
+    try:
+        topology = topologies.get_topology_desc("", "cuda", target_config=_H100, topology="1x1x1")
+    except NotImplementedError as error:
+        raise InputError(
+            'expected JAX\'s CUDA plugin, found none; run `pip install "jax[cuda12]"` (no GPU is needed)'
+        ) from error
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def compile_attention(
+    implementation: str, stabilizer: str, *, backward: bool, heads: int, frames: int, tokens_per_frame: int = 1560
+) -> Compiled:
+    """Compiles causal hybrid attention of one bfloat16 video for an H100; if `backward`, with all inputs' gradients."""
+    geometry = ChunkGeometry(frames, tokens_per_frame, CHUNK_FRAMES, OVERLAP_FRAMES)
+    frame = dict(tokens_per_frame=tokens_per_frame, overlap_frames=OVERLAP_FRAMES, dtype=jnp.bfloat16)
+
+    def attend(*arrays):
+        start = HybridState.zeros(1, heads, HEAD_DIM, FEATURES, **frame)
+        attend = IMPLEMENTATIONS[implementation]
+        return attend(*arrays, geometry, causal=True, stabilizer=stabilizer, initial_state=start)[0]
+
+    sharding = h100()
+    shape = lambda width: (1, frames * tokens_per_frame, heads, width)
+    array = lambda width: jax.ShapeDtypeStruct(shape(width), jnp.bfloat16, sharding=sharding)
+    inputs = [array(HEAD_DIM)] * 3 + [array(FEATURES)] * 2
+    with ptxas_output() as output:
+        if backward:
+            lowered = jax.jit(output_and_gradients(attend)).lower(inputs, array(HEAD_DIM))
+        else:
+            lowered = jax.jit(attend).lower(*inputs)
+        compiled = lowered.compile()
+    kernels, other_bytes = moved_bytes(compiled.as_text())
+    said = re.findall(r"Used (\d+) registers|(\d+) bytes spill stores", "".join(output))
+    ptxas = ", ".join(
+        f"{registers} registers" if registers else f"{spilled} bytes spilled" for registers, spilled in said
+    )
+    return Compiled(kernels, other_bytes, compiled.memory_analysis().temp_size_in_bytes, ptxas)
+
+
+@contextlib.contextmanager
+def ptxas_output() -> Iterator[list[str]]:
+    """Makes Mosaic GPU print what ptxas says; it does so from C++, so the process' own output is diverted meanwhile."""
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    lines: list[str] = []
+    with tempfile.TemporaryFile("w+") as file:
+        sys.stdout.flush()
+        stdout = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            yield lines
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            file.seek(0)
+            lines += file
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rehyat_jax.benchmarks.gpu_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
+    arguments = parser.parse_args(argv)
+
+    def run():
+        h100()
+        print(
+            "| implementation | stabilizer | direction | attention kernels "
+            "| beside them, GB | ms | temporary, GB | ptxas |"
+        )
+        print("|---" * 8 + "|")
+        for implementation in IMPLEMENTATIONS:
+            for stabilizer in STABILIZERS:
+                for direction in ("forward", "forward + backward"):
+                    compiled = compile_attention(
+                        implementation, stabilizer, backward="back" in direction, **vars(arguments)
+                    )
+                    cells = [
+                        implementation,
+                        stabilizer,
+                        direction,
+                        ", ".join(compiled.kernels),
+                        f"{compiled.other_bytes / 1e9:.2f}",
+                        f"{compiled.other_bytes / BYTES_A_SECOND * 1e3:.2f}",
+                        f"{compiled.temporary_bytes / 1e9:.2f}",
+                        compiled.ptxas,
+                    ]
+                    print(f"| {' | '.join(cells)} |", flush=True)
+
+    return report_input_errors(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
