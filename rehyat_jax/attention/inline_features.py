@@ -1,0 +1,59 @@
+"""Features that are not computed yet, so that a kernel can compute them where it needs them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("source", "weights"), meta_fields=("function",))
+@dataclasses.dataclass(frozen=True)
+class InlineFeatures:
+    """phi_query or phi_key as a recipe: `function`, applied head by head to the tokens of `source`.
+
+    Written to memory, 256 features of a token are twice its query; a kernel that has the query at hand computes them
+    in place. Any map will do that is a function of one token and of matrices of its head.
+
+    Attributes:
+      source: [batch, tokens, heads, width], what the map is applied to: queries or keys, rotated or not.
+      weights: arrays [heads, rows, columns], of any number.
+      function: (tokens [tokens, width], *matrices [rows, columns]) -> features [tokens, features] in the tokens' dtype,
+        of one head. Made of jax operations that Pallas can lower; compared by `==`, so give it value semantics.
+    """
+
+    source: jax.Array
+    weights: tuple[jax.Array, ...]
+    function: Callable[..., jax.Array]
+
+    def compute(self) -> jax.Array:
+        """The features, [batch, tokens, heads, features]."""
+        shared = (None,) * len(self.weights)
+        per_head = (0,) * len(self.weights)
+        all_heads = jax.vmap(self.function, in_axes=(1, *per_head), out_axes=1)
+        return jax.vmap(all_heads, in_axes=(0, *shared))(self.source, *self.weights)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return jax.eval_shape(self.compute).shape
+
+    @property
+    def dtype(self) -> jax.numpy.dtype:
+        return jax.eval_shape(self.compute).dtype
+
+
+def identity(features: jax.Array) -> jax.Array:
+    return features
+
+
+def as_inline(features: jax.Array | InlineFeatures) -> InlineFeatures:
+    """Features given as an array are their own source."""
+    return features if isinstance(features, InlineFeatures) else InlineFeatures(features, (), identity)
+
+
+def as_array(features: jax.Array | InlineFeatures) -> jax.Array:
+    return features.compute() if isinstance(features, InlineFeatures) else features

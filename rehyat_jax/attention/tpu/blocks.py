@@ -1,0 +1,95 @@
+"""How token arrays are cut into blocks for the TPU kernels, and how a kernel walks over a block."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+LANES = 128
+
+# Contractions of two matrices: over the columns of both (a b^T), as usual (a b), and over the rows of both (a^T b).
+NT = (((1,), (1,)), ((), ()))
+NN = (((1,), (0,)), ((), ()))
+TN = (((0,), (0,)), ((), ()))
+
+
+def dot(left: jax.Array, right: jax.Array, contraction) -> jax.Array:
+    """A matrix product accumulated in float32."""
+    return jax.lax.dot_general(left, right, contraction, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadBlocks:
+    """A view of [batch, tokens, heads, width] from which a kernel takes blocks [rows, width] of one head's tokens.
+
+    Where a head fills whole vector registers (width a multiple of 128 lanes) its columns are cut from
+    [batch, tokens, heads * width], the layout in which projections write; otherwise heads go first, which costs a copy.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    width: int
+    dtype: jnp.dtype
+
+    @classmethod
+    def of(cls, array: jax.Array) -> "HeadBlocks":
+        return cls(*array.shape, array.dtype)
+
+    @property
+    def in_place(self) -> bool:
+        return self.width % LANES == 0
+
+    def view(self, array: jax.Array) -> jax.Array:
+        if self.in_place:
+            return array.reshape(self.batch, self.tokens, -1)
+        return jnp.moveaxis(array, 2, 1)
+
+    def unview(self, view: jax.Array) -> jax.Array:
+        return unview(view, self.heads)
+
+    @property
+    def shape(self) -> jax.ShapeDtypeStruct:
+        """Of the view."""
+        if self.in_place:
+            return jax.ShapeDtypeStruct((self.batch, self.tokens, self.heads * self.width), self.dtype)
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.tokens, self.width), self.dtype)
+
+    def spec(self, rows: int, index: Callable[..., jax.Array]) -> pl.BlockSpec:
+        """Blocks of `rows` tokens. `index` takes the grid indices after (batch, head) and gives the block's."""
+        if self.in_place:
+            return pl.BlockSpec((None, rows, self.width), lambda b, h, *step: (b, index(*step), h))
+        return pl.BlockSpec((None, None, rows, self.width), lambda b, h, *step: (b, h, index(*step), 0))
+
+
+def unview(view: jax.Array, heads: int) -> jax.Array:
+    """The array [batch, tokens, heads, width] of which `view` is the view."""
+    if view.ndim == 3:
+        return view.reshape(*view.shape[:2], heads, -1)
+    return jnp.moveaxis(view, 1, 2)
+
+
+def for_tiles(length: int, width: int, unroll: int, body: Callable[[list[tuple[int | jax.Array, int]]], None]) -> None:
+    """Calls `body` with lists of tiles (start, size) that cover range(length) in order, about `unroll` tiles a list.
+
+    Within a list the compiler may overlap one tile's work with the next's; between lists it may not. Starts are
+    multiples of `width`, which must be one of 128. A narrow remainder joins the last tile.
+    """
+    stretch = unroll * width
+    looped = max((length - width) // stretch, 0)  # what is left holds at least one tile of full width
+    if looped > 1:
+
+        @pl.loop(0, looped)
+        def _(i):
+            start = pl.multiple_of(i * stretch, LANES)
+            body([(start + n * width, width) for n in range(unroll)])
+
+    else:
+        looped = 0
+    starts = [*range(looped * stretch, length, width)]
+    if len(starts) > 1 and length - starts[-1] < width / 4:
+        del starts[-1]
+    body([(start, stop - start) for start, stop in itertools.pairwise([*starts, length])])

@@ -1,0 +1,99 @@
+"""One way of calling a TPU kernel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rehyat_jax.attention.tpu.blocks import HeadBlocks
+
+Operands = dict[str, tuple[Any, Any]]
+
+
+def call_kernel(
+    name: str,
+    kernel: Callable[[dict, dict, dict], None],
+    grid: tuple[int, ...],
+    inputs: Operands,
+    outputs: Operands,
+    scratch: dict[str, Any] | None = None,
+    *,
+    parallel: int,
+    aliases: dict[str, str] | None = None,
+) -> dict[str, jax.Array]:
+    """Runs `kernel(inputs, outputs, scratch)`, three dictionaries of references, over a grid.
+
+    Args:
+      inputs: name -> (array or tuple of arrays, BlockSpec or tuple of them); None is left out.
+      outputs: name -> (ShapeDtypeStruct or tuple, BlockSpec or tuple).
+      scratch: name -> memory.
+      parallel: how many leading grid axes carry nothing from step to step; the others run in order.
+      aliases: output name -> input name whose memory it takes over; blocks that are never written keep their values.
+
+    Returns: name -> array or tuple of arrays, as `outputs`.
+    """
+    inputs = {key: value for key, value in inputs.items() if value is not None}
+    arrays, in_specs = ({key: value[n] for key, value in inputs.items()} for n in range(2))
+    shapes, out_specs = ({key: value[n] for key, value in outputs.items()} for n in range(2))
+    (results,) = pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[in_specs],
+        out_specs=[out_specs],
+        out_shape=[shapes],
+        scratch_shapes=[scratch or {}],
+        input_output_aliases={
+            _leaf(arrays, source): _leaf(shapes, target) for target, source in (aliases or {}).items()
+        },
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+        ),
+        name=name,
+    )(arrays)
+    return results
+
+
+def _leaf(tree: dict[str, Any], name: str) -> int:
+    """The position of the array tree[name] among the leaves of `tree`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return next(n for n, (path, _) in enumerate(leaves) if path[0].key == name)
+
+
+def token_blocks(array: jax.Array, rows: int, index: Callable[..., jax.Array]) -> tuple[jax.Array, pl.BlockSpec]:
+    """An input of `rows` tokens [batch, tokens, heads, width] a step; see `HeadBlocks.spec`."""
+    blocks = HeadBlocks.of(array)
+    return blocks.view(array), blocks.spec(rows, index)
+
+
+def new_rows(batch: int, heads: int, blocks: int, rows: int, index: Callable[..., jax.Array]):
+    """An output of one float32 a token, [batch, heads, blocks, 1, rows]: `rows` tokens lie along a register's lanes."""
+    spec = pl.BlockSpec((None, None, None, 1, rows), lambda b, h, *step: (b, h, index(*step), 0, 0))
+    return jax.ShapeDtypeStruct((batch, heads, blocks, 1, rows), jnp.float32), spec
+
+
+def row_blocks(values: jax.Array, rows: int, index: Callable[..., jax.Array]) -> tuple[jax.Array, pl.BlockSpec]:
+    """An input made as `new_rows`, perhaps for blocks that are a multiple of these."""
+    batch, heads = values.shape[:2]
+    values = values.reshape(batch, heads, -1, 1, rows)
+    return values, new_rows(batch, heads, values.shape[2], rows, index)[1]
+
+
+def per_head(matrices: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], tuple[pl.BlockSpec, ...]]:
+    """Inputs [heads, rows, columns] of which a step sees its head's."""
+    specs = tuple(pl.BlockSpec((None, *matrix.shape[1:]), lambda b, h, *_: (h, 0, 0)) for matrix in matrices)
+    return matrices, specs
+
+
+def weight_gradients(matrices: tuple[jax.Array, ...], batch: int):
+    """Outputs [batch, heads, rows, columns], float32, that stay in VMEM while the grid walks over one head's tokens."""
+    shapes = tuple(jax.ShapeDtypeStruct((batch, *matrix.shape), jnp.float32) for matrix in matrices)
+    specs = tuple(pl.BlockSpec((None, None, *shape.shape[2:]), lambda b, h, *_: (b, h, 0, 0)) for shape in shapes)
+    return shapes, specs
+
+
+def state_block(states: Any, index: Callable[..., jax.Array]) -> tuple[Any, pl.BlockSpec]:
+    """One head's matrix of [states, batch, heads, rows, columns]; `index` as in `HeadBlocks.spec`."""
+    return states, pl.BlockSpec((None, None, None, *states.shape[-2:]), lambda b, h, *step: (index(*step), b, h, 0, 0))
