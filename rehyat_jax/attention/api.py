@@ -1,27 +1,34 @@
 """Hybrid attention: what it means, what it accepts, and which implementation runs."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from rehyat_jax.attention.cudnn import hybrid_attention_cudnn
 from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.inline_features import InlineFeatures, as_array
+from rehyat_jax.attention.platform import target_platform
 from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.attention.reference import hybrid_attention_reference
 from rehyat_jax.attention.scan import hybrid_attention_scan
 from rehyat_jax.attention.state import HybridState
+from rehyat_jax.attention.tpu.op import hybrid_attention_pallas_tpu, why_not_pallas_tpu
 from rehyat_jax.attention.xla import hybrid_attention_xla
 
 STABILIZERS = ("row_max", "joint")
-IMPLEMENTATIONS = ("reference", "scan", "xla")
+IMPLEMENTATIONS = ("reference", "scan", "xla", "cudnn", "pallas_tpu")
+
+Features = jax.Array | InlineFeatures | Callable[[jax.Array], jax.Array]
 
 
 def hybrid_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    phi_query: jax.Array | Callable[[jax.Array], jax.Array],
-    phi_key: jax.Array | Callable[[jax.Array], jax.Array],
+    phi_query: Features,
+    phi_key: Features,
     *,
     tokens_per_frame: int,
     chunk_frames: int,
@@ -45,8 +52,9 @@ def hybrid_attention(
     Args:
       query, key, value: [batch, tokens, heads, head_dim] of one floating dtype, tokens frame-major. Any number of
         frames: the last chunk may be ragged, or the only one.
-      phi_query, phi_key: non-negative features [batch, tokens, heads, features], or feature maps to be called on
-        `query` and `key`. Their dtype is that of `query`, or float32.
+      phi_query, phi_key: non-negative features. Either arrays [batch, tokens, heads, features] in the dtype of `query`
+        or float32; or `InlineFeatures`, which "pallas_tpu" computes inside its kernels; or feature maps to be called
+        on `query` and `key`, inlined if they have a method `inline`, as `FeatureMap` has.
       tokens_per_frame: tokens of one latent frame.
       chunk_frames: Tc, at least 1.
       overlap_frames: To, between 0 and chunk_frames.
@@ -55,24 +63,26 @@ def hybrid_attention(
         weights are relative to it. "joint": zero (computed safely), so that full softmax attention is recovered where
         phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different functions: never mix them between
         training and inference. c is a constant in the gradient.
-      implementation: "reference" (dense, the definition), "scan" (recurrent), "xla" (chunks as a batch), or None for
-        the best on this platform.
+      implementation: "reference" (dense, the definition), "scan" (recurrent), "xla" (chunks as a batch), "cudnn"
+        (NVIDIA GPUs: flash attention, 16 bits), "pallas_tpu" (TPUs: fused kernels), or None for the best on this
+        platform that can do what is asked for.
       initial_state: what was returned with the preceding chunks of the same video; None at its start. Causal only.
       return_state: also return the state that continues the video. Causal only, and only after whole chunks.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`; with return_state, (y, HybridState).
 
     Raises:
-      ValueError: on shapes, dtypes or arguments that do not fit together.
+      ValueError: on shapes, dtypes or arguments that do not fit together or that the implementation cannot do.
     """
-    phi_query = phi_query(query) if callable(phi_query) else phi_query
-    phi_key = phi_key(key) if callable(phi_key) else phi_key
+    phi_query, phi_key = _features(phi_query, query), _features(phi_key, key)
     _check_arrays(query, key, value, phi_query, phi_key)
     geometry = _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames)
     _check_choice("stabilizer", stabilizer, STABILIZERS)
     if implementation is None:
-        implementation = default_implementation()
+        implementation = default_implementation(query, phi_query)
     _check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if implementation != "pallas_tpu":
+        phi_query, phi_key = as_array(phi_query), as_array(phi_key)
     arrays = (query, key, value, phi_query, phi_key)
 
     if implementation == "reference":
@@ -90,19 +100,35 @@ def hybrid_attention(
     )
     if initial_state is not None or return_state:
         _check_streaming(geometry, causal, initial_state, return_state, start)
-    run = {"scan": hybrid_attention_scan, "xla": hybrid_attention_xla}[implementation]
-    initial_state = start if initial_state is None else initial_state
+    if implementation == "pallas_tpu":
+        run = functools.partial(hybrid_attention_pallas_tpu, return_state=return_state)
+    else:
+        run = {"scan": hybrid_attention_scan, "xla": hybrid_attention_xla, "cudnn": hybrid_attention_cudnn}[
+            implementation
+        ]
+        initial_state = start if initial_state is None else initial_state
     output, final_state = run(*arrays, geometry, causal=causal, stabilizer=stabilizer, initial_state=initial_state)
     return (output, final_state) if return_state else output
 
 
-def default_implementation() -> str:
+def default_implementation(query: jax.Array, phi_query: jax.Array | InlineFeatures) -> str:
     """The implementation that `implementation=None` stands for on this platform.
 
     On CPUs the scan's small arrays stay in cache: at 16 videos of 21 frames x 9 tokens, 2 heads x 64, 256 features, two
     busy cores, it took 40 ms forward where "xla" took 55, and with the backward pass 130 and 120 (medians).
     """
-    return "scan" if jax.default_backend() == "cpu" else "xla"
+    platform = target_platform()
+    if platform == "tpu" and why_not_pallas_tpu(query, phi_query) is None:
+        return "pallas_tpu"
+    if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16):
+        return "cudnn"
+    return "scan" if platform == "cpu" else "xla"
+
+
+def _features(features: Features, x: jax.Array) -> jax.Array | InlineFeatures:
+    if hasattr(features, "inline"):
+        return features.inline(x)
+    return features(x) if callable(features) else features
 
 
 def _check_arrays(query, key, value, phi_query, phi_key):

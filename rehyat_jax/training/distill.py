@@ -118,7 +118,7 @@ def calibrated(
             return linear_mass_log_scale(
                 inputs.query,
                 inputs.key,
-                *model.block_features(inputs, maps),
+                *(features.compute() for features in model.block_features(inputs, maps)),
                 tokens_per_frame=inputs.tokens_per_frame,
                 chunk_frames=form.chunk_frames,
                 overlap_frames=form.overlap_frames,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from rehyat_jax.attention import FeatureMap, hybrid_attention, softmax_attention
+from rehyat_jax.attention import FeatureMap, InlineFeatures, hybrid_attention, softmax_attention
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.rope import rope_table, rotate
 
@@ -232,11 +232,11 @@ class FeatureMaps(nnx.Module):
         )
         self.query, self.key = make(), make()
 
-    def features(self, inputs: AttentionInputs, config: WanConfig) -> tuple[jax.Array, jax.Array]:
-        """(phi_query, phi_key), each [B, N, H, F]."""
+    def features(self, inputs: AttentionInputs, config: WanConfig) -> tuple[InlineFeatures, InlineFeatures]:
+        """(phi_query, phi_key), each of [B, N, H, F]."""
         if config.hybrid.feature_map.input == "unrotated":
-            return self.query(inputs.unrotated_query), self.key(inputs.unrotated_key)
-        return self.query(inputs.query), self.key(inputs.key)
+            return self.query.inline(inputs.unrotated_query), self.key.inline(inputs.unrotated_key)
+        return self.query.inline(inputs.query), self.key.inline(inputs.key)
 
 
 def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -374,11 +374,11 @@ class WanTransformer(nnx.Module):
             return hybrid(), None
         return jax.lax.cond(per_block["is_hybrid"], hybrid, softmax), None
 
-    def block_features(self, inputs: AttentionInputs, feature_maps: Any) -> tuple[jax.Array, jax.Array]:
+    def block_features(self, inputs: AttentionInputs, feature_maps: Any) -> tuple[InlineFeatures, InlineFeatures]:
         """Features of one block's queries and keys under one block's feature-map parameters."""
         return nnx.merge(nnx.graphdef(self.feature_maps), feature_maps).features(inputs, self.config)
 
-    def hybrid(self, inputs: AttentionInputs, phi_query: jax.Array, phi_key: jax.Array) -> jax.Array:
+    def hybrid(self, inputs: AttentionInputs, phi_query: InlineFeatures, phi_key: InlineFeatures) -> jax.Array:
         """Hybrid attention in the form that the config names; [B, N, H, d]."""
         form = self.config.hybrid
         return hybrid_attention(
