@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rehyat_jax.benchmarks import tpu_cases, tpu_report, tpu_static
+from rehyat_jax.benchmarks import splash_blocks, tpu_cases, tpu_report, tpu_static
 from rehyat_jax.benchmarks.static_cycles import StaticProgram
 from rehyat_jax.benchmarks.tpu_bundles import Kernel
 from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, compiled_for_tpu
@@ -225,6 +226,19 @@ def test_growth_is_told_as_an_exponent():
     unfit = row | {"frames": 80, "cycles": None, "total_bytes": None}
     (line,) = tpu_report.growth([*rows, unfit])
     assert line.endswith("10 to 40 frames: cycles as frames^2.00, total bytes as frames^1.00")
+
+
+def test_the_search_finds_the_best_blocks_that_can_be_compiled():
+    def cycles(keywords):
+        sizes = keywords["blocks"].values()
+        if math.prod(list(sizes)[:2]) > 2**21:
+            return None
+        # Least where every size is 1024, as far as it may be.
+        return sum(abs(math.log2(size) - 10) for size in sizes)
+
+    start = {"forward": (256, 256, 128), "dkv": (128, 4096, 512), "dq": (4096, 256)}
+    found = splash_blocks.search(cycles, start)
+    assert found == {"forward": (1024, 1024, 1024), "dkv": (1024, 1024, 1024), "dq": (1024, 1024)}
 
 
 def test_missing_compiler_and_unknown_topology_are_told_in_one_line(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Block sizes of JAX's splash attention, the best that were found: the baseline gets what it can."""
 
+import math
 from collections.abc import Callable
 
 Blocks = dict[str, tuple[int, ...]]
@@ -15,10 +16,10 @@ _FIELDS = {
 # Found by `python -m rehyat_jax.benchmarks.tpu_static --search`: jax 0.10.2, libtpu 0.0.51, 12 heads of 128, 21 frames
 # of 1560 tokens. Cycles are proportional to the number of blocks, so that other lengths and heads want the same.
 SPLASH_BLOCKS: dict[str, Blocks] = {
-    "v5e": {"forward": (1024, 2048, 1024), "fused": (512, 4096, 512), "dkv": (2048, 1024, 512), "dq": (1024, 2048)},
-    "v5p": {"forward": (1024, 2048, 1024), "fused": (512, 4096, 512), "dkv": (2048, 1024, 512), "dq": (1024, 2048)},
-    "v6e": {"forward": (1024, 2048, 1024), "fused": (512, 4096, 512), "dkv": (2048, 1024, 512), "dq": (1024, 2048)},
-    "tpu7x": {"forward": (1024, 2048, 1024), "fused": (512, 4096, 512), "dkv": (2048, 1024, 512), "dq": (1024, 2048)},
+    "v5e": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 1024)},
+    "v5p": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 1024)},
+    "v6e": {"forward": (2048, 4096, 1024), "fused": (512, 8192, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 2048)},
+    "tpu7x": {"forward": (2048, 4096, 1024), "fused": (512, 8192, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 2048)},
 }
 
 
@@ -31,30 +32,29 @@ def splash_arguments(implementation: str, blocks: Blocks) -> dict:
 
 
 def search(cycles: Callable[[dict], int | None], start: Blocks) -> Blocks:
-    """The best blocks among those of 2 or 4 million scores, one kernel after the other from `start`; prints what it
-    tries.
+    """Walks from `start`, one kernel after the other, to blocks that no neighbours are better than.
 
-    Smaller blocks load more for the same work; of larger ones VMEM holds none. `cycles` takes keywords of
-    `tpu_cases.full_softmax`, and returns None for what cannot be compiled.
+    Prints what it tries. `cycles` takes keywords of `tpu_cases.full_softmax`, and returns None for what cannot be
+    compiled: VMEM does not hold it.
     """
-    sizes = (256, 512, 1024, 2048, 4096, 8192)
-    blocks = [(queries, keys) for queries in sizes for keys in sizes if queries * keys in (2**21, 2**22)]
-    looped = [
-        (*block, keys_at_a_time) for block in blocks for keys_at_a_time in (512, 1024) if keys_at_a_time <= block[1]
-    ]
     best = dict(start)
-    for kernel, implementation, candidates in (
-        ("forward", "splash", looped),
-        ("fused", "splash_fused", looped),
-        ("dkv", "splash_unfused", looped),
-        ("dq", "splash_unfused", blocks),
-    ):
-        found = {}
-        for candidate in candidates:
-            result = cycles(splash_arguments(implementation, best | {kernel: candidate}))
-            told = "cannot be compiled" if result is None else f"{result:,}"
-            print(f"{implementation} {kernel} {candidate}: {told}", flush=True)
-            if result is not None:
-                found[candidate] = result
-        best[kernel] = min(found, key=found.get)
+    for kernel in start:
+        implementation = {"forward": "splash", "fused": "splash_fused"}.get(kernel, "splash_unfused")
+        found: dict[tuple[int, ...], float] = {}
+        asked = {best[kernel]}
+        while asked:
+            for blocks in sorted(asked):
+                result = cycles(splash_arguments(implementation, best | {kernel: blocks}))
+                print(f"{kernel} {blocks}: {'cannot be compiled' if result is None else f'{result:,}'}", flush=True)
+                found[blocks] = math.inf if result is None else result
+            best[kernel] = min(found, key=found.get)
+            asked = _neighbours(best[kernel]) - set(found)
     return best
+
+
+def _neighbours(blocks: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """One size twice or half as large, or queries and keys traded for one another."""
+    moves = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (0.5, 1, 1), (1, 0.5, 1), (1, 1, 0.5), (2, 0.5, 1), (0.5, 2, 1)]
+    moved = {tuple(int(size * factor) for size, factor in zip(blocks, move, strict=False)) for move in moves}
+    # Keys are taken in whole parts of a block, and 128 is the least.
+    return {sizes for sizes in moved if min(sizes) >= 128 and sizes[-1] <= sizes[1]} - {blocks}
