@@ -1,7 +1,10 @@
 """Full softmax attention: the teacher's, that of the blocks which stay as they are, and attention to the text."""
 
+import functools
+
 import jax
 
+from rehyat_jax.attention.platform import target_platform
 from rehyat_jax.attention.splash import DTYPES as SPLASH_DTYPES
 from rehyat_jax.attention.splash import HEAD_DIMS as SPLASH_HEAD_DIMS
 from rehyat_jax.attention.splash import splash_attention
@@ -20,10 +23,10 @@ def softmax_attention(
     Args:
       query: [batch, queries, heads, head_dim].
       key, value: [batch, keys, heads, head_dim].
-      implementation: "xla" stores all scores, anywhere. "splash" (TPUs; bfloat16 or float32, head_dim 64 or 128) and
-        "cudnn" (NVIDIA GPUs from Ampere on; bfloat16 or float16, head_dim a multiple of 8 up to 128) store none. None
-        is the best that these arrays allow on the platform that the program is compiled for, which need not be this
-        machine's; from 512 queries and keys on, where that is "xla", scores are recomputed for the gradient.
+      implementation: "xla" stores all scores, anywhere; from 512 queries and keys on it recomputes them for the
+        gradient. "splash" (TPUs; bfloat16 or float32, head_dim 64 or 128) and "cudnn" (NVIDIA GPUs from Ampere on;
+        bfloat16 or float16, head_dim a multiple of 8 up to 128) store none. None is the best that these arrays allow
+        on the platform that the program is made for (`target_platform`).
 
     Returns: [batch, queries, heads, head_dim] in the dtype of `query`; weights are computed in float32.
 
@@ -31,21 +34,25 @@ def softmax_attention(
       ValueError: if the implementation cannot take these arrays.
     """
     _check_arrays(query, key, value)
-    if implementation is not None:
-        if problem := _problem(implementation, query):
-            raise ValueError(problem)
-        return _FORMS[implementation](query, key, value)
+    if implementation is None:
+        implementation = _default_implementation(query, key)
+    if problem := _problem(implementation, query):
+        raise ValueError(problem)
+    return _FORMS[implementation](query, key, value)
+
+
+def _default_implementation(query: jax.Array, key: jax.Array) -> str:
     if min(query.shape[1], key.shape[1]) < _SHORTEST_FUSED:
-        return _xla(query, key, value)
-    platforms = {"tpu": "splash", "cuda": "cudnn"}
-    fused = {platform: _FORMS[name] for platform, name in platforms.items() if not _problem(name, query)}
-    # A residual of any branch is a residual of all: had XLA's branch kept its scores for the gradient, a TPU's program
-    # would hold as many zeros.
-    return jax.lax.platform_dependent(query, key, value, default=jax.checkpoint(_xla), **fused)
+        return "xla"
+    fused = {"tpu": "splash", "gpu": "cudnn"}.get(target_platform(), "xla")
+    return "xla" if _problem(fused, query) else fused
 
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    if min(query.shape[1], key.shape[1]) >= _SHORTEST_FUSED:
+        attend = jax.checkpoint(attend)
+    return attend(query, key, value)
 
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -83,14 +90,6 @@ def _problem(implementation: str, query: jax.Array) -> str | None:
             return f'query must be of dtype bfloat16 or float16 for "cudnn", found {dtype}; "xla" takes it'
         if head_dim % 8 or head_dim > 128:
             return f'head_dim must be a multiple of 8 up to 128 for "cudnn", found {head_dim}; "xla" takes any'
-        if not _has_ampere():
-            return 'implementation "cudnn" needs an NVIDIA GPU of compute capability 8.0 or more; use "xla"'
+        if target_platform() != "gpu":
+            return f'implementation "cudnn" needs an NVIDIA GPU, this program is made for {target_platform()}; use "xla"'
     return None
-
-
-def _has_ampere() -> bool:
-    """Whether cuDNN's attention can be traced here: that takes its library and a GPU, unlike the other forms."""
-    try:
-        return all(float(device.compute_capability) >= 8.0 for device in jax.local_devices(backend="cuda"))
-    except RuntimeError:
-        return False
