@@ -1,58 +1,57 @@
-"""Mosaic GPU kernels on a CPU, in Pallas' interpreter of threads, barriers and asynchronous copies."""
+"""The Hopper kernel on a CPU, in Pallas' interpreter of warpgroups, barriers and asynchronous copies."""
 
 import contextlib
+import dataclasses
+import types
 from unittest import mock
 
 import jax
-import numpy as np
-from jax._src.pallas.mosaic.interpret.utils import to_range
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+import jax.numpy as jnp
+from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
-from jax._src.state.types import TransposeTransform
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rehyat_jax.attention.gpu import hopper
 
 
-def _wgmma(
-    *,
-    token,
-    device_id,
-    thread_id,
-    acc_allocation_key_as_array,
-    acc_transforms,
-    acc_dtype,
-    a_allocation_key_as_array,
-    a_transforms,
-    b_allocation_key_as_array,
-    b_transforms,
-    **_,
-):
-    """accumulator += a @ b, as the interpreter has it, but also with `a` in registers and `b` transposed."""
-    memory = gpu_callbacks._get_shared_memory()
-    thread = memory.get_global_thread_id(int(device_id), int(thread_id))
+class _Accumulator:
+    """Registers that products are added to."""
 
-    def locate(key, transforms):
-        transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
-        return gpu_callbacks.HostAllocationKey.from_array(key), to_range(transforms)
+    def __init__(self, shape: tuple[int, ...]):
+        self.value = lax.full(shape, 0.0, jnp.float32)
 
-    def read(key, transforms):
-        if transforms and isinstance(transforms[-1], TransposeTransform):
-            return read(key, transforms[:-1]).T
-        return memory.get_buffer_content(*locate(key, transforms), thread)[0]
+    def __getitem__(self, _) -> jax.Array:
+        return self.value
 
-    in_registers = np.shape(a_allocation_key_as_array) != (5,)
-    a = a_allocation_key_as_array if in_registers else read(a_allocation_key_as_array, a_transforms)
-    b = read(b_allocation_key_as_array, b_transforms)
-    accumulator = read(acc_allocation_key_as_array, acc_transforms)
-    result = accumulator + np.matmul(np.asarray(a, acc_dtype), np.asarray(b, acc_dtype))
-    memory.store_buffer_content(*locate(acc_allocation_key_as_array, acc_transforms), result, thread)
-    return token
+
+@dataclasses.dataclass
+class _Transposed:
+    ref: object
+
+
+def _run_scoped(function, *kinds, **options):
+    if len(kinds) == 1 and isinstance(kinds[0], plgpu.ACC):
+        return function(_Accumulator(kinds[0].shape))
+    return pl.run_scoped(function, *kinds, **options)
+
+
+def _wgmma(accumulator, left, right):
+    left = left if isinstance(left, jax.Array) else left[...]
+    right = right.ref[...].T if isinstance(right, _Transposed) else right[...]
+    accumulator.value += lax.dot(left.astype(jnp.float32), right.astype(jnp.float32))
 
 
 @contextlib.contextmanager
-def interpreted_kernels():
-    """Within it, Mosaic GPU kernels are traced for the interpreter. Memory that nobody wrote holds NaNs."""
-    with mock.patch.object(gpu_callbacks, "wgmma", _wgmma), force_gpu_interpret_mode(InterpretGPUParams()):
-        try:
-            yield
-        except BaseException:
-            gpu_callbacks.reset_gpu_interpret_mode_state()
-            raise
+def interpreted_kernel():
+    """Within it, the Hopper kernel is traced for the interpreter. Shared memory that nobody wrote holds NaNs.
+
+    The interpreter knows neither operands of wgmma in registers nor transposed ones, so products are plain ones here.
+    """
+    products = dict(wgmma=_wgmma, wgmma_wait=lambda _: None, transpose_ref=lambda ref, _: _Transposed(ref))
+    with (
+        mock.patch.object(hopper, "plgpu", types.SimpleNamespace(**(vars(plgpu) | products))),
+        mock.patch.object(hopper, "pl", types.SimpleNamespace(**(vars(pl) | dict(run_scoped=_run_scoped)))),
+        force_gpu_interpret_mode(InterpretGPUParams()),
+    ):
+        yield

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_flash import DENSE_KERNELS, dense_backward
-from hopper_interpreter import interpreted_kernels
+from hopper_interpreter import interpreted_kernel
 from test_hybrid_attention import (
     F32,
     F64,
@@ -229,7 +229,7 @@ def test_hopper_kernel_equals_the_arithmetic_around_it(stabilizer, causal, form)
         wide = [array.astype(np.float64) for array in arrays]
         exact = output_and_gradients(attention(form, causal, stabilizer), wide)
     hopper = by_kernels(WindowKernels(hopper_window_forward, dense_backward))
-    with interpreted_kernels():
+    with interpreted_kernel():
         found = output_and_gradients(attention(form, causal, stabilizer, hopper), arrays)
     # As in the test of bfloat16 above. The gradients have their log-sum-exp and linear weights from the kernel.
     assert_close(found, exact, 2**-6)
