@@ -25,11 +25,6 @@ class _Accumulator:
         return self.value
 
 
-@dataclasses.dataclass
-class _Transposed:
-    ref: object
-
-
 def _run_scoped(function, *kinds, **options):
     if len(kinds) == 1 and isinstance(kinds[0], plgpu.ACC):
         return function(_Accumulator(kinds[0].shape))
@@ -37,9 +32,14 @@ def _run_scoped(function, *kinds, **options):
 
 
 def _wgmma(accumulator, left, right):
-    left = left if isinstance(left, jax.Array) else left[...]
-    right = right.ref[...].T if isinstance(right, _Transposed) else right[...]
+    left, right = (operand if isinstance(operand, jax.Array) else _read(operand) for operand in (left, right))
     accumulator.value += lax.dot(left.astype(jnp.float32), right.astype(jnp.float32))
+
+
+def _read(ref) -> jax.Array:
+    if ref.transforms and type(ref.transforms[-1]).__name__ == "TransposeTransform":
+        return _read(dataclasses.replace(ref, transforms=ref.transforms[:-1])).T
+    return ref[...]
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def interpreted_kernel():
 
     The interpreter knows neither operands of wgmma in registers nor transposed ones, so products are plain ones here.
     """
-    products = dict(wgmma=_wgmma, wgmma_wait=lambda _: None, transpose_ref=lambda ref, _: _Transposed(ref))
+    products = dict(wgmma=_wgmma, wgmma_wait=lambda _: None)
     with (
         mock.patch.object(hopper, "plgpu", types.SimpleNamespace(**(vars(plgpu) | products))),
         mock.patch.object(hopper, "pl", types.SimpleNamespace(**(vars(pl) | dict(run_scoped=_run_scoped)))),

@@ -169,7 +169,7 @@ def _kernel(
             plgpu.barrier_wait(left_arrived.at[slot])
 
             def scores(accumulator):
-                plgpu.wgmma(accumulator, my_query, plgpu.transpose_ref(left_smem.at[slot], (1, 0)))
+                plgpu.wgmma(accumulator, my_query, left_smem.at[slot].transpose((1, 0)))
                 take_turns()
                 return accumulator[...]
 
