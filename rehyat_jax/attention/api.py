@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from rehyat_jax.attention.cudnn import hybrid_attention_cudnn
 from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.gpu.cudnn_calls import why_not_cudnn
 from rehyat_jax.attention.inline_features import InlineFeatures, as_array
+from rehyat_jax.attention.pallas_gpu import hybrid_attention_pallas_gpu
 from rehyat_jax.attention.platform import target_platform
 from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.attention.reference import hybrid_attention_reference
@@ -18,7 +20,14 @@ from rehyat_jax.attention.tpu.op import hybrid_attention_pallas_tpu, why_not_pal
 from rehyat_jax.attention.xla import hybrid_attention_xla
 
 STABILIZERS = ("row_max", "joint")
-IMPLEMENTATIONS = ("reference", "scan", "xla", "cudnn", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "scan", "xla", "cudnn", "pallas_tpu", "pallas_gpu")
+
+_RUN = {
+    "scan": hybrid_attention_scan,
+    "xla": hybrid_attention_xla,
+    "cudnn": hybrid_attention_cudnn,
+    "pallas_gpu": hybrid_attention_pallas_gpu,
+}
 
 Features = jax.Array | InlineFeatures | Callable[[jax.Array], jax.Array]
 
@@ -64,8 +73,9 @@ def hybrid_attention(
         phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different functions: never mix them between
         training and inference. c is a constant in the gradient.
       implementation: "reference" (dense, the definition), "scan" (recurrent), "xla" (chunks as a batch), "cudnn"
-        (NVIDIA GPUs: flash attention, 16 bits), "pallas_tpu" (TPUs: fused kernels), or None for the best on this
-        platform that can do what is asked for.
+        (NVIDIA GPUs: flash attention, 16 bits), "pallas_tpu" (TPUs: fused kernels), "pallas_gpu" (Hopper GPUs: one
+        fused kernel forward, cuDNN's backward; head_dim 128), or None for the best on the platform that the program is
+        made for that can do what is asked for.
       initial_state: what was returned with the preceding chunks of the same video; None at its start. Causal only.
       return_state: also return the state that continues the video. Causal only, and only after whole chunks.
 
@@ -103,9 +113,7 @@ def hybrid_attention(
     if implementation == "pallas_tpu":
         run = functools.partial(hybrid_attention_pallas_tpu, return_state=return_state)
     else:
-        run = {"scan": hybrid_attention_scan, "xla": hybrid_attention_xla, "cudnn": hybrid_attention_cudnn}[
-            implementation
-        ]
+        run = _RUN[implementation]
         initial_state = start if initial_state is None else initial_state
     output, final_state = run(*arrays, geometry, causal=causal, stabilizer=stabilizer, initial_state=initial_state)
     return (output, final_state) if return_state else output
@@ -120,7 +128,7 @@ def default_implementation(query: jax.Array, phi_query: jax.Array | InlineFeatur
     platform = target_platform()
     if platform == "tpu" and why_not_pallas_tpu(query, phi_query) is None:
         return "pallas_tpu"
-    if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16):
+    if platform == "gpu" and why_not_cudnn(query) is None:
         return "cudnn"
     return "scan" if platform == "cpu" else "xla"
 

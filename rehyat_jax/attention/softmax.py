@@ -91,5 +91,7 @@ def _problem(implementation: str, query: jax.Array) -> str | None:
         if head_dim % 8 or head_dim > 128:
             return f'head_dim must be a multiple of 8 up to 128 for "cudnn", found {head_dim}; "xla" takes any'
         if target_platform() != "gpu":
-            return f'implementation "cudnn" needs an NVIDIA GPU, this program is made for {target_platform()}; use "xla"'
+            return (
+                f'implementation "cudnn" needs an NVIDIA GPU, this program is made for {target_platform()}; use "xla"'
+            )
     return None

@@ -45,7 +45,7 @@ def attend_window(
 
 # In "joint" form the linear terms are scaled by at most exp(64): no product with them can then overflow float32, nor
 # turn into 0 * inf in a gradient. Only a row whose largest score and log linear mass both lie below -64 is affected.
-_LOWEST_LINEAR_SHIFT = -64.0
+LOWEST_LINEAR_SHIFT = -64.0
 
 
 def _stabilize(scores: jax.Array, linear_mass: jax.Array, stabilizer: str) -> tuple[jax.Array, jax.Array]:
@@ -61,4 +61,4 @@ def _stabilize(scores: jax.Array, linear_mass: jax.Array, stabilizer: str) -> tu
         return row_max, jnp.ones_like(row_max)
     # No mass at all: log 0 is -inf, the maximum ignores it, and nothing here is differentiated.
     shift = jnp.maximum(row_max, jnp.log(jax.lax.stop_gradient(linear_mass)))
-    return shift, jnp.exp(-jnp.maximum(shift, _LOWEST_LINEAR_SHIFT))
+    return shift, jnp.exp(-jnp.maximum(shift, LOWEST_LINEAR_SHIFT))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rehyat_jax.attention.linear_products import read_sums
 from rehyat_jax.attention.state import LinearState
-from rehyat_jax.attention.window import _LOWEST_LINEAR_SHIFT
+from rehyat_jax.attention.window import LOWEST_LINEAR_SHIFT
 
 # A power of two, so that it rounds nothing: scores keep their float32 digits. The larger, the closer is the log-sum-exp
 # to the maximum: at most log(6240) / 2**16 = 0.00013 above it, where all keys of a Wan window tie. But kernels round
@@ -41,7 +41,7 @@ def merged_forward(
         shift, linear_scale = _row_max(flash_attention, query, key, value, num_keys, scale), 1.0
     else:
         shift = jnp.maximum(softmax_log_sum_exp, jnp.log(linear_mass))
-        linear_scale = jnp.exp(-jnp.maximum(shift, _LOWEST_LINEAR_SHIFT))
+        linear_scale = jnp.exp(-jnp.maximum(shift, LOWEST_LINEAR_SHIFT))
     softmax_mass = jnp.exp(softmax_log_sum_exp - shift)
     mass = softmax_mass + linear_scale * linear_mass
     linear_weight = linear_scale / mass

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rehyat_jax.attention.state import LinearState
-from rehyat_jax.attention.window import _LOWEST_LINEAR_SHIFT
+from rehyat_jax.attention.window import LOWEST_LINEAR_SHIFT
 
 HEAD_DIM = 128
 _WARPGROUPS, _ROWS = 2, 64  # compute warpgroups of a block, and queries of each
@@ -237,7 +237,7 @@ def _kernel(
             shift, linear_scale = maximum, jnp.ones_like(mass)
         else:
             shift = jnp.maximum(maximum + jnp.log2(total), jnp.log2(mass))
-            linear_scale = jnp.exp2(-jnp.maximum(shift, _LOWEST_LINEAR_SHIFT * _LOG2_E))
+            linear_scale = jnp.exp2(-jnp.maximum(shift, LOWEST_LINEAR_SHIFT * _LOG2_E))
         softmax_scale = jnp.exp2(maximum - shift)
         all_mass = softmax_scale * total + linear_scale * mass
         softmax_weight, linear_weight = softmax_scale / all_mass, linear_scale / all_mass
