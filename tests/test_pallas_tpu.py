@@ -1,0 +1,384 @@
+"""The TPU kernels: interpreted against the definition in float64, and compiled for TPUs that are not there.
+
+Interpretation checks values and races, compilation whether Mosaic takes the kernels and they fit; neither does both.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+from test_hybrid_attention import (
+    FORMS,
+    STABILIZERS,
+    assert_close,
+    attention,
+    attention_by_loops,
+    make_arrays,
+    output_and_gradients,
+    streamed,
+)
+from tpu_topologies import TOPOLOGIES, compiled_for_tpu
+
+from rehyat_jax.attention import FeatureMap, FeatureMapConfig, HybridState, hybrid_attention
+from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.tpu import backward, forward, kernel_call, states, tiling
+from rehyat_jax.models.wan.config import WAN_PRESETS
+
+SIZES = dict(head_dim=64, features=128)
+HEADS = 2
+
+# Rounding of sums of some hundred terms in float32. The gradients of features decide: they are differences of nearly
+# equal terms, where "xla" in float32 is off by 2e-5 too.
+F32 = 5e-5
+
+in_float32 = functools.partial(make_arrays, dtype=np.float32, **SIZES)
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()), jax.default_matmul_precision("highest"):
+        yield
+
+
+def expected_results(attend, arrays):
+    """Output and gradients in float64 of arrays in less."""
+    with jax.enable_x64(True):
+        return output_and_gradients(attend, jax.tree.map(lambda x: x.astype(jnp.float64), arrays))
+
+
+def found_results(form, arrays, causal=True, stabilizer="row_max", **arguments):
+    return output_and_gradients(attention(form, causal, stabilizer, "pallas_tpu", **arguments), arrays)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("form", [*FORMS, (4, 12, 3, 1)], ids=str)
+def test_outputs_and_all_gradients_equal_the_reference(form, causal):
+    stabilizer = STABILIZERS[(form[0] + causal) % 2]
+    arrays = in_float32(*form[:2], batch=2)
+    expected = expected_results(attention(form, causal, stabilizer), arrays)
+    assert_close(found_results(form, arrays, causal, stabilizer), expected, F32)
+
+
+@pytest.mark.parametrize("head_dim, features, stabilizer", [(128, 128, "joint"), (128, 512, "row_max")])
+def test_widths_that_fill_registers_equal_the_reference(head_dim, features, stabilizer):
+    form = (5, 8, 2, 1)
+    arrays = make_arrays(*form[:2], dtype=np.float32, head_dim=head_dim, features=features)
+    expected = expected_results(attention(form, True, stabilizer), arrays)
+    assert_close(found_results(form, arrays, True, stabilizer), expected, F32)
+
+
+CUTS = [
+    # Tiles and stretches that loop, over a whole chunk of queries.
+    ((4, 264, 3, 1), {}),
+    # Several blocks a chunk, a frame and a group; the last chunk ends within a block.
+    ((5, 32, 3, 2), dict(query_block=48, backward_group=32, backward_block=16, key_block=16)),
+    # The same with padding in every frame.
+    ((5, 30, 3, 1), dict(query_block=48, backward_group=48, backward_block=16, key_block=16)),
+]
+
+
+@pytest.mark.parametrize("form, blocks", CUTS, ids=str)
+def test_blocks_and_tiles_of_every_size_equal_the_reference(form, blocks, monkeypatch):
+    choose = tiling.Tiling.choose
+    monkeypatch.setattr(
+        tiling.Tiling, "choose", lambda *args, **kwargs: dataclasses.replace(choose(*args, **kwargs), **blocks)
+    )
+    monkeypatch.setattr(forward, "_STRETCH", 256)
+    for module in (forward, states, backward):
+        monkeypatch.setattr(module, "FEATURE_ROWS", 128)
+    arrays = in_float32(*form[:2])
+    assert_close(found_results(form, arrays), expected_results(attention(form), arrays), F32)
+
+
+def make_maps(config, head_dim):
+    """Graph definition and parameters of phi_query and phi_key, their scales drawn too."""
+    maps = tuple(FeatureMap(config, heads=HEADS, head_dim=head_dim, rngs=nnx.Rngs(seed)) for seed in range(2))
+    for n, feature_map in enumerate(maps):
+        feature_map.log_scale[...] = jnp.linspace(-n, 1, HEADS)
+    graphdef, state = nnx.split(maps)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def with_maps(form, graphdef, implementation, stabilizer="row_max", sources=None):
+    """(query, key, value, parameters of the maps) -> output; `sources` of the features are shifted queries and keys."""
+
+    def attend(query, key, value, parameters):
+        maps = nnx.merge(graphdef, parameters)
+        features = maps if sources is None else (maps[0].inline(query + sources), maps[1].inline(key + sources))
+        return attention(form, True, stabilizer, implementation)(query, key, value, *features)
+
+    return attend
+
+
+def output_and_tree_gradients(attend, arrays, parameters, dtype):
+    cast = lambda tree, dtype: jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+    cotangent = np.random.default_rng(9).normal(size=arrays[0].shape)
+    output, pullback = jax.vjp(attend, *cast(arrays, dtype), parameters)
+    return {"output": output, "gradients": pullback(jnp.asarray(cotangent, output.dtype))}
+
+
+@pytest.mark.parametrize(
+    "config, sources",
+    [
+        (FeatureMapConfig(features=128), None),
+        (FeatureMapConfig(features=128), 0.5),
+        (FeatureMapConfig(features=256, num_layers=3, output_activation="softplus", hidden_activation="silu"), None),
+        (FeatureMapConfig(features=128, num_layers=1, degree=1, output_activation="elu_plus_one"), None),
+    ],
+    ids=str,
+)
+def test_inlined_feature_maps_and_their_gradients_equal_those_computed_outside(config, sources):
+    form = (5, 8, 2, 1)
+    arrays = in_float32(*form[:2], batch=2)[:3]
+    graphdef, parameters = make_maps(config, SIZES["head_dim"])
+    run = lambda implementation, parameters, dtype: jax.jit(output_and_tree_gradients, static_argnums=(0, 3))(
+        with_maps(form, graphdef, implementation, sources=sources), arrays, parameters, dtype
+    )
+    found = run("pallas_tpu", parameters, jnp.float32)
+    with jax.enable_x64(True):
+        expected = run("reference", jax.tree.map(lambda leaf: leaf.astype(jnp.float64), parameters), jnp.float64)
+    assert_close(found, expected, 2 * F32)  # two layers and a square on the way
+
+
+def test_bfloat16_is_as_exact_as_its_rounding():
+    form = (5, 16, 2, 1)
+    arrays = make_arrays(*form[:2], dtype=jnp.bfloat16, **SIZES)
+    found, expected = found_results(form, arrays), expected_results(attention(form), arrays)
+    assert {array.dtype for array in found.values()} == {jnp.dtype(jnp.bfloat16)}
+    # Weights, states, output and gradients are rounded to 8 bits: a few times 2**-9.
+    assert_close(found, expected, 2**-6)
+
+
+@pytest.mark.parametrize("groups, stabilizer", [((2, 4, 1), "row_max"), ((4, 3), "joint")], ids=str)
+def test_video_continued_from_its_state_equals_one_call(groups, stabilizer):
+    form = (7, 8, 2, 1)
+    arrays = in_float32(*form[:2], batch=2)
+    found = output_and_gradients(streamed(form, "pallas_tpu", groups, stabilizer), arrays)
+    assert_close(found, expected_results(attention(form, True, stabilizer), arrays), F32)
+
+
+@pytest.mark.parametrize("overlap_frames", [0, 1, 2])
+def test_states_equal_those_of_the_scan(overlap_frames):
+    form = (4, 12, 2, overlap_frames)
+    arrays = in_float32(*form[:2])
+    found, expected = (
+        attention(form, implementation=name, return_state=True)(*arrays) for name in ("pallas_tpu", "scan")
+    )
+    if not overlap_frames:  # two empty arrays
+        found, expected = ((output, state.past, state.overlap, state.chunks) for output, state in (found, expected))
+    assert_close(found, expected, F32)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), found) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), expected
+    )
+
+
+def test_a_state_that_is_a_scan_carry_may_hold_no_overlap_yet():
+    form = (4, 8, 2, 1)
+    arrays = in_float32(*form[:2])
+    chunks = [jnp.moveaxis(array.reshape(1, 2, 16, HEADS, -1), 1, 0) for array in arrays]
+    start = HybridState.zeros(1, HEADS, 64, 128, tokens_per_frame=8, overlap_frames=1)
+
+    def step(state, chunk):
+        output, state = attention(form, implementation="pallas_tpu", initial_state=state, return_state=True)(*chunk)
+        return state, output
+
+    _, outputs = jax.lax.scan(step, start, chunks)
+    found = jnp.moveaxis(outputs, 0, 1).reshape(arrays[0].shape)
+    assert_close(found, attention_by_loops(arrays, form, True, "row_max"), F32)
+
+
+# Of a base-2 exponent, in 64 dimensions.
+FROM_EXPONENT = np.log(2) * 8
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("exponent", [0.99, 1.01, 5])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_at_and_beyond_the_bound_of_the_fixed_shift_are_right(stabilizer, exponent, sign):
+    """All scores of the second chunk and its overlap are the bound times `exponent`, positive or negative."""
+    form = (5, 4, 2, 1)
+    query, key, value, phi_query, phi_key = in_float32(*form[:2])
+    exponent *= forward.FIXED_SHIFT_LIMIT
+    direction = np.zeros(64, np.float32)
+    direction[0] = np.sqrt(exponent * FROM_EXPONENT)
+    # A thousandth of what they are besides, which the bound has to count too.
+    query = query.at[:, 8:16].set(direction + query[:, 8:16] / 1000)
+    key = key.at[:, 4:16].set(sign * direction + key[:, 4:16] / 1000)
+    arrays = (query, key, value, phi_query, phi_key)
+    found = jax.jit(attention(form, True, stabilizer, "pallas_tpu"))(*arrays)
+    # A score of 312 is rounded by up to 2e-5 in float32, and is a sum of such.
+    assert_close(found, attention_by_loops(arrays, form, True, stabilizer), 1e-4)
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+def test_fixed_shift_and_running_maximum_agree_to_rounding(stabilizer, monkeypatch):
+    form = (5, 8, 2, 1)
+    arrays = in_float32(*form[:2])
+    results = {}
+    for limit in (0.0, 1e9):
+        monkeypatch.setattr(forward, "FIXED_SHIFT_LIMIT", limit)
+        results[limit] = found_results(form, arrays, True, stabilizer)
+    assert_close(results[0.0], results[1e9], F32)
+    assert any((results[0.0][name] != results[1e9][name]).any() for name in results[0.0])  # two ways indeed
+
+
+def test_only_chunks_that_see_large_tokens_need_a_running_maximum():
+    form = (7, 4, 2, 1)
+    geometry = ChunkGeometry(*form)
+    blocks = tiling.Tiling.choose(geometry, head_dim=64, source_width=64, dtype=jnp.float32)
+    small, large = np.ones((1, 1, 7), np.float32), np.ones((1, 1, 7), np.float32)
+    large[..., 3] = (forward.FIXED_SHIFT_LIMIT * FROM_EXPONENT) ** 2 * 1.01
+    needs = lambda query, key: forward.needs_running_maximum(query, key, 64, blocks, continues=False)[0, 0].tolist()
+    assert needs(small, small) == [0, 0, 0, 0]
+    assert needs(large, small) == [0, 1, 0, 0]  # frame 3 is in chunk 1
+    assert needs(small, large) == [0, 1, 1, 0]  # and in the overlap of chunk 2
+    assert needs(small, large * 0.98) == [0, 0, 0, 0]
+    assert needs(small * np.nan, small) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("score, log_similarity", [(200.0, 0.0), (-200.0, 0.0), (-60.0, 40.0), (-60.0, -60.0)])
+def test_extreme_scores_and_features_are_right(stabilizer, score, log_similarity):
+    form = (5, 4, 2, 1)
+    query, key, value, phi_query, phi_key = in_float32(*form[:2])
+    query = query.at[..., 0].set(8 * abs(score) ** 0.5)
+    key = key.at[..., 0].set(score / abs(score) ** 0.5)
+    phi_query, phi_key = (phi * np.float32(np.exp(log_similarity / 2)) for phi in (phi_query, phi_key))
+    arrays = (query, key, value, phi_query, phi_key)
+    found = found_results(form, arrays, True, stabilizer)
+    assert all(np.isfinite(array).all() for array in found.values())
+    # A score of 200 is rounded by up to 2e-5 in float32.
+    assert_close(found["output"], attention_by_loops(arrays, form, True, stabilizer), 1e-4)
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+def test_zero_features_leave_the_window_alone(stabilizer):
+    form = (5, 4, 2, 1)
+    query, key, value, phi_query, phi_key = in_float32(*form[:2])
+    arrays = (query, key, value, jnp.zeros_like(phi_query), jnp.zeros_like(phi_key))
+    found = found_results(form, arrays, True, stabilizer)
+    assert all(np.isfinite(array).all() for array in found.values())
+    assert_close(found["output"], attention_by_loops(arrays, form, True, "row_max"), F32)
+
+
+def races(capfd, form):
+    """What the race detector prints about forward and backward of one head, on two cores in random order."""
+    arrays = [array[:, :, :1] for array in in_float32(*form[:2])]
+    parameters = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
+    with pltpu.force_tpu_interpret_mode(parameters):
+        jax.block_until_ready(found_results(form, arrays))
+    return capfd.readouterr().out
+
+
+def test_kernels_have_no_races(capfd):
+    assert "RACE DETECTED" not in races(capfd, (5, 8, 2, 1))
+
+
+def test_the_detector_would_see_a_race(capfd, monkeypatch):
+    call = kernel_call.pl.pallas_call
+
+    def all_parallel(kernel, *, grid, **arguments):
+        arguments["compiler_params"] = pltpu.CompilerParams(dimension_semantics=("parallel",) * len(grid))
+        return call(kernel, grid=grid, **arguments)
+
+    monkeypatch.setattr(kernel_call.pl, "pallas_call", all_parallel)
+    assert "RACE DETECTED" in races(capfd, (5, 8, 2, 1))
+
+
+def layer(tokens_per_frame, preset, stabilizer, frames=7):
+    """(query, key, value, maps' parameters) -> output at a published model's width; and such arguments, abstract."""
+    config = WAN_PRESETS[preset]
+    make = lambda: tuple(
+        FeatureMap(FeatureMapConfig(), heads=config.num_heads, head_dim=config.head_dim, rngs=nnx.Rngs(0))
+        for _ in range(2)
+    )
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+
+    def attend(query, key, value, parameters):
+        return hybrid_attention(
+            query,
+            key,
+            value,
+            *nnx.merge(graphdef, parameters),
+            tokens_per_frame=tokens_per_frame,
+            chunk_frames=3,
+            overlap_frames=1,
+            stabilizer=stabilizer,
+        )
+
+    shape = (1, frames * tokens_per_frame, config.num_heads, config.head_dim)
+    return attend, shape, nnx.to_pure_dict(state)
+
+
+def gradients(attend, argnums):
+    loss = lambda *arguments: attend(*arguments).astype(jnp.float32).sum()
+    return jax.value_and_grad(loss, argnums)
+
+
+@pytest.fixture
+def for_tpu(interpreted):
+    pltpu.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(None):
+        yield
+
+
+@pytest.mark.parametrize(
+    "preset, tokens_per_frame, stabilizer", [("t2v-1.3B", 1560, "row_max"), ("t2v-14B", 3600, "joint")]
+)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_wan_layers_compile_for_tpus_in_their_default_vmem(topology, preset, tokens_per_frame, stabilizer, for_tpu):
+    attend, shape, parameters = layer(tokens_per_frame, preset, stabilizer)
+    array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    compiled = compiled_for_tpu(topology, gradients(attend, (0, 1, 2, 3)), array, array, array, parameters)
+    names = kernel_names(compiled)
+    assert names == {
+        "hybrid_states",
+        "hybrid_attend",
+        "hybrid_readout_backward",
+        "hybrid_states_backward",
+        "hybrid_window_backward",
+    }
+    scores = 7 * 4 * tokens_per_frame**2 * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < scores  # not one head's, in bfloat16
+
+
+def test_float32_layers_compile_for_tpus(for_tpu):
+    attend, shape, parameters = layer(3600, "t2v-1.3B", "row_max")
+    array = jax.ShapeDtypeStruct(shape, jnp.float32)
+    compiled_for_tpu("v5e:2x2", gradients(attend, (0, 1, 2, 3)), array, array, array, parameters)
+
+
+def test_gradients_of_feature_maps_alone_compile_to_no_softmax_backward(for_tpu):
+    attend, shape, parameters = layer(1560, "t2v-1.3B", "row_max", frames=4)
+    array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    compiled = compiled_for_tpu("v5e:2x2", gradients(attend, 3), array, array, array, parameters)
+    assert kernel_names(compiled) == {
+        "hybrid_states",
+        "hybrid_attend",
+        "hybrid_readout_backward",
+        "hybrid_states_backward",
+    }
+
+
+def kernel_names(compiled):
+    return set(re.findall(r"%(?:\w*?jvp_+)?(hybrid_\w+?)_*(?:\.\d+)? = [^\n]*tpu_custom_call", compiled.as_text()))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(dtype=np.float16), r'"pallas_tpu" cannot do query of dtype float16.*use implementation="xla"'),
+        (dict(head_dim=32), r'"pallas_tpu" cannot do query of head_dim 32.*use implementation="xla"'),
+        (dict(features=96), r'"pallas_tpu" cannot do phi_query of 96 features.*use implementation="xla"'),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_said_with_who_can(change, message):
+    arrays = make_arrays(2, 4, **({"dtype": np.float32} | SIZES | change))
+    with pytest.raises(ValueError, match=message):
+        attention((2, 4, 1, 0), implementation="pallas_tpu")(*arrays)
