@@ -174,7 +174,7 @@ def test_an_unknown_instruction_is_refused_only_where_a_branch_depends_on_it():
             "%4 = sbr.rel (%p3_p1) target bundleno = 8 (0x8), region = 1",
             *[""] * 6,
         ]
-        return ScalarProgram(Kernel(bundles, None, None, delay_slots=4)).times_issued().tolist()
+        return ScalarProgram(Kernel(bundles, [], None, None, delay_slots=4)).times_issued().tolist()
 
     assert times("%s2_s2") == [1, 1, 1, 1, 1, 1, 1, 0, 1]
     with pytest.raises(ValueError, match="sfrobnicate"):

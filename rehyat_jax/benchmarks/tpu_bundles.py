@@ -9,7 +9,6 @@ import numpy as np
 
 from rehyat_jax.errors import InputError
 
-SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 """Kinds of instruction slots of a bundle, in libtpu's order. FILL is part of VLOAD, SPILL of VSTORE."""
 
 
@@ -38,12 +37,14 @@ class Kernel:
 
     Attributes:
       bundles: the instructions of every bundle, as text.
+      slot_names: kinds of instruction slots, the matrix units' first; which there are depends on libtpu's version.
       slots: int [bundles, slots], how many of each kind are in use.
       capacity: int [slots], how many of each kind there are.
       delay_slots: bundles after a branch that are issued whether it is taken or not.
     """
 
     bundles: list[str]
+    slot_names: list[str]
     slots: np.ndarray
     capacity: np.ndarray
     delay_slots: int
@@ -75,11 +76,15 @@ def read_kernel(directory: Path, name: str, generation: str) -> Kernel | None:
     if bundles is None or slots is None:
         return None
     bundles = _read_bundles(bundles.read_text())
-    rows = re.findall(r"^[ \t]*\d+" + r"[ \t]+\d+" * (len(SLOTS) - 1) + r"[ \t]*$", slots.read_text(), re.MULTILINE)
-    capacity, *slots = (np.array(row.split(), int) for row in rows)
-    if len(slots) != len(bundles):
-        raise ValueError(f"{name}: found {len(bundles)} bundles, but {len(slots)} rows of slots in use")
-    return Kernel(bundles, np.array(slots), capacity, DELAY_SLOTS[generation])
+    # A title, the names, the capacities, another title, and a row for every bundle.
+    _, names, capacity, _, *rows = slots.read_text().strip().splitlines()
+    names = [name.strip().split(":")[-1] for name in names.split(",")]
+    capacity, *slots = (np.array(row.split(), int) for row in (capacity, *rows))
+    if len(slots) != len(bundles) or len(names) != len(capacity) or names[0] not in ("MATMUL", "MXU"):
+        raise ValueError(
+            f"{name}: found {len(bundles)} bundles, {len(slots)} rows of slots in use and slots named {names}"
+        )
+    return Kernel(bundles, names, np.array(slots), capacity, DELAY_SLOTS[generation])
 
 
 def regions(kernel: Kernel, times: np.ndarray) -> list[Region]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 
 from rehyat_jax.benchmarks.static_cycles import ProgramCost
-from rehyat_jax.benchmarks.tpu_bundles import SLOTS
 
 
 def table_head() -> str:
@@ -42,7 +41,9 @@ def details(cost: ProgramCost) -> str:
         for region in kernel.regions:
             if region.cycles * kernel.calls * 1000 >= cost.cycles:
                 busy = " ".join(
-                    f"{slot} {100 * share:.0f}" for slot, share in zip(SLOTS, region.busy, strict=True) if share > 0.005
+                    f"{slot} {100 * share:.0f}"
+                    for slot, share in zip(kernel.kernel.slot_names, region.busy, strict=True)
+                    if share > 0.005
                 )
                 lines.append(f"{region.start:#8x}{region.end:#8x}{region.times:9,}{region.cycles:13,}  {busy}")
     for operation in sorted(cost.xla, key=lambda x: x.estimated_cycles * x.executions, reverse=True)[:12]:
