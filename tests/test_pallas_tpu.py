@@ -344,8 +344,8 @@ def test_wan_layers_compile_for_tpus_in_their_default_vmem(topology, preset, tok
         "hybrid_states_backward",
         "hybrid_window_backward",
     }
-    scores = 7 * 4 * tokens_per_frame**2 * 2
-    assert compiled.memory_analysis().temp_size_in_bytes < scores  # not one head's, in bfloat16
+    # Of the order of the arrays given: nothing is stored that is quadratic in tokens, nor features.
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 * array.size * array.dtype.itemsize
 
 
 def test_float32_layers_compile_for_tpus(for_tpu):

@@ -38,7 +38,7 @@ def call_kernel(
     inputs = {key: value for key, value in inputs.items() if value is not None}
     arrays, in_specs = ({key: value[n] for key, value in inputs.items()} for n in range(2))
     shapes, out_specs = ({key: value[n] for key, value in outputs.items()} for n in range(2))
-    (results,) = pl.pallas_call(
+    run = pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[in_specs],
@@ -52,7 +52,11 @@ def call_kernel(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
         ),
         name=name,
-    )(arrays)
+    )
+    # Of 16-bit matrices Mosaic knows no other product than the one that is exact anyway.
+    is_short = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arrays))
+    with jax.default_matmul_precision("default" if is_short else "highest"):
+        (results,) = run(arrays)
     return results
 
 

@@ -1,6 +1,5 @@
 """implementation="pallas_tpu": hybrid attention, feature maps included, as fused TPU kernels with their gradients."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -82,9 +81,7 @@ def hybrid_attention_pallas_tpu(
             "first_key_frame": jnp.where(initial_state.chunks > 0, 0, overlap_frames).astype(jnp.int32)[None],
         }
     call = _Call(tiling, query.shape[2], return_state, causal, stabilizer, phi_query.function, phi_key.function)
-    exact = jax.default_matmul_precision("highest") if query.dtype == jnp.float32 else contextlib.nullcontext()
-    with exact:
-        output, past, overlap = _attention(call, _views(operands))
+    output, past, overlap = _attention(call, _views(operands))
     output = _drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
     if not return_state:
         return output, None
