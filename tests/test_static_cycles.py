@@ -184,9 +184,9 @@ def test_an_unknown_instruction_is_refused_only_where_a_branch_depends_on_it():
 @pytest.mark.parametrize(
     "direction, kernels",
     [
-        ("forward", {"hybrid_frame_sums", "hybrid_attend"}),
-        ("backward", {"hybrid_readout_backward", "hybrid_frame_sums_backward", "hybrid_window_backward"}),
-        ("phi_backward", {"hybrid_readout_backward", "hybrid_frame_sums_backward"}),
+        ("forward", {"hybrid_states", "hybrid_attend"}),
+        ("backward", {"hybrid_readout_backward", "hybrid_states_backward", "hybrid_window_backward"}),
+        ("phi_backward", {"hybrid_readout_backward", "hybrid_states_backward"}),
     ],
 )
 def test_a_hybrid_case_holds_the_kernels_of_its_direction_alone(direction, kernels):

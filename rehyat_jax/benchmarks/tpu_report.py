@@ -13,9 +13,8 @@ def table_head() -> str:
 
 def table_line(row: dict, cost: ProgramCost | None) -> str:
     """A row, and where its cycles come from; without a cost it does not fit into the chip's memory."""
-    assumed = row["run_time_data"]
     cells = [row[key] for key in ("topology", "preset", "frames", "direction")]
-    cells.append(row["implementation"] + (f" (run-time data {assumed})" if assumed else ""))
+    cells.append(row["implementation"])
     if cost is None:
         cells += ["does not fit into memory", "", "", "", ""]
     else:
@@ -58,7 +57,7 @@ def growth(rows: list[dict]) -> Iterator[str]:
     """With how many frames to which power cycles and memory grow, between the smallest and the largest number."""
     series: dict[tuple, list[dict]] = {}
     for row in rows:
-        keys = ("topology", "preset", "direction", "implementation", "run_time_data")
+        keys = ("topology", "preset", "direction", "implementation")
         series.setdefault(tuple(row[key] for key in keys), []).append(row)
     for name, members in series.items():
         fitting = sorted((row for row in members if row["cycles"]), key=lambda row: row["frames"])
