@@ -6,10 +6,10 @@
 
 Which 15 blocks: every other one, as long as no better choice is made; `relative_error` in stage 1's metrics ranks them.
 
-Hardware: none yet at this size, because the softmax blocks have no fused kernel here: their scores take most of 222 GB
-of temporaries (XLA's count when compiled for a CPU; 52 GB with all blocks hybrid). Besides (planned): 35 GB of float32
-weights, two sets of gradients, Adam moments and average. Step (planned): about 0.8 PFLOP a video, three times the
-forward pass and one more for the rematerialised blocks.
+Hardware: one TPU v5p, 95 GB (planned, not yet run). Memory (planned): 35 GB of float32 weights, two sets of gradients,
+Adam moments and average, and 16.2 GB of temporaries (13.2 GB with all blocks hybrid; the gradient of one video compiled
+for a TPU v5p with jax 0.10.2 and libtpu 0.0.42.1). Step (planned): about 0.8 PFLOP a video, three times the forward pass
+and one more for the rematerialised blocks.
 """
 
 from rehyat_jax.training.config import default_config

@@ -13,17 +13,18 @@ _FIELDS = {
     "dq": ("block_q_dq", "block_kv_dq"),
 }
 
-# Least static cycles with jax 0.10.2, libtpu 0.0.51, 12 heads of 128, 21 frames of 1560 tokens, in millions of cycles:
+# Least static cycles with jax 0.10.2, 12 heads of 128 and 21 frames of 1560 tokens, in millions, with libtpu 0.0.51 (with
+# 0.0.42 within 2% of these):
 #   v5e    forward 55.3 (1024, 2048, 1024: 59.0; 1024, 1024, 512: 67.7), fused 142.0, dkv and dq 182.2
-#   v5p    forward 28.2, both cores at work; fused 137.6, one core at work (its kernel declares nothing parallel)
+#   v5p    forward 28.2, both cores at work; fused 137.6, dkv and dq 183.6: they declare nothing parallel, one core works
 #   v6e    forward 33.2, fused 71.5, dkv and dq 93.2
 #   tpu7x  forward 34.3, fused 71.7, dkv and dq 93.0
-# tpu7x: `tpu_static --search` to its end. v6e: forward and fused likewise, dkv and dq the best of all blocks of 2 or 4
-# million scores. v5e: the best of those, too. v5p: as v5e, whose cores it has. Cycles are proportional to the number of
-# blocks, so that other lengths and numbers of heads want the same.
+# Forward and fused, and all of tpu7x: no neighbour is better, as `tpu_static --search` would have it. The other dkv and
+# dq: the best of all blocks of 2 or 4 million scores; on v5p, with less VMEM to use, of four of them. Cycles are
+# proportional to the number of blocks, so that other lengths and numbers of heads want the same.
 SPLASH_BLOCKS: dict[str, Blocks] = {
     "v5e": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 1024)},
-    "v5p": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 1024)},
+    "v5p": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (4096, 1024, 512), "dq": (2048, 1024)},
     "v6e": {"forward": (2048, 4096, 1024), "fused": (2048, 8192, 128), "dkv": (2048, 2048, 1024), "dq": (2048, 2048)},
     "tpu7x": {"forward": (2048, 4096, 1024), "fused": (1024, 8192, 512), "dkv": (4096, 2048, 1024), "dq": (4096, 1024)},
 }

@@ -9,9 +9,6 @@ import numpy as np
 
 from rehyat_jax.errors import InputError
 
-"""Kinds of instruction slots of a bundle, in libtpu's order. FILL is part of VLOAD, SPILL of VSTORE."""
-
-
 LISTINGS = ("packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization")
 """libtpu's names for the listing of bundles, and for that of the slots in use."""
 
