@@ -13,20 +13,20 @@ _FIELDS = {
     "dq": ("block_q_dq", "block_kv_dq"),
 }
 
-# Least static cycles with jax 0.10.2, 12 heads of 128 and 21 frames of 1560 tokens, in millions, with libtpu 0.0.51 (with
-# 0.0.42 within 2% of these):
-#   v5e    forward 55.3 (1024, 2048, 1024: 59.0; 1024, 1024, 512: 67.7), fused 142.0, dkv and dq 182.2
-#   v5p    forward 28.2, both cores at work; fused 137.6, dkv and dq 183.6: they declare nothing parallel, one core works
-#   v6e    forward 33.2, fused 71.5, dkv and dq 93.2
-#   tpu7x  forward 34.3, fused 71.7, dkv and dq 93.0
-# Forward and fused, and all of tpu7x: no neighbour is better, as `tpu_static --search` would have it. The other dkv and
-# dq: the best of all blocks of 2 or 4 million scores; on v5p, with less VMEM to use, of four of them. Cycles are
-# proportional to the number of blocks, so that other lengths and numbers of heads want the same.
+# Static cycles of 12 heads of 128 and 21 frames of 1560 tokens with jax 0.10.2, in millions (libtpu 0.0.51 / 0.0.42):
+#   v5e    forward 55.3 / 55.2 (1024, 2048, 1024: 59.0 / -), fused 142.0 / 142.3, dkv and dq 182.2 / 182.4
+#   v5p    forward 28.2 / 28.1 on both cores; fused 137.6 / 137.8, dkv and dq - / 183.6 on one: nothing declared parallel
+#   v6e    forward 33.2 / 33.0, fused 71.5 / 71.5, dkv and dq 93.2 / 93.3
+#   tpu7x  forward 34.3 / 33.7, fused 74.4 / 74.4, dkv and dq 93.0 / -
+# Of those tried these are the best, but for fused on tpu7x: (1024, 8192, 512) has 71.7 with 0.0.51, and has not been
+# compiled with 0.0.42. Tried were all neighbours of forward and fused, and on tpu7x of dkv and dq; of the other dkv and
+# dq all blocks of 2 or 4 million scores, on v5p four pairs. Cycles are proportional to the number of blocks, so that
+# other lengths and numbers of heads want the same.
 SPLASH_BLOCKS: dict[str, Blocks] = {
     "v5e": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 1024)},
     "v5p": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (4096, 1024, 512), "dq": (2048, 1024)},
     "v6e": {"forward": (2048, 4096, 1024), "fused": (2048, 8192, 128), "dkv": (2048, 2048, 1024), "dq": (2048, 2048)},
-    "tpu7x": {"forward": (2048, 4096, 1024), "fused": (1024, 8192, 512), "dkv": (4096, 2048, 1024), "dq": (4096, 1024)},
+    "tpu7x": {"forward": (2048, 4096, 1024), "fused": (512, 8192, 512), "dkv": (4096, 2048, 1024), "dq": (4096, 1024)},
 }
 
 
