@@ -15,7 +15,7 @@ _FIELDS = {
 
 # Static cycles of 12 heads of 128 and 21 frames of 1560 tokens with jax 0.10.2, in millions (libtpu 0.0.51 / 0.0.42):
 #   v5e    forward 55.3 / 55.2 (1024, 2048, 1024: 59.0 / -), fused 142.0 / 142.3, dkv and dq 182.2 / 182.4
-#   v5p    forward 28.2 / 28.1 on both cores; fused 137.6 / 137.8, dkv and dq - / 183.6 on one: nothing declared parallel
+#   v5p    forward 28.2 / 28.1 on both cores; fused 137.6 / 137.8, dkv and dq - / 183.6 on one: none declares parallel
 #   v6e    forward 33.2 / 33.0, fused 71.5 / 71.5, dkv and dq 93.2 / 93.3
 #   tpu7x  forward 34.3 / 33.7, fused 74.4 / 74.4, dkv and dq 93.0 / -
 # Of those tried these are the best, but for fused on tpu7x: (1024, 8192, 512) has 71.7 with 0.0.51, and has not been
