@@ -19,9 +19,9 @@ _FIELDS = {
 #   v6e    forward 33.2 / 33.0, fused 71.5 / 71.5, dkv and dq 93.2 / 93.3
 #   tpu7x  forward 34.3 / 33.7, fused 74.4 / 74.4, dkv and dq 93.0 / -
 # Of those tried these are the best, but for fused on tpu7x: (1024, 8192, 512) has 71.7 with 0.0.51, and has not been
-# compiled with 0.0.42. Tried were all neighbours of forward and fused, and on tpu7x of dkv and dq; of the other dkv and
-# dq all blocks of 2 or 4 million scores, on v5p four pairs. Cycles are proportional to the number of blocks, so that
-# other lengths and numbers of heads want the same.
+# compiled with 0.0.42. Tried were most neighbours of forward and fused, and on tpu7x of dkv and dq; of other dkv and dq
+# all blocks of 2 or 4 million scores, on v5p four pairs. Cycles are proportional to the number of blocks, so that other
+# lengths and numbers of heads want the same.
 SPLASH_BLOCKS: dict[str, Blocks] = {
     "v5e": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 1024)},
     "v5p": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (4096, 1024, 512), "dq": (2048, 1024)},
