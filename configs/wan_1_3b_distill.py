@@ -8,8 +8,8 @@ Every block's maps are trained on their own, so one run serves any choice of blo
 
 Hardware: one TPU with 16 GB or more (planned, not yet run). Memory (planned): 5.7 GB of float32 teacher weights, 1.1 GB
 of feature maps with gradients and Adam moments, and 4.6 GB of temporaries (the gradient compiled for a TPU v5p with jax
-0.10.2 and libtpu 0.0.42.1). Step (planned): 283 TFLOP for the teacher's forward pass of one video and a quarter more for
-the hybrid attention and its feature maps' gradients.
+0.10.2 and libtpu 0.0.42.1). Step (planned): 283 TFLOP for the teacher's forward pass of one video and a quarter more
+for the hybrid attention and its feature maps' gradients.
 """
 
 from rehyat_jax.training.config import default_config

@@ -8,8 +8,8 @@ Which 15 blocks: every other one, as long as no better choice is made; `relative
 
 Hardware: one TPU v5p, 95 GB (planned, not yet run). Memory (planned): 35 GB of float32 weights, two sets of gradients,
 Adam moments and average, and 16.2 GB of temporaries (13.2 GB with all blocks hybrid; the gradient of one video compiled
-for a TPU v5p with jax 0.10.2 and libtpu 0.0.42.1). Step (planned): about 0.8 PFLOP a video, three times the forward pass
-and one more for the rematerialised blocks.
+for a TPU v5p with jax 0.10.2 and libtpu 0.0.42.1). Step (planned): about 0.8 PFLOP a video, three times the forward
+pass and one more for the rematerialised blocks.
 """
 
 from rehyat_jax.training.config import default_config

@@ -123,7 +123,8 @@ def default_implementation(query: jax.Array, phi_query: jax.Array | InlineFeatur
     """The implementation that `implementation=None` stands for on this platform.
 
     On CPUs the scan's small arrays stay in cache: at 16 videos of 21 frames x 9 tokens, 2 heads x 64, 256 features, two
-    busy cores, it took 40 ms forward where "xla" took 55, and with the backward pass 130 and 120 (medians).
+    cores, it took 26 ms forward where "xla" took 48, and with the backward pass 110 and 118, in half the memory forward
+    (`benchmarks.cpu`).
     """
     platform = target_platform()
     if platform == "tpu" and why_not_pallas_tpu(query, phi_query) is None:
