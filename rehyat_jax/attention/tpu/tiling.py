@@ -35,8 +35,8 @@ class Tiling:
         of the chunk.
       backward_block: queries of a backward step, a divisor of query_block, of backward_group and of the frame.
       key_block: keys of a step, a divisor of the frame.
-      exact_columns: columns (queries) of a score tile under a running maximum.
-      columns: columns of a score tile under a fixed shift.
+      running_columns: columns (queries) of a score tile under a running maximum.
+      fixed_columns: columns of a score tile under a fixed shift.
       key_parts: how many score tiles a key block is cut into.
     """
 
