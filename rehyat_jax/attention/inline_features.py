@@ -50,9 +50,9 @@ def identity(features: jax.Array) -> jax.Array:
     return features
 
 
-def as_inline(features: jax.Array | InlineFeatures) -> InlineFeatures:
-    """Features given as an array are their own source."""
-    return features if isinstance(features, InlineFeatures) else InlineFeatures(features, (), identity)
+def as_inline(features: jax.Array | InlineFeatures, dtype: jax.typing.DTypeLike) -> InlineFeatures:
+    """Features given as an array are their own source, in `dtype`."""
+    return features if isinstance(features, InlineFeatures) else InlineFeatures(features.astype(dtype), (), identity)
 
 
 def as_array(features: jax.Array | InlineFeatures) -> jax.Array:

@@ -50,7 +50,7 @@ def hybrid_attention_pallas_tpu(
     """
     if reason := why_not_pallas_tpu(query, phi_query):
         raise ValueError(f'implementation "pallas_tpu" cannot do {reason}')
-    phi_query, phi_key = (_as_inline(features, query.dtype) for features in (phi_query, phi_key))
+    phi_query, phi_key = (as_inline(features, query.dtype) for features in (phi_query, phi_key))
     tiling = Tiling.choose(
         geometry,
         head_dim=query.shape[-1],
@@ -107,10 +107,6 @@ def why_not_pallas_tpu(query: jax.Array, phi_query: jax.Array | InlineFeatures) 
     if phi_query.shape[-1] % 128:
         return f"phi_query of {phi_query.shape[-1]} features, only of multiples of 128: {instead}"
     return None
-
-
-def _as_inline(features: jax.Array | InlineFeatures, dtype: jnp.dtype) -> InlineFeatures:
-    return features if isinstance(features, InlineFeatures) else as_inline(features.astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
