@@ -108,6 +108,15 @@ def attend(
         maximum, total, sums = scratch["maximum"], scratch["total"], scratch["sums"]
         row_max = scratch.get("row_max")
 
+        def for_queries(condition, width, body):
+            """`for_tiles` over the block's queries, of which the last block of a ragged video has fewer."""
+            is_last_block = block == tiling.num_query_blocks - 1
+            rows = {tiling.query_block: ~is_last_block, tiling.last_query_block: is_last_block}
+            if len(rows) == 1:
+                rows = {tiling.query_block: True}
+            for length, is_length in rows.items():
+                pl.when(condition & is_length)(lambda: for_tiles(length, width, _STRETCH // width, body))
+
         @pl.when(step == 0)
         def _():
             maximum[...] = jnp.full_like(maximum, _LOWEST)
@@ -155,13 +164,10 @@ def attend(
         @pl.when(is_key_block & ~is_running)
         def _():
             maximum[...] = jnp.zeros_like(maximum)
-            add = functools.partial(add_window, running=False)
-            for_tiles(tiling.query_block, tiling.fixed_columns, _STRETCH // tiling.fixed_columns, add)
 
-        @pl.when(is_key_block & is_running)
-        def _():
-            add = functools.partial(add_window, running=True)
-            for_tiles(tiling.query_block, tiling.running_columns, _STRETCH // tiling.running_columns, add)
+        add_fixed, add_running = (functools.partial(add_window, running=running) for running in (False, True))
+        for_queries(is_key_block & ~is_running, tiling.fixed_columns, add_fixed)
+        for_queries(is_key_block & is_running, tiling.running_columns, add_running)
 
         def write(columns, shift, tile_total, tile_sums):
             outputs["output"][columns, :] = (tile_sums / tile_total).T.astype(query.dtype)
@@ -195,13 +201,8 @@ def attend(
         is_last = step == steps - 1
         has_state = has_linear_keys(chunk, tiling, causal=causal, continues=first_key_frame is not None)
 
-        @pl.when(is_last & has_state)
-        def _():
-            for_tiles(tiling.query_block, FEATURE_ROWS, _STRETCH // FEATURE_ROWS, finish)
-
-        @pl.when(is_last & ~has_state)
-        def _():
-            for_tiles(tiling.query_block, FEATURE_ROWS, _STRETCH // FEATURE_ROWS, finish_without_state)
+        for_queries(is_last & has_state, FEATURE_ROWS, finish)
+        for_queries(is_last & ~has_state, FEATURE_ROWS, finish_without_state)
 
     queries = lambda block, step: block
     keys = lambda block, step: jnp.clip(window(chunk_of(block), step), 0, num_key_blocks - 1)

@@ -68,6 +68,11 @@ class Tiling:
         return -(-self.tokens // self.query_block)
 
     @property
+    def last_query_block(self) -> int:
+        """Queries in the last block, which a ragged video may end early."""
+        return self.tokens - (self.num_query_blocks - 1) * self.query_block
+
+    @property
     def query_blocks_per_chunk(self) -> int:
         return self.geometry.chunk_frames * self.frame // self.query_block
 
