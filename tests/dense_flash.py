@@ -1,6 +1,8 @@
 """What cuDNN's flash attention computes, as dense products: stands in for it where there is no GPU."""
 
+import contextlib
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -35,4 +37,9 @@ def dense_backward(query, key, value, num_keys, output, log_sum_exp, cotangent):
     )
 
 
-DENSE_KERNELS = WindowKernels(functools.partial(merged_forward, dense_forward), dense_backward)
+@contextlib.contextmanager
+def dense_cudnn():
+    """Within it, implementation "cudnn" runs anywhere, and in any dtype: with dense products for calls of cuDNN."""
+    kernels = WindowKernels(functools.partial(merged_forward, dense_forward), dense_backward)
+    with mock.patch.multiple("rehyat_jax.attention.cudnn", KERNELS=kernels, why_not_cudnn=lambda query: None):
+        yield

@@ -1,76 +1,55 @@
-"""The TPU kernels: interpreted against the definition in float64, and compiled for TPUs that are not there.
+"""What is the TPU kernels' own: blocks, races, shifts, inlined feature maps, and compilation for TPUs not there.
 
 Interpretation checks values and races, compilation whether Mosaic takes the kernels and they fit; neither does both.
 """
 
 import dataclasses
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.experimental.pallas import tpu as pltpu
-from test_hybrid_attention import (
-    FORMS,
+from attention_oracles import (
+    HEADS,
     STABILIZERS,
+    TPU_F32,
     assert_close,
     attention,
     attention_by_loops,
     make_arrays,
     output_and_gradients,
-    streamed,
+    reference_results,
 )
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+from tpu_interpreter import interpreted_tpu
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
-from rehyat_jax.attention import FeatureMap, FeatureMapConfig, HybridState, hybrid_attention
+from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.tpu import backward, forward, kernel_call, states, tiling
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
-SIZES = dict(head_dim=64, features=128)
-HEADS = 2
-
-# Rounding of sums of some hundred terms in float32. The gradients of features decide: they are differences of nearly
-# equal terms, where "xla" in float32 is off by 2e-5 too.
-F32 = 5e-5
-
-in_float32 = functools.partial(make_arrays, dtype=np.float32, **SIZES)
+INPUTS = dict(dtype=np.float32, head_dim=64, features=128)
 
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()), jax.default_matmul_precision("highest"):
+    with interpreted_tpu():
         yield
 
 
-def expected_results(attend, arrays):
-    """Output and gradients in float64 of arrays in less."""
-    with jax.enable_x64(True):
-        return output_and_gradients(attend, jax.tree.map(lambda x: x.astype(jnp.float64), arrays))
-
-
-def found_results(form, arrays, causal=True, stabilizer="row_max", **arguments):
-    return output_and_gradients(attention(form, causal, stabilizer, "pallas_tpu", **arguments), arrays)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("form", [*FORMS, (4, 12, 3, 1)], ids=str)
-def test_outputs_and_all_gradients_equal_the_reference(form, causal):
-    stabilizer = STABILIZERS[(form[0] + causal) % 2]
-    arrays = in_float32(*form[:2], batch=2)
-    expected = expected_results(attention(form, causal, stabilizer), arrays)
-    assert_close(found_results(form, arrays, causal, stabilizer), expected, F32)
+def found_results(form, arrays, stabilizer="row_max"):
+    return output_and_gradients(attention(form, True, stabilizer, "pallas_tpu"), arrays)
 
 
 @pytest.mark.parametrize("head_dim, features, stabilizer", [(128, 128, "joint"), (128, 512, "row_max")])
 def test_widths_that_fill_registers_equal_the_reference(head_dim, features, stabilizer):
     form = (5, 8, 2, 1)
-    arrays = make_arrays(*form[:2], dtype=np.float32, head_dim=head_dim, features=features)
-    expected = expected_results(attention(form, True, stabilizer), arrays)
-    assert_close(found_results(form, arrays, True, stabilizer), expected, F32)
+    inputs = dict(dtype=np.float32, head_dim=head_dim, features=features)
+    found = found_results(form, make_arrays(*form[:2], **inputs), stabilizer)
+    assert_close(found, reference_results(form, True, stabilizer, **inputs), TPU_F32)
 
 
 CUTS = [
@@ -92,8 +71,8 @@ def test_blocks_and_tiles_of_every_size_equal_the_reference(form, blocks, monkey
     monkeypatch.setattr(forward, "_STRETCH", 256)
     for module in (forward, states, backward):
         monkeypatch.setattr(module, "FEATURE_ROWS", 128)
-    arrays = in_float32(*form[:2])
-    assert_close(found_results(form, arrays), expected_results(attention(form), arrays), F32)
+    found = found_results(form, make_arrays(*form[:2], **INPUTS))
+    assert_close(found, reference_results(form, True, "row_max", **INPUTS), TPU_F32)
 
 
 def make_maps(config, head_dim):
@@ -135,62 +114,15 @@ def output_and_tree_gradients(attend, arrays, parameters, dtype):
 )
 def test_inlined_feature_maps_and_their_gradients_equal_those_computed_outside(config, sources):
     form = (5, 8, 2, 1)
-    arrays = in_float32(*form[:2], batch=2)[:3]
-    graphdef, parameters = make_maps(config, SIZES["head_dim"])
+    arrays = make_arrays(*form[:2], batch=2, **INPUTS)[:3]
+    graphdef, parameters = make_maps(config, INPUTS["head_dim"])
     run = lambda implementation, parameters, dtype: jax.jit(output_and_tree_gradients, static_argnums=(0, 3))(
         with_maps(form, graphdef, implementation, sources=sources), arrays, parameters, dtype
     )
     found = run("pallas_tpu", parameters, jnp.float32)
     with jax.enable_x64(True):
         expected = run("reference", jax.tree.map(lambda leaf: leaf.astype(jnp.float64), parameters), jnp.float64)
-    assert_close(found, expected, 2 * F32)  # two layers and a square on the way
-
-
-def test_bfloat16_is_as_exact_as_its_rounding():
-    form = (5, 16, 2, 1)
-    arrays = make_arrays(*form[:2], dtype=jnp.bfloat16, **SIZES)
-    found, expected = found_results(form, arrays), expected_results(attention(form), arrays)
-    assert {array.dtype for array in found.values()} == {jnp.dtype(jnp.bfloat16)}
-    # Weights, states, output and gradients are rounded to 8 bits: a few times 2**-9.
-    assert_close(found, expected, 2**-6)
-
-
-@pytest.mark.parametrize("groups, stabilizer", [((2, 4, 1), "row_max"), ((4, 3), "joint")], ids=str)
-def test_video_continued_from_its_state_equals_one_call(groups, stabilizer):
-    form = (7, 8, 2, 1)
-    arrays = in_float32(*form[:2], batch=2)
-    found = output_and_gradients(streamed(form, "pallas_tpu", groups, stabilizer), arrays)
-    assert_close(found, expected_results(attention(form, True, stabilizer), arrays), F32)
-
-
-@pytest.mark.parametrize("overlap_frames", [0, 1, 2])
-def test_states_equal_those_of_the_scan(overlap_frames):
-    form = (4, 12, 2, overlap_frames)
-    arrays = in_float32(*form[:2])
-    found, expected = (
-        attention(form, implementation=name, return_state=True)(*arrays) for name in ("pallas_tpu", "scan")
-    )
-    if not overlap_frames:  # two empty arrays
-        found, expected = ((output, state.past, state.overlap, state.chunks) for output, state in (found, expected))
-    assert_close(found, expected, F32)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), found) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), expected
-    )
-
-
-def test_a_state_that_is_a_scan_carry_may_hold_no_overlap_yet():
-    form = (4, 8, 2, 1)
-    arrays = in_float32(*form[:2])
-    chunks = [jnp.moveaxis(array.reshape(1, 2, 16, HEADS, -1), 1, 0) for array in arrays]
-    start = HybridState.zeros(1, HEADS, 64, 128, tokens_per_frame=8, overlap_frames=1)
-
-    def step(state, chunk):
-        output, state = attention(form, implementation="pallas_tpu", initial_state=state, return_state=True)(*chunk)
-        return state, output
-
-    _, outputs = jax.lax.scan(step, start, chunks)
-    found = jnp.moveaxis(outputs, 0, 1).reshape(arrays[0].shape)
-    assert_close(found, attention_by_loops(arrays, form, True, "row_max"), F32)
+    assert_close(found, expected, 2 * TPU_F32)  # two layers and a square on the way
 
 
 # Of a base-2 exponent, in 64 dimensions.
@@ -203,7 +135,7 @@ FROM_EXPONENT = np.log(2) * 8
 def test_scores_at_and_beyond_the_bound_of_the_fixed_shift_are_right(stabilizer, exponent, sign):
     """All scores of the second chunk and its overlap are the bound times `exponent`, positive or negative."""
     form = (5, 4, 2, 1)
-    query, key, value, phi_query, phi_key = in_float32(*form[:2])
+    query, key, value, phi_query, phi_key = make_arrays(*form[:2], **INPUTS)
     exponent *= forward.FIXED_SHIFT_LIMIT
     direction = np.zeros(64, np.float32)
     direction[0] = np.sqrt(exponent * FROM_EXPONENT)
@@ -219,12 +151,12 @@ def test_scores_at_and_beyond_the_bound_of_the_fixed_shift_are_right(stabilizer,
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
 def test_fixed_shift_and_running_maximum_agree_to_rounding(stabilizer, monkeypatch):
     form = (5, 8, 2, 1)
-    arrays = in_float32(*form[:2])
+    arrays = make_arrays(*form[:2], **INPUTS)
     results = {}
     for limit in (0.0, 1e9):
         monkeypatch.setattr(forward, "FIXED_SHIFT_LIMIT", limit)
-        results[limit] = found_results(form, arrays, True, stabilizer)
-    assert_close(results[0.0], results[1e9], F32)
+        results[limit] = found_results(form, arrays, stabilizer)
+    assert_close(results[0.0], results[1e9], TPU_F32)
     assert any((results[0.0][name] != results[1e9][name]).any() for name in results[0.0])  # two ways indeed
 
 
@@ -242,34 +174,9 @@ def test_only_chunks_that_see_large_tokens_need_a_running_maximum():
     assert needs(small * np.nan, small) == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("stabilizer", STABILIZERS)
-@pytest.mark.parametrize("score, log_similarity", [(200.0, 0.0), (-200.0, 0.0), (-60.0, 40.0), (-60.0, -60.0)])
-def test_extreme_scores_and_features_are_right(stabilizer, score, log_similarity):
-    form = (5, 4, 2, 1)
-    query, key, value, phi_query, phi_key = in_float32(*form[:2])
-    query = query.at[..., 0].set(8 * abs(score) ** 0.5)
-    key = key.at[..., 0].set(score / abs(score) ** 0.5)
-    phi_query, phi_key = (phi * np.float32(np.exp(log_similarity / 2)) for phi in (phi_query, phi_key))
-    arrays = (query, key, value, phi_query, phi_key)
-    found = found_results(form, arrays, True, stabilizer)
-    assert all(np.isfinite(array).all() for array in found.values())
-    # A score of 200 is rounded by up to 2e-5 in float32.
-    assert_close(found["output"], attention_by_loops(arrays, form, True, stabilizer), 1e-4)
-
-
-@pytest.mark.parametrize("stabilizer", STABILIZERS)
-def test_zero_features_leave_the_window_alone(stabilizer):
-    form = (5, 4, 2, 1)
-    query, key, value, phi_query, phi_key = in_float32(*form[:2])
-    arrays = (query, key, value, jnp.zeros_like(phi_query), jnp.zeros_like(phi_key))
-    found = found_results(form, arrays, True, stabilizer)
-    assert all(np.isfinite(array).all() for array in found.values())
-    assert_close(found["output"], attention_by_loops(arrays, form, True, "row_max"), F32)
-
-
 def races(capfd, form):
     """What the race detector prints about forward and backward of one head, on two cores in random order."""
-    arrays = [array[:, :, :1] for array in in_float32(*form[:2])]
+    arrays = [array[:, :, :1] for array in make_arrays(*form[:2], **INPUTS)]
     parameters = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
     with pltpu.force_tpu_interpret_mode(parameters):
         jax.block_until_ready(found_results(form, arrays))
@@ -379,6 +286,6 @@ def kernel_names(compiled):
     ],
 )
 def test_what_the_kernels_cannot_do_is_said_with_who_can(change, message):
-    arrays = make_arrays(2, 4, **({"dtype": np.float32} | SIZES | change))
+    arrays = make_arrays(2, 4, **(INPUTS | change))
     with pytest.raises(ValueError, match=message):
         attention((2, 4, 1, 0), implementation="pallas_tpu")(*arrays)
