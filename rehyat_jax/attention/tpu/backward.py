@@ -29,8 +29,9 @@ from rehyat_jax.attention.tpu.kernel_call import (
 from rehyat_jax.attention.tpu.states import has_linear_keys, state_rows
 from rehyat_jax.attention.tpu.tiling import FEATURE_ROWS, Tiling, is_key
 
-# 1 / denominator is capped here: where nothing linear was added its gradient is zero times that.
-_LARGEST_EXPONENT = 126.0
+# 1 / denominator is capped here: where nothing linear was added its gradient is zero times that, and products with
+# it must stay finite.
+_LARGEST_EXPONENT = 92.0
 # Columns (queries) of a score tile.
 _COLUMNS = 512
 
