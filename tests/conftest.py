@@ -1,5 +1,9 @@
-"""Tests run on CPUs. With libtpu installed, which they compile with, JAX would look for a TPU at first."""
+"""Tests run on CPUs, eight virtual ones. With libtpu installed, which they compile with, JAX would look for a TPU."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# XLA makes as many threads as this says there are processors. Devices wait for one another in threads, and
+# interpreted kernels call back into Python from further ones: with few, a test of several devices can stand still.
+os.environ.setdefault("NPROC", "32")

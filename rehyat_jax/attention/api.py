@@ -15,7 +15,7 @@ from rehyat_jax.attention.platform import target_platform
 from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.attention.reference import hybrid_attention_reference
 from rehyat_jax.attention.scan import hybrid_attention_scan
-from rehyat_jax.attention.state import HybridState
+from rehyat_jax.attention.state import HybridState, LinearState
 from rehyat_jax.attention.tpu.op import hybrid_attention_pallas_tpu, why_not_pallas_tpu
 from rehyat_jax.attention.xla import hybrid_attention_xla
 
@@ -91,32 +91,81 @@ def hybrid_attention(
     if implementation is None:
         implementation = default_implementation(query, phi_query)
     _check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation != "pallas_tpu":
-        phi_query, phi_key = as_array(phi_query), as_array(phi_key)
     arrays = (query, key, value, phi_query, phi_key)
 
     if implementation == "reference":
         if initial_state is not None or return_state:
             raise ValueError('implementation "reference" keeps no state: use "scan" or "xla" to continue a video')
-        return hybrid_attention_reference(*arrays, geometry, causal=causal, stabilizer=stabilizer)
+        return hybrid_attention_reference(*map(as_array, arrays), geometry, causal=causal, stabilizer=stabilizer)
 
-    start = HybridState.zeros(
-        query.shape[0],
-        *query.shape[2:],
-        phi_key.shape[-1],
-        tokens_per_frame=tokens_per_frame,
-        overlap_frames=overlap_frames,
-        dtype=query.dtype,
-    )
     if initial_state is not None or return_state:
-        _check_streaming(geometry, causal, initial_state, return_state, start)
+        _check_streaming(geometry, causal, initial_state, return_state, _start(*arrays, geometry))
+    output, final_state = attend_from(
+        initial_state,
+        *arrays,
+        geometry,
+        causal=causal,
+        stabilizer=stabilizer,
+        implementation=implementation,
+        return_state=return_state,
+    )
+    return (output, final_state) if return_state else output
+
+
+def attend_from(
+    initial_state: HybridState | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: jax.Array | InlineFeatures,
+    phi_key: jax.Array | InlineFeatures,
+    geometry: ChunkGeometry,
+    *,
+    causal: bool,
+    stabilizer: str,
+    implementation: str,
+    return_state: bool = False,
+    later: LinearState | None = None,
+) -> tuple[jax.Array, HybridState | None]:
+    """`hybrid_attention` of a part of a video by any implementation but the reference, its arguments checked already.
+
+    Args:
+      initial_state: what was before this part, also where attention is bidirectional.
+      later: sums over the frames after this part, for bidirectional attention.
+
+    Returns: the output, and with return_state the state after the last chunk.
+    """
     if implementation == "pallas_tpu":
         run = functools.partial(hybrid_attention_pallas_tpu, return_state=return_state)
     else:
         run = _RUN[implementation]
-        initial_state = start if initial_state is None else initial_state
-    output, final_state = run(*arrays, geometry, causal=causal, stabilizer=stabilizer, initial_state=initial_state)
-    return (output, final_state) if return_state else output
+        phi_query, phi_key = as_array(phi_query), as_array(phi_key)
+        if initial_state is None:
+            initial_state = _start(query, key, value, phi_query, phi_key, geometry)
+    return run(
+        query,
+        key,
+        value,
+        phi_query,
+        phi_key,
+        geometry,
+        causal=causal,
+        stabilizer=stabilizer,
+        initial_state=initial_state,
+        later=later,
+    )
+
+
+def _start(query, key, value, phi_query, phi_key, geometry: ChunkGeometry) -> HybridState:
+    """The state before the first chunk."""
+    return HybridState.zeros(
+        query.shape[0],
+        *query.shape[2:],
+        phi_key.shape[-1],
+        tokens_per_frame=geometry.tokens_per_frame,
+        overlap_frames=geometry.overlap_frames,
+        dtype=query.dtype,
+    )
 
 
 def default_implementation(query: jax.Array, phi_query: jax.Array | InlineFeatures) -> str:

@@ -26,6 +26,7 @@ def attend_chunks(
     causal: bool,
     stabilizer: str,
     initial_state: HybridState,
+    later: LinearState | None = None,
 ) -> tuple[jax.Array, HybridState]:
     """Hybrid attention by any function that attends to windows; arguments else as `hybrid_attention_xla`'s.
 
@@ -47,6 +48,8 @@ def attend_chunks(
         # Never the total minus the window: that cancels, and a normalizer could come out negative.
         future = jax.tree.map(lambda sums: _select(chunk > chunk[:, None], sums), sum_keys(phi_key, value))
         linear = LinearState.sum(linear, future)
+    if later is not None:
+        linear = jax.tree.map(lambda sums, after: sums + after[:, None], linear, later)
 
     overlap_tokens = initial_state.overlap_key.shape[1]
     chunk_tokens = geometry.is_token().sum(axis=1, dtype=np.int32)

@@ -9,7 +9,7 @@ from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.gpu.cudnn_calls import cudnn_backward, cudnn_forward, why_not_cudnn
 from rehyat_jax.attention.gpu.flash_merge import merged_forward
 from rehyat_jax.attention.gpu.fused_window import WindowKernels, attend_window_fused
-from rehyat_jax.attention.state import HybridState
+from rehyat_jax.attention.state import HybridState, LinearState
 
 KERNELS = WindowKernels(functools.partial(merged_forward, cudnn_forward), cudnn_backward)
 
@@ -25,6 +25,7 @@ def hybrid_attention_cudnn(
     causal: bool,
     stabilizer: str,
     initial_state: HybridState,
+    later: LinearState | None = None,
 ) -> tuple[jax.Array, HybridState]:
     """All chunks as a batch of cuDNN's, overlaps last, so that lengths stand for the masks. Exact in both stabilizers.
 
@@ -48,4 +49,5 @@ def hybrid_attention_cudnn(
         causal=causal,
         stabilizer=stabilizer,
         initial_state=initial_state,
+        later=later,
     )

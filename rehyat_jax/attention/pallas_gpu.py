@@ -9,7 +9,7 @@ from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.gpu.cudnn_calls import cudnn_backward
 from rehyat_jax.attention.gpu.fused_window import WindowKernels, attend_window_fused
 from rehyat_jax.attention.gpu.hopper import hopper_window_forward, why_not_hopper
-from rehyat_jax.attention.state import HybridState
+from rehyat_jax.attention.state import HybridState, LinearState
 
 KERNELS = WindowKernels(hopper_window_forward, cudnn_backward)
 
@@ -25,6 +25,7 @@ def hybrid_attention_pallas_gpu(
     causal: bool,
     stabilizer: str,
     initial_state: HybridState,
+    later: LinearState | None = None,
 ) -> tuple[jax.Array, HybridState]:
     """All chunks as a batch of a fused kernel, which takes no second pass for "row_max" as "cudnn" does.
 
@@ -48,4 +49,5 @@ def hybrid_attention_pallas_gpu(
         causal=causal,
         stabilizer=stabilizer,
         initial_state=initial_state,
+        later=later,
     )

@@ -19,6 +19,7 @@ def hybrid_attention_scan(
     causal: bool,
     stabilizer: str,
     initial_state: HybridState,
+    later: LinearState | None = None,
 ) -> tuple[jax.Array, HybridState]:
     """Scans over chunks: attend to the window and the state, then fold in the frames that leave the window.
 
@@ -49,14 +50,14 @@ def hybrid_attention_scan(
         return seen, output
 
     query, key, value, phi_query, phi_key = map(geometry.split, (query, key, value, phi_query, phi_key))
-    future = None if causal else _future_states(phi_key, value)
+    future = None if causal else _future_states(phi_key, value, later)
     chunks = (query, key, value, phi_query, phi_key, geometry.is_token(), future)
     final_state, outputs = jax.lax.scan(step, initial_state, chunks)
     return geometry.join(outputs), final_state
 
 
-def _future_states(phi_key: jax.Array, value: jax.Array) -> LinearState:
-    """For every chunk the sums over all chunks after it; leaves [chunks, batch, ...], as are the arrays.
+def _future_states(phi_key: jax.Array, value: jax.Array, later: LinearState | None) -> LinearState:
+    """For every chunk the sums over all chunks after it and `later`; leaves [chunks, batch, ...], as are the arrays.
 
     Never the total minus the window: that cancels, and a normalizer could come out negative.
     """
@@ -64,5 +65,6 @@ def _future_states(phi_key: jax.Array, value: jax.Array) -> LinearState:
     def step(later: LinearState, chunk) -> tuple[LinearState, LinearState]:
         return LinearState.sum(later, LinearState.of(*chunk)), later
 
-    nothing = jax.tree.map(jnp.zeros_like, LinearState.of(phi_key[0], value[0]))
-    return jax.lax.scan(step, nothing, (phi_key, value), reverse=True)[1]
+    if later is None:
+        later = jax.tree.map(jnp.zeros_like, LinearState.of(phi_key[0], value[0]))
+    return jax.lax.scan(step, later, (phi_key, value), reverse=True)[1]

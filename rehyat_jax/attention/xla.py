@@ -20,6 +20,7 @@ def hybrid_attention_xla(
     causal: bool,
     stabilizer: str,
     initial_state: HybridState,
+    later: LinearState | None = None,
 ) -> tuple[jax.Array, HybridState]:
     """Batches the chunks' windows, and sums each chunk's linear keys by a 0/1 matrix product over the chunks' own sums.
 
@@ -36,6 +37,7 @@ def hybrid_attention_xla(
         causal=causal,
         stabilizer=stabilizer,
         initial_state=initial_state,
+        later=later,
     )
 
 

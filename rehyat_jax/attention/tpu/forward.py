@@ -115,7 +115,8 @@ def attend(
             if len(rows) == 1:
                 rows = {tiling.query_block: True}
             for length, is_length in rows.items():
-                pl.when(condition & is_length)(lambda: for_tiles(length, width, _STRETCH // width, body))
+                run = functools.partial(for_tiles, length, width, _STRETCH // width, body)
+                pl.when(condition & is_length)(run)
 
         @pl.when(step == 0)
         def _():

@@ -37,6 +37,7 @@ def hybrid_attention_pallas_tpu(
     stabilizer: str,
     initial_state: HybridState | None,
     return_state: bool,
+    later: LinearState | None = None,
 ) -> tuple[jax.Array, HybridState | None]:
     """One kernel sums keys to the chunks' states, one attends to window and state.
 
@@ -80,6 +81,8 @@ def hybrid_attention_pallas_tpu(
             "overlap": _joined(initial_state.overlap),
             "first_key_frame": jnp.where(initial_state.chunks > 0, 0, overlap_frames).astype(jnp.int32)[None],
         }
+    if later is not None:
+        operands["later"] = _joined(later)
     call = _Call(tiling, query.shape[2], return_state, causal, stabilizer, phi_query.function, phi_key.function)
     output, past, overlap = _attention(call, _views(operands))
     output = _drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
@@ -95,6 +98,27 @@ def hybrid_attention_pallas_tpu(
         chunks=(0 if initial_state is None else initial_state.chunks) + jnp.int32(geometry.num_chunks),
     )
     return output, final_state
+
+
+def video_sums_pallas_tpu(
+    phi_key: InlineFeatures, value: jax.Array, geometry: ChunkGeometry
+) -> tuple[LinearState, LinearState]:
+    """Sums over the frames before the video's last overlap_frames, and over all its frames, by the same kernels."""
+    tiling = Tiling.choose(geometry, head_dim=value.shape[-1], source_width=phi_key.source.shape[-1], dtype=value.dtype)
+    # As if the video were one chunk, with another to come: state 1 is what that one reads, state 2 what is after it.
+    whole = dataclasses.replace(tiling.geometry, chunk_frames=tiling.geometry.num_frames)
+    call = _Call(
+        dataclasses.replace(tiling, geometry=whole),
+        value.shape[2],
+        return_state=True,
+        causal=True,
+        stabilizer="",
+        query_function=phi_key.function,
+        key_function=phi_key.function,
+    )
+    pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
+    operands = {"key_source": pad(phi_key.source), "value": pad(value), "key_weights": phi_key.weights}
+    return tuple(map(_parted, _video_sums(call, _views(operands))))
 
 
 def why_not_pallas_tpu(query: jax.Array, phi_query: jax.Array | InlineFeatures) -> str | None:
@@ -139,6 +163,10 @@ class _Call:
         frames = self.tiling.geometry.overlap_frames
         geometry = dataclasses.replace(self.tiling.geometry, num_frames=frames, chunk_frames=frames, overlap_frames=0)
         return Walk(dataclasses.replace(self.tiling, geometry=geometry), is_future=False, num_states=2)
+
+    def video_walk(self) -> Walk:
+        """Over the video as one chunk: state 1 holds the frames before the overlap, state 2 these too, if any."""
+        return Walk(self.tiling, is_future=False, num_states=3 if self.tiling.geometry.overlap_frames else 2)
 
     def last_overlap(self, features: InlineFeatures, value: jax.Array) -> tuple[InlineFeatures, jax.Array]:
         """phi_key and value of the last overlap_frames."""
@@ -197,9 +225,12 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
         states = states.at[:first].set(seen).at[0].set(operands["past"])
         overlap_squares = _frame_squares(key[:, : -query.shape[1]], call.tiling.frame)
         squares["key"] = jnp.concatenate([overlap_squares, squares["key"]], axis=-1)
+    elif not call.causal:
+        states = states.at[:first].set(0)
     for walk in future_walks:
-        future = chunk_states(features, state_value, walk)[0]
-        states = states.at[:first].set(0) + future.at[-1].set(0)
+        states += chunk_states(features, state_value, walk)[0].at[-1].set(0)
+    if "later" in operands:
+        states += operands["later"]
 
     output, log_sum_exp, stabilizer = attend(
         query,
@@ -231,24 +262,15 @@ class _Wanted:
 
 
 def _forward_rule(call: _Call, operands: dict[str, Any]):
-    is_primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
-    value = lambda tree: jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=is_primal)
-    wanted = {
-        name
-        for name, tree in operands.items()
-        if any(leaf.perturbed for leaf in jax.tree.leaves(tree, is_leaf=is_primal))
-    }
-    operands = value(operands)
+    operands, wanted = _primals(operands)
     outputs, residuals = _forward(call, operands)
-    return outputs, (operands, residuals, _Wanted(frozenset(wanted)))
+    return outputs, (operands, residuals, wanted)
 
 
 def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[dict[str, Any]]:
     operands, (output, log_sum_exp, stabilizer, states), wanted = saved
     operands, output = _unviews(operands, call.heads), unview(output, call.heads)
-    d_output, d_past, d_overlap = (
-        jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf for leaf in cotangents
-    )
+    d_output, d_past, d_overlap = map(_materialised, cotangents)
     d_output = unview(d_output, call.heads)
     query_features, key_features = call.query_features(operands), call.key_features(operands)
     state_value = operands.get("state_value", operands["value"])
@@ -282,11 +304,12 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
 
     gradients = dict.fromkeys(operands)
     for name, sums in (("query_weights", d_query_weights), ("key_weights", d_key_weights)):
-        pairs = zip(sums, operands[name], strict=True)
-        gradients[name] = tuple(d.sum(axis=0).astype(weight.dtype) for d, weight in pairs)
+        gradients[name] = _summed(sums, operands[name])
     if "past" in operands:
         gradients["overlap"] = d_states[1:].sum(axis=0)
         gradients["past"] = d_states[0] + gradients["overlap"]
+    if "later" in operands:
+        gradients["later"] = d_states.sum(axis=0)
 
     # A source of its own has a gradient of its own; else it is where the softmax window's begins.
     begin = {"query": d_query_source, "key": d_key_source, "value": d_state_value}
@@ -310,6 +333,59 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
 
 
 _attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _video_sums(call: _Call, operands: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    operands, walk = _unviews(operands, call.heads), call.video_walk()
+    states, _ = chunk_states(call.key_features(operands), operands["value"], walk)
+    geometry = call.tiling.geometry
+    before_overlap = states[1] if geometry.overlap_frames < geometry.num_frames else jnp.zeros_like(states[1])
+    return before_overlap, states[-1]
+
+
+def _video_sums_forward_rule(call: _Call, operands: dict[str, Any]):
+    operands, wanted = _primals(operands)
+    return _video_sums(call, operands), (operands, wanted)
+
+
+def _video_sums_backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, ...]):
+    operands, wanted = saved
+    operands, walk = _unviews(operands, call.heads), call.video_walk()
+    d_before, d_total = map(_materialised, cotangents)
+    d_states = [jnp.zeros_like(d_total), d_before, d_total] if walk.num_states == 3 else [d_total, d_before + d_total]
+    d_weights, d_source, d_value = chunk_states_backward(
+        jnp.stack(d_states),
+        call.key_features(operands),
+        operands["value"],
+        walk,
+        token_gradients=bool(wanted.names & {"key_source", "value"}),
+    )
+    gradients = {"key_source": d_source, "value": d_value, "key_weights": _summed(d_weights, operands["key_weights"])}
+    return (_views(gradients),)
+
+
+_video_sums.defvjp(_video_sums_forward_rule, _video_sums_backward_rule, symbolic_zeros=True)
+
+
+def _primals(operands: dict[str, Any]) -> tuple[dict[str, Any], _Wanted]:
+    """What `symbolic_zeros` hands to a forward rule, as values and names."""
+    is_primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+    wanted = {
+        name
+        for name, tree in operands.items()
+        if any(leaf.perturbed for leaf in jax.tree.leaves(tree, is_leaf=is_primal))
+    }
+    return jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=is_primal), _Wanted(frozenset(wanted))
+
+
+def _materialised(cotangent: jax.Array | SymbolicZero) -> jax.Array:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
+
+
+def _summed(gradients: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Over the batch, in the weights' dtype."""
+    return tuple(d.sum(axis=0).astype(weight.dtype) for d, weight in zip(gradients, weights, strict=True))
 
 
 def _frame_squares(tokens: jax.Array, tokens_per_frame: int) -> jax.Array:
