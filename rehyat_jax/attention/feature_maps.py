@@ -28,7 +28,8 @@ class HeadwiseLinear(nnx.Module):
     def __init__(self, heads: int, in_features: int, out_features: int, *, rngs: nnx.Rngs):
         # He's gain: an activation halves the second moment of its input.
         initializer = nnx.initializers.he_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
-        self.kernel = nnx.Param(initializer(rngs.params(), (heads, in_features, out_features)))
+        kernel = initializer(rngs.params(), (heads, in_features, out_features))
+        self.kernel = nnx.Param(kernel, axes=("tensor", None, "fsdp"))  # of the mesh, see `parallel.sharding`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class FeatureMap(nnx.Module):
         for i in range(config.num_layers):
             in_features = head_dim if i == 0 else config.features
             setattr(self, f"layer_{i}", HeadwiseLinear(heads, in_features, config.features, rngs=rngs))
-        self.log_scale = nnx.Param(jnp.zeros(heads))
+        self.log_scale = nnx.Param(jnp.zeros(heads), axes=("tensor",))
 
     def inline(self, x: jax.Array) -> InlineFeatures:
         """The features of queries or keys [batch, tokens, heads, head_dim], to be computed by who needs them."""

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from rehyat_jax.attention import softmax_attention
 from rehyat_jax.attention.calibration import linear_mass_log_scale
 from rehyat_jax.models.wan.modeling import AttentionInputs, WanTransformer
 from rehyat_jax.training.keys import calibration_key
@@ -42,7 +41,7 @@ def teacher_scan(model: WanTransformer, noisy: NoisyBatch, per_hybrid_block: Any
     all_hybrid = len(model.config.hybrid_block_indices) == model.config.num_layers
 
     def attend(inputs: AttentionInputs, per_block: Any) -> tuple[jax.Array, Any]:
-        target = softmax_attention(inputs.query, inputs.key, inputs.value)
+        target = inputs.softmax()
         run = lambda: per_hybrid_block(inputs, target, per_block["feature_maps"])
         skip = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
         return target, run() if all_hybrid else jax.lax.cond(per_block["is_hybrid"], run, skip)
@@ -76,10 +75,12 @@ def make_grad_fn(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> 
         def block_loss_and_grads(inputs: AttentionInputs, target: jax.Array, maps: Any) -> Any:
             def loss_fn(maps: Any) -> jax.Array:
                 output = model.hybrid(inputs, *model.block_features(inputs, maps))
-                return jnp.abs(output.astype(jnp.float32) - target.astype(jnp.float32)).mean()
+                return mean_size(output.astype(jnp.float32) - target.astype(jnp.float32))
 
+            # Both are zero for padding, which is not counted.
+            mean_size = lambda tokens: jnp.abs(tokens).mean() * (tokens.shape[1] / inputs.num_tokens)
             loss, grads = jax.value_and_grad(loss_fn)(maps)
-            return {"loss": loss, "target": jnp.abs(target.astype(jnp.float32)).mean(), "grads": grads}
+            return {"loss": loss, "target": mean_size(target.astype(jnp.float32)), "grads": grads}
 
         blocks = teacher_scan(model, noisy, block_loss_and_grads)
         metrics = {
@@ -115,10 +116,9 @@ def calibrated(
         form = model.config.hybrid
 
         def log_scale(inputs: AttentionInputs, target: jax.Array, maps: Any) -> jax.Array:
+            features = (features.compute() for features in model.block_features(inputs, maps))
             return linear_mass_log_scale(
-                inputs.query,
-                inputs.key,
-                *(features.compute() for features in model.block_features(inputs, maps)),
+                *(tokens[:, : inputs.num_tokens] for tokens in (inputs.query, inputs.key, *features)),
                 tokens_per_frame=inputs.tokens_per_frame,
                 chunk_frames=form.chunk_frames,
                 overlap_frames=form.overlap_frames,

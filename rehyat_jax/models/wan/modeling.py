@@ -18,9 +18,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from rehyat_jax.attention import FeatureMap, InlineFeatures, hybrid_attention, softmax_attention
+from rehyat_jax.attention import FeatureMap, InlineFeatures
+from rehyat_jax.attention.context_parallel import padded_frames
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.rope import rope_table, rotate
+from rehyat_jax.parallel.attention import (
+    cross_attention_on_mesh,
+    hybrid_attention_on_mesh,
+    softmax_attention_on_mesh,
+)
+from rehyat_jax.parallel.mesh import axis_size
+from rehyat_jax.parallel.sharding import HIDDEN, TOKENS, constrain, gathered
 
 REMAT_POLICIES = {
     "none": None,
@@ -38,6 +46,8 @@ class AttentionInputs:
       query, key, value: [B, N, H, d] in the compute dtype; query and key are normalised and rotated.
       unrotated_query, unrotated_key: the same before RoPE, for feature maps that want them.
       tokens_per_frame: tokens of one latent frame.
+      num_frames: frames of the video. Where it is cut along time over devices there may be further ones, of padding,
+        at the end; attention to them must be, and attention of them is, none: zero.
     """
 
     query: jax.Array
@@ -46,6 +56,16 @@ class AttentionInputs:
     unrotated_query: jax.Array
     unrotated_key: jax.Array
     tokens_per_frame: int
+    num_frames: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return self.num_frames * self.tokens_per_frame
+
+    def softmax(self) -> jax.Array:
+        """Full softmax attention, [B, N, H, d]."""
+        return softmax_attention_on_mesh(self.query, self.key, self.value, num_tokens=self.num_tokens)
 
 
 Attend = Callable[[AttentionInputs, Any], tuple[jax.Array, Any]]
@@ -66,11 +86,23 @@ def timestep_embedding(timestep: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def linear(in_features: int, out_features: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
+    """A linear layer whose kernel [in, out] is cut along these mesh axes (see `parallel.sharding`)."""
+    return nnx.Linear(
+        in_features, out_features, kernel_metadata={"axes": axes}, bias_metadata={"axes": _bias(axes)}, **options
+    )
+
+
+def _bias(axes: tuple[str | None, str | None]) -> tuple[str | None]:
+    """Along fsdp, what is small is whole everywhere."""
+    return (None if axes[1] == "fsdp" else axes[1],)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the model's whole width, before the split into heads; float32 inside."""
 
     def __init__(self, width: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.ones(width), axes=("tensor",))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -84,8 +116,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = config.width
-        linear = lambda: nnx.Linear(width, width, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
-        self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
+        options = dict(dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.query, self.key, self.value = (linear(width, width, ("fsdp", "tensor"), **options) for _ in range(3))
+        self.output = linear(width, width, ("tensor", "fsdp"), **options)
         self.query_norm = RMSNorm(width, eps=config.eps)
         self.key_norm = RMSNorm(width, eps=config.eps)
         self.num_heads = config.num_heads
@@ -106,12 +139,12 @@ class FeedForward(nnx.Module):
     """Two linear layers around a tanh-GELU."""
 
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.xavier_uniform()
-        self.up = nnx.Linear(config.width, config.ffn_dim, dtype=dtype, kernel_init=init, rngs=rngs)
-        self.down = nnx.Linear(config.ffn_dim, config.width, dtype=dtype, kernel_init=init, rngs=rngs)
+        options = dict(dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.up = linear(config.width, config.ffn_dim, ("fsdp", "tensor"), **options)
+        self.down = linear(config.ffn_dim, config.width, ("tensor", "fsdp"), **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.gelu(self.up(x), approximate=True))
+        return self.down(nnx.gelu(constrain(self.up(x), HIDDEN), approximate=True))
 
 
 class WanBlock(nnx.Module):
@@ -134,7 +167,7 @@ class WanBlock(nnx.Module):
         text: jax.Array,
         time_modulation: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        tokens_per_frame: int,
+        frames: tuple[int, int],
         attend: Callable[[AttentionInputs], tuple[jax.Array, Any]],
     ) -> tuple[jax.Array, Any]:
         """One block.
@@ -144,7 +177,7 @@ class WanBlock(nnx.Module):
           text: [B, L, D] projected text tokens.
           time_modulation: [B, 6, D] float32.
           rope: cosines and sines [N, d / 2].
-          tokens_per_frame: tokens of one latent frame.
+          frames: tokens_per_frame and num_frames of `AttentionInputs`.
           attend: the self-attention.
 
         Returns:
@@ -157,16 +190,16 @@ class WanBlock(nnx.Module):
         normed = (layer_norm(x, self.eps) * (1 + scale) + shift).astype(dtype)
         unrotated_query, unrotated_key, value = self.self_attention.project(normed, normed)
         query, key = rotate(unrotated_query, rope), rotate(unrotated_key, rope)
-        y, aux = attend(AttentionInputs(query, key, value, unrotated_query, unrotated_key, tokens_per_frame))
+        y, aux = attend(AttentionInputs(query, key, value, unrotated_query, unrotated_key, *frames))
         x = (x.astype(jnp.float32) + self.self_attention.merge(y) * gate).astype(dtype)
 
         normed = self.cross_attention_norm(x).astype(dtype)
-        y = softmax_attention(*self.cross_attention.project(normed, text))
+        y = cross_attention_on_mesh(*self.cross_attention.project(normed, text))
         x = x + self.cross_attention.merge(y)
 
         normed = (layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
         x = (x.astype(jnp.float32) + self.feed_forward(normed) * ffn_gate).astype(dtype)
-        return x, aux
+        return constrain(x, TOKENS), aux
 
 
 class Embedder(nnx.Module):
@@ -174,8 +207,8 @@ class Embedder(nnx.Module):
 
     def __init__(self, in_dim: int, width: int, activation: Callable, *, rngs: nnx.Rngs, **linear_options: Any):
         init = nnx.initializers.normal(0.02)
-        self.linear_1 = nnx.Linear(in_dim, width, kernel_init=init, rngs=rngs, **linear_options)
-        self.linear_2 = nnx.Linear(width, width, kernel_init=init, rngs=rngs, **linear_options)
+        self.linear_1 = linear(in_dim, width, ("fsdp", None), kernel_init=init, rngs=rngs, **linear_options)
+        self.linear_2 = linear(width, width, ("fsdp", None), kernel_init=init, rngs=rngs, **linear_options)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -282,7 +315,7 @@ class WanTransformer(nnx.Module):
         self.text_embedding = Embedder(config.text_dim, width, nnx.gelu, dtype=dtype, rngs=rngs)
         self.time_embedding = Embedder(config.freq_dim, width, nnx.silu, precision=exact, rngs=rngs)
         zeros = nnx.initializers.zeros
-        self.time_projection = nnx.Linear(width, 6 * width, kernel_init=zeros, precision=exact, rngs=rngs)
+        self.time_projection = linear(width, 6 * width, ("fsdp", None), kernel_init=zeros, precision=exact, rngs=rngs)
         self.blocks = stacked(lambda r: WanBlock(config, dtype=dtype, rngs=r), config.num_layers, rngs)
         self.head = Head(config, rngs=rngs)
         if config.hybrid_block_indices:
@@ -328,16 +361,21 @@ class WanTransformer(nnx.Module):
         time_modulation = rearrange(self.time_projection(nnx.silu(time)), "b (six d) -> b six d", six=6)
 
         patches = self.patch_embedding(latents)
-        grid = patches.shape[1:4]
+        num_frames, *_ = grid = patches.shape[1:4]
+        # Where a video is cut along time, all devices hold as many whole chunks.
+        chunk_frames = config.hybrid.chunk_frames if config.hybrid_block_indices else 1
+        grid = (padded_frames(num_frames, chunk_frames, axis_size("context")), *grid[1:])
+        patches = jnp.pad(patches, [(0, 0), (0, grid[0] - num_frames), (0, 0), (0, 0), (0, 0)])
         rope = rope_table(grid, config.head_dim)
-        x = rearrange(patches, "b t h w d -> b (t h w) d")
+        x = constrain(rearrange(patches, "b t h w d -> b (t h w) d"), TOKENS)
+        frames = (grid[1] * grid[2], num_frames)
 
         block_def, block_params = nnx.split(self.blocks)
 
         def run_block(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             params, arguments = layer
-            block = nnx.merge(block_def, params)
-            return block(x, text, time_modulation, rope, grid[1] * grid[2], lambda inputs: attend(inputs, arguments))
+            block = nnx.merge(block_def, gathered(params, self.dtype))
+            return block(x, text, time_modulation, rope, frames, lambda inputs: attend(inputs, arguments))
 
         if self.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
@@ -362,11 +400,11 @@ class WanTransformer(nnx.Module):
             ph=ph,
             pw=pw,
         )
-        return velocity, aux
+        return velocity[:, : num_frames * pt], aux
 
     def attend(self, inputs: AttentionInputs, per_block: Any) -> tuple[jax.Array, None]:
         """Softmax or hybrid self-attention, as the config says for this block; one of `Attend`."""
-        softmax = lambda: softmax_attention(inputs.query, inputs.key, inputs.value)
+        softmax = inputs.softmax
         hybrid = lambda: self.hybrid(inputs, *self.block_features(inputs, per_block["feature_maps"]))
         if not self.config.hybrid_block_indices:
             return softmax(), None
@@ -381,12 +419,13 @@ class WanTransformer(nnx.Module):
     def hybrid(self, inputs: AttentionInputs, phi_query: InlineFeatures, phi_key: InlineFeatures) -> jax.Array:
         """Hybrid attention in the form that the config names; [B, N, H, d]."""
         form = self.config.hybrid
-        return hybrid_attention(
+        return hybrid_attention_on_mesh(
             inputs.query,
             inputs.key,
             inputs.value,
             phi_query,
             phi_key,
+            num_frames=inputs.num_frames,
             tokens_per_frame=inputs.tokens_per_frame,
             chunk_frames=form.chunk_frames,
             overlap_frames=form.overlap_frames,
