@@ -4,38 +4,45 @@ The configuration names the stage: "pretrain" (a softmax model from scratch), "d
 hybrid blocks against the model's own softmax attention) or "finetune" (stage 2: the whole transformer). The workdir
 receives `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`, a model checkpoint. The
 same command continues a run that was stopped. Every field: `rehyat_jax/training/config.py`.
+
+On several hosts, the same command on each of them: Cloud TPUs, Slurm and Kubernetes are recognised; elsewhere give
+`--coordinator HOST:PORT --num_processes N --process_id I`. The workdir must be one that all of them see.
 """
 
-import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.data.pipeline import batches
+from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.parallel.mesh import check_mesh, make_mesh, part_of_process
+from rehyat_jax.parallel.sharding import global_batches, on_all_devices
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.checkpoints import RunCheckpoints
 from rehyat_jax.training.config import check_config, check_continuation, save_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, make_source
-from rehyat_jax.training.step import init_state, make_step
+from rehyat_jax.training.sharded_step import make_sharded_step
 from rehyat_jax.weights import save_model
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None) -> Path:
     """Runs the configured stage to its last step.
 
     Args:
       config: see `rehyat_jax.training.config.default_config`.
-      workdir: directory of the run; created if needed.
+      workdir: directory of the run; created if needed. Several processes must see the same one.
+      devices: to train on; all by default.
 
     Returns:
       Path of the resulting model checkpoint.
@@ -45,25 +52,45 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     """
     check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(config.mesh, devices)
+    with jax.set_mesh(mesh):
+        return _train(config, workdir)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    mesh, is_main = jax.sharding.get_mesh(), is_main_process()
 
     # ---------------------------------------------------------------------------------------------------------- data
     source = make_source(config)
-    data = batches(source, batch_size=config.batch_size, seed=config.seed, workers=config.data.workers)
+    examples = config.batch_size // config.accumulation_steps
+    part, parts = part_of_process(mesh)
+    data = batches(
+        source,
+        batch_size=examples,
+        seed=config.seed,
+        accumulation_steps=config.accumulation_steps,
+        workers=config.data.workers,
+        part=part,
+        parts=parts,
+    )
 
     # --------------------------------------------------------------------------------------------------------- model
     checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints)
     is_new = checkpoints.latest_step is None
     if not is_new:
         check_continuation(config, workdir)
-        print(f"continuing {workdir} after step {checkpoints.latest_step}", flush=True)
+        if is_main:
+            print(f"continuing {workdir} after step {checkpoints.latest_step}", flush=True)
     model = initial_model(config)
+    check_mesh(mesh, model.config, examples)
     check_data(source, model)
-    params, context = model.params, {"null_text": jnp.asarray(source.null_text)}
+    params, specs, context = model.params, model.specs, {"null_text": on_all_devices(source.null_text)}
     if model.fresh_feature_maps and is_new:
         batch = calibration_batch(source, config)
         params = distill.calibrated(model.model_def, params, batch, context["null_text"], config)
     if config.stage == "distill":
         params, context["frozen"] = distill.split_feature_maps(params)
+        specs, _ = distill.split_feature_maps(specs)
         grad_fn = distill.make_grad_fn(model.model_def, config)
     else:
         grad_fn = finetune.make_grad_fn(apply_model(model.model_def), config)
@@ -71,29 +98,26 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     # ---------------------------------------------------------------------------------------------------------- step
     optimizer = make_optimizer(config)
     schedule = learning_rate_schedule(config.optimizer.learning_rate, config)
-    step = make_step(
-        grad_fn,
-        optimizer,
-        seed=config.seed,
-        accumulation_steps=config.accumulation_steps,
-        ema_decay=config.ema_decay,
-    )
-    step = jax.jit(step, donate_argnums=0)
-    initial_state = functools.partial(init_state, optimizer=optimizer, keep_ema=config.ema_decay > 0)
+    step, initial_state, state_shardings = make_sharded_step(grad_fn, optimizer, params, specs, context, config)
     if is_new:
-        save_config(config, workdir)
+        if is_main:
+            save_config(config, workdir)
         state = initial_state(params)
     else:
-        state = checkpoints.restore(jax.eval_shape(initial_state, params), data)
+        abstract = jax.eval_shape(initial_state, params)
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        state = checkpoints.restore(jax.tree.map(place, abstract, state_shardings), data)
     first_step = int(state["step"])
     del params
     model = model._replace(params={})
 
     # ---------------------------------------------------------------------------------------------------------- loop
-    writer = MetricWriter(workdir, first_step=first_step, steps=config.steps, description=config.stage)
+    writer = MetricWriter(
+        workdir, first_step=first_step, steps=config.steps, description=config.stage, is_silent=not is_main
+    )
     try:
         for number in range(first_step + 1, config.steps + 1):
-            state, metrics = step(state, context, next(data))
+            state, metrics = step(state, context, global_batches(next(data), parts))
             writer.advance(metrics)
             if number % config.log_every == 0 or number in (1, config.steps):
                 writer.write(number, learning_rate=schedule(number - 1))
@@ -113,8 +137,18 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     return workdir / "model"
 
 
-def parse_arguments(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
-    """(configuration with its overrides, workdir).
+class Arguments(NamedTuple):
+    """The command line: the configuration with its overrides, and for `distributed.initialize` the processes."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Reads the command line.
 
     Args:
       argv: the program's name and its arguments.
@@ -126,6 +160,11 @@ def parse_arguments(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
     options = dict(lock_config=True, flag_values=values, sys_argv=argv)
     config_flag = config_flags.DEFINE_config_file("config", **options)
     workdir_flag = flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
+    processes = (
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several", flag_values=values),
+        flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values),
+        flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values),
+    )
     try:
         unparsed = values(argv)[1:]
         if unparsed:
@@ -143,7 +182,7 @@ def parse_arguments(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
         raise InputError(f"unknown field of the configuration: {reason}".replace("\n", " ")) from error
     except (flags.Error, TypeError, OSError) as error:
         raise InputError(str(error)) from error
-    return config, Path(workdir_flag.value)
+    return Arguments(config, Path(workdir_flag.value), *(flag.value for flag in processes))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,7 +191,15 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv:
         print(__doc__)
         return 0
-    return report_input_errors(lambda: print(f"wrote {train(*parse_arguments(argv))}"))
+
+    def run() -> None:
+        config, workdir, *processes = parse_arguments(argv)
+        initialize(*processes)
+        model = train(config, workdir)
+        if is_main_process():
+            print(f"wrote {model}")
+
+    return report_input_errors(run)
 
 
 if __name__ == "__main__":

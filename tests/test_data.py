@@ -302,12 +302,18 @@ def test_batches_depend_on_the_seed_alone():
     assert (take(batches(Numbers(100), batch_size=4, seed=1), 8) != first).any()
 
 
-def test_processes_share_the_examples_of_one():
+def test_processes_parts_put_together_are_what_one_process_reads():
     whole = take(batches(Numbers(100), batch_size=6, seed=0), 10)
-    parts = [
-        take(batches(Numbers(100), batch_size=3, seed=0, process_index=index, process_count=2), 10) for index in (0, 1)
-    ]
-    np.testing.assert_array_equal(np.sort(np.concatenate(parts, axis=1)), np.sort(whole))
+    parts = [take(batches(Numbers(100), batch_size=6, seed=0, part=part, parts=2), 10) for part in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+def test_batches_that_are_accumulated_come_together():
+    whole = take(batches(Numbers(100), batch_size=4, seed=0), 6).reshape(2, 3, 4)
+    for part in (0, 1):
+        iterator = batches(Numbers(100), batch_size=4, seed=0, accumulation_steps=3, part=part, parts=2)
+        found = np.stack([next(iterator)["latents"][..., 0, 0, 0, 0] for _ in range(2)])
+        np.testing.assert_array_equal(found, whole[:, :, 2 * part : 2 * part + 2])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,7 +13,9 @@ from rehyat_jax.attention import hybrid_attention, softmax_attention
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES, WanTransformer, apply_model
-from rehyat_jax.train import main, parse_arguments, train
+from rehyat_jax.parallel.mesh import make_mesh
+from rehyat_jax.train import main, parse_arguments
+from rehyat_jax.train import train as train_on
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.attention_error import attention_errors
 from rehyat_jax.training.config import check_config, default_config
@@ -50,6 +52,11 @@ def tiny_batch(batch=2, frames=5, config=TINY):
     }
 
 
+def one_at_a_time(batch):
+    """As steps take it: [1, B, ...]."""
+    return jax.tree.map(lambda x: x[None], batch)
+
+
 def tiny_config(stage, **changes):
     config = default_config()
     config.stage, config.dtype = stage, "float32"
@@ -57,6 +64,16 @@ def tiny_config(stage, **changes):
     config.log_every, config.checkpoint_every = 1, 3
     config.update_from_flattened_dict(changes)
     return config
+
+
+def train(config, workdir):
+    """On one device."""
+    return train_on(config, workdir, jax.devices()[:1])
+
+
+def on_one_device(function, config):
+    with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
+        return function(config)
 
 
 NULL_TEXT = jnp.zeros((TINY.text_length, TINY.text_dim))
@@ -230,8 +247,8 @@ def test_distillation_memory_does_not_grow_with_depth():
 def test_calibration_gives_every_block_the_softmax_mass(student):
     graphdef, params, config = student
     batch = tiny_batch(4, 6)
-    once = distill.calibrated(graphdef, params, batch, NULL_TEXT, config)
-    twice = distill.calibrated(graphdef, once, batch, NULL_TEXT, config)
+    once = distill.calibrated(graphdef, params, one_at_a_time(batch), NULL_TEXT, config)
+    twice = distill.calibrated(graphdef, once, one_at_a_time(batch), NULL_TEXT, config)
     scales = [tree["feature_maps"]["query"]["log_scale"] for tree in (params, once, twice)]
     assert float(jnp.abs(scales[1] - scales[0]).max()) > 0.1
     # The linear mass is proportional to the scale: a second calibration on the same batch finds nothing to correct.
@@ -264,7 +281,7 @@ def test_one_update_at_a_small_learning_rate_moves_the_float32_parameters():
         finetune.make_grad_fn(apply_model(graphdef), config), optimizer, seed=0, accumulation_steps=1, ema_decay=0.9
     )
     state = init_state(params, optimizer, keep_ema=True)
-    new, _ = jax.jit(step)(state, {"null_text": NULL_TEXT}, tiny_batch())
+    new, _ = jax.jit(step)(state, {"null_text": NULL_TEXT}, one_at_a_time(tiny_batch()))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new["params"], new["ema"])))
     moved = [np.mean(np.asarray(a != b)) for a, b in zip(*map(jax.tree.leaves, (params, new["params"])), strict=True)]
     # A key's bias shifts every score of a query alike, so softmax blocks give it almost no gradient; all else moves.
@@ -281,13 +298,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
     batch = {"x": jax.random.normal(jax.random.key(0), (12, 5))}
     arguments = jnp.ones(5), {"y": 2.0}, batch, jax.random.key(1)
-    whole, parts = grad_fn(*arguments), accumulate(grad_fn, 3)(*arguments)
+    params, context, batch, key = arguments
+    parts = jax.tree.map(lambda x: x.reshape(3, 4, -1), batch)
+    whole, parts = grad_fn(*arguments), accumulate(grad_fn, 3)(params, context, parts, key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), parts, whole)
 
 
 def test_parts_of_an_accumulated_batch_draw_different_noise():
     draw = lambda params, context, batch, key: ({"noise": jax.random.normal(key, (2,))}, params)
-    metrics, _ = accumulate(draw, 2)(jnp.ones(1), {}, {"x": jnp.ones((2, 1))}, jax.random.key(0))
+    metrics, _ = accumulate(draw, 2)(jnp.ones(1), {}, {"x": jnp.ones((2, 1, 1))}, jax.random.key(0))
     first, second = (jax.random.normal(key, (2,)) for key in jax.random.split(jax.random.key(0), 2))
     assert not np.allclose(first, second)
     np.testing.assert_allclose(metrics["noise"], (first + second) / 2, rtol=1e-6)
@@ -457,14 +476,14 @@ def test_finetuning_may_keep_some_of_the_distilled_blocks(tmp_path):
     finetuning = digits_config(tmp_path, "finetune", init_from=str(distilled_path))
     finetuning.hybrid = config.hybrid
     finetuning.hybrid.blocks = (1,)
-    model = initial_model(finetuning)
+    model = on_one_device(initial_model, finetuning)
     assert model.config.hybrid_blocks == (1,) and not model.fresh_feature_maps
     maps = model.params["feature_maps"]
     jax.tree.map(lambda kept, all_: np.testing.assert_array_equal(kept[0], all_[1]), maps, distilled["feature_maps"])
 
     finetuning.hybrid.chunk_frames = 3
     with pytest.raises(InputError, match="chunk_frames=3"):
-        initial_model(finetuning)
+        on_one_device(initial_model, finetuning)
 
 
 def test_data_that_the_model_cannot_take_is_named(tmp_path):
@@ -542,7 +561,7 @@ def test_missing_configuration_file_is_named(tmp_path, capsys):
 
 def test_fields_on_the_command_line_reach_the_configuration():
     arguments = ["train", "--config=configs/demo_distill.py", "--workdir=somewhere"]
-    config, workdir = parse_arguments(
+    config, workdir, *_ = parse_arguments(
         [*arguments, "--config.optimizer.learning_rate=0.5", "--config.hybrid.blocks=(0,2)"]
     )
     assert config.optimizer.learning_rate == 0.5 and tuple(config.hybrid.blocks) == (0, 2)
@@ -551,7 +570,7 @@ def test_fields_on_the_command_line_reach_the_configuration():
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
 def test_shipped_configurations_can_be_run(path):
-    config, _ = parse_arguments(["train", f"--config={path}", "--workdir=somewhere"])
+    config, *_ = parse_arguments(["train", f"--config={path}", "--workdir=somewhere"])
     check_config(config)
     hybrid_config(config)
     assert "python -m rehyat_jax.train --config configs/" + path.name in path.read_text()

@@ -25,31 +25,42 @@ class Source(Protocol):
 
 
 def batches(
-    source: Source, *, batch_size: int, seed: int, workers: int = 0, process_index: int = 0, process_count: int = 1
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    accumulation_steps: int | None = None,
+    workers: int = 0,
+    part: int = 0,
+    parts: int = 1,
 ) -> grain.DatasetIterator:
     """Endless iterator of {"latents": [B, T, H, W, C], "text": [B, L, text_dim]} numpy batches.
 
     The source is shuffled as a whole, anew each epoch, by `seed` alone: batches do not depend on `workers`, and the
-    processes' batches put together are what one process would have read. The iterator's position is saved with
-    `grain.checkpoint.CheckpointSave` and restored with `CheckpointRestore` through Orbax, into an iterator made with
-    the same arguments; the batches then continue as if nothing had happened. Its `close()` stops threads and workers.
+    parts of a batch put together are what one process would have read, in the same order. The iterator's position is
+    saved with `grain.checkpoint.CheckpointSave` and restored with `CheckpointRestore` through Orbax, into an iterator
+    made with the same arguments; the batches then continue as if nothing had happened. Its `close()` stops threads and
+    workers.
 
     Args:
-      batch_size: B, examples in each of this process's batches.
+      batch_size: examples of a batch; B = batch_size / parts.
       seed: of the shuffle, from 0 to 2**32 - 1.
+      accumulation_steps: S, how many batches come at a time, as [S, B, ...]; one, as [B, ...], by default.
       workers: processes that make batches ahead of time; 0 makes them in threads of this process.
-      process_index, process_count: this process's share when several train together (`jax.process_index()` and
-        `jax.process_count()`).
+      part, parts: which of how many equal parts of every batch to read, when several processes train together.
     """
     if len(source) == 0:
         raise ValueError("source: expected at least one example, found none")
     # Repeated before it is cut into batches, so that no epoch drops a remainder; cut before workers divide it, so that
     # a batch is the same however many there are.
-    examples = grain.MapDataset.source(source).shuffle(seed=seed).repeat()[process_index::process_count]
+    examples = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+    # Nothing remains in an endless data set; without the flag, its length overflows at batch size 1.
+    rows = examples.batch(batch_size // parts, drop_remainder=True)[part::parts]
     # Grain's default buffer of 500 elements counts examples; here an element is a whole batch.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    # Nothing remains in an endless data set; without the flag, its length overflows at batch size 1.
-    dataset = examples.batch(batch_size, drop_remainder=True).to_iter_dataset(ahead)
+    if accumulation_steps is not None:
+        rows = rows.batch(accumulation_steps, drop_remainder=True)
+    dataset = rows.to_iter_dataset(ahead)
     if workers:
         # Grain reads absl's flags, which are an error to read in a program that never parses them.
         if not flags.FLAGS.is_parsed():

@@ -15,6 +15,7 @@ from rehyat_jax.data.digits import CAPTIONS, DigitVideos
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.diffusion.generate import generate, initial_noise
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.text_encoders import WordVectors
 from rehyat_jax.training import distill
 from rehyat_jax.training.attention_error import attention_errors, relative_error
@@ -40,9 +41,10 @@ def held_out_batches(count: int) -> Iterator[tuple[Batch, jax.Array]]:
 def undistilled(config: ml_collections.ConfigDict) -> WanTransformer:
     """The model that a distillation run starts from: fresh, calibrated feature maps."""
     source = make_source(config)
-    model = initial_model(config)
     null_text = jnp.asarray(source.null_text)
-    params = distill.calibrated(model.model_def, model.params, calibration_batch(source, config), null_text, config)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        model, batch = initial_model(config), calibration_batch(source, config)
+        params = distill.calibrated(model.model_def, model.params, batch, null_text, config)
     return nnx.merge(model.model_def, params)
 
 

@@ -66,7 +66,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def check_mesh(mesh: Mesh, model: WanConfig, batch_size: int) -> None:
-    """Checks that a model and `batch_size` examples at a time can be cut along the axes.
+    """Checks that a model's heads and `batch_size` examples at a time can be cut along the axes.
 
     Raises:
       InputError: naming the axis, and the sizes of it that would fit.
@@ -78,16 +78,30 @@ def check_mesh(mesh: Mesh, model: WanConfig, batch_size: int) -> None:
             f"config.batch_size / config.accumulation_steps = {batch_size}; data x fsdp of {_divisors(batch_size)} "
             f"would fit, or a batch_size that is a multiple of {parts} x config.accumulation_steps"
         )
-    for axis, name, size in (
-        ("tensor", "heads", model.num_heads),
-        ("tensor", "feed-forward columns", model.ffn_dim),
-        ("fsdp", "columns", model.width),
-    ):
-        if size % mesh.shape[axis]:
-            raise InputError(
-                f"config.mesh.{axis} must divide the model's {size} {name}, found {mesh.shape[axis]}; "
-                f"{_divisors(size)} would fit"
-            )
+    if model.num_heads % mesh.shape["tensor"]:
+        raise InputError(
+            f"config.mesh.tensor must divide the model's {model.num_heads} heads, found {mesh.shape['tensor']}; "
+            f"{_divisors(model.num_heads)} would fit"
+        )
+
+
+def part_of_process(mesh: Mesh) -> tuple[int, int]:
+    """(part, parts): which of how many equal parts of every batch this process's devices hold.
+
+    Processes whose devices differ along "context" or "tensor" alone hold the same part.
+
+    Raises:
+      InputError: the devices of a process are not neighbours along the batch.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape["context"] * mesh.shape["tensor"])
+    mine = [n for n, row in enumerate(rows) if any(device.process_index == jax.process_index() for device in row)]
+    count = len(mine)
+    if mine != list(range(mine[0], mine[0] + count)) or mine[0] % count or len(rows) % count:
+        raise InputError(
+            f"config.mesh: process {jax.process_index()} would hold the parts {mine} of {len(rows)} of a batch, "
+            f"expected neighbours; choose data x fsdp so that it divides, or is a multiple of, the processes"
+        )
+    return mine[0] // count, len(rows) // count
 
 
 def _divisors(number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -87,15 +87,50 @@ def check_divisible(params: Any, specs: Any, mesh: Mesh) -> None:
                 )
 
 
-def shardings(mesh: Mesh, specs: Any) -> Any:
-    """NamedShardings of a tree of PartitionSpecs."""
+BATCHES = PartitionSpec(None, BATCH)
+"""Batches [accumulation steps, batch, ...] as they reach a step."""
+
+
+def shardings(specs: Any) -> Any:
+    """NamedShardings on the mesh in use (`jax.set_mesh`) of a tree of PartitionSpecs."""
+    mesh = jax.sharding.get_mesh()
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
     )
 
 
-def like_params(optimizer: optax.GradientTransformation, opt_state: Any, specs: Any) -> Any:
-    """Specs of an optimizer's state: moments are where their parameters are, anything else on every device."""
-    return optax.tree_map_params(
-        optimizer, lambda _, spec: spec, opt_state, specs, transform_non_params=lambda _: PartitionSpec()
-    )
+def global_batches(part: dict[str, np.ndarray], parts: int) -> dict[str, jax.Array]:
+    """Batches on the mesh in use, of which each process has one of `parts` equal parts (`mesh.part_of_process`)."""
+    sharding = shardings(BATCHES)
+
+    def place(rows: np.ndarray) -> jax.Array:
+        shape = (rows.shape[0], rows.shape[1] * parts, *rows.shape[2:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return jax.tree.map(place, part)
+
+
+def on_all_devices(array: np.ndarray) -> jax.Array:
+    """An array that every process has, whole on every device."""
+    return jax.make_array_from_callback(array.shape, shardings(PartitionSpec()), lambda index: array[index])
+
+
+def like_params(opt_state: Any, params: Any, specs: Any) -> Any:
+    """Specs of an optimizer's state: what has a parameter's path and shape is where it is, the rest on every device.
+
+    (`optax.tree_map_params` would say so too, but not of an optimizer of optimizers, such as Muon with AdamW.)
+    """
+    keys = lambda path: tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+    flat_specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    flat_params = jax.tree_util.tree_leaves_with_path(params)
+    known = {keys(path): (leaf.shape, spec) for (path, leaf), spec in zip(flat_params, flat_specs, strict=True)}
+
+    def spec(path: tuple, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        names = keys(path)
+        for start in range(len(names)):
+            shape, spec = known.get(names[start:], (None, None))
+            if shape == leaf.shape:
+                return spec
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, opt_state)

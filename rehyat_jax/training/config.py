@@ -13,6 +13,7 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.files import written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
+from rehyat_jax.parallel.mesh import AXES
 
 CHOICES = {
     "stage": ("pretrain", "distill", "finetune"),
@@ -77,6 +78,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.timestep_sampling = "logit_normal"  # or "uniform"
     config.caption_dropout = 0.1
 
+    # Devices along each axis (`parallel.mesh.AXES`); -1 is all that the others leave.
+    config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
+
     config.log_every = 10
     config.checkpoint_every = 500
     config.keep_checkpoints = 2
@@ -135,7 +139,14 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
     return config
 
 
-FREE_TO_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "attention_implementation")
+FREE_TO_CHANGE = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data.workers",
+    "attention_implementation",
+    *(f"mesh.{axis}" for axis in AXES),
+)
 """What may differ when a run is continued; anything else would make it another run."""
 
 

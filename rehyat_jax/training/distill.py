@@ -101,19 +101,20 @@ def split_feature_maps(params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 def calibrated(
     model_def: nnx.GraphDef,
     params: dict[str, Any],
-    batch: Batch,
+    batches: Batch,
     null_text: jax.Array,
     config: ml_collections.ConfigDict,
 ) -> dict[str, Any]:
-    """Parameters whose linear branches carry the softmax mass that they stand for, measured on one batch.
+    """Parameters whose linear branches carry the softmax mass that they stand for, measured on a batch [1, B, ...].
 
     The correction of every head is split evenly between phi_query and phi_key, which keeps both well scaled.
     """
 
     @jax.jit
-    def correction(params: dict[str, Any], batch: Batch, null_text: jax.Array) -> jax.Array:
+    def correction(params: dict[str, Any], batches: Batch, null_text: jax.Array) -> jax.Array:
         model = nnx.merge(model_def, params)
         form = model.config.hybrid
+        batch = jax.tree.map(lambda x: x[0], batches)
 
         def log_scale(inputs: AttentionInputs, target: jax.Array, maps: Any) -> jax.Array:
             features = (features.compute() for features in model.block_features(inputs, maps))
@@ -129,6 +130,6 @@ def calibrated(
         noisy = noise_batch(batch, null_text, calibration_key(config.seed), config)
         return teacher_scan(model, noisy, log_scale)
 
-    half = correction(params, batch, null_text) / 2
+    half = correction(params, batches, null_text) / 2
     maps = {name: {**tree, "log_scale": tree["log_scale"] + half} for name, tree in params["feature_maps"].items()}
     return {**params, "feature_maps": maps}

@@ -21,9 +21,23 @@ class MetricWriter:
         steps are run again.
       steps: updates in the whole run.
       description: label of the progress bar.
+      is_silent: write nothing, as all processes of a run but one.
     """
 
-    def __init__(self, workdir: Path, *, first_step: int, steps: int, description: str):
+    def __init__(self, workdir: Path, *, first_step: int, steps: int, description: str, is_silent: bool = False):
+        self._recent: list[dict[str, jax.Array]] = []
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc=description,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1,
+            disable=is_silent,
+        )
+        self._is_silent = is_silent
+        if is_silent:
+            return
         self._path = workdir / "metrics.jsonl"
         kept = []
         if self._path.exists():
@@ -31,11 +45,7 @@ class MetricWriter:
         with written_whole(self._path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
-        self._recent: list[dict[str, jax.Array]] = []
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
-        self._bar = tqdm(
-            total=steps, initial=first_step, desc=description, unit="step", dynamic_ncols=True, mininterval=1
-        )
 
     def advance(self, metrics: dict[str, jax.Array]) -> None:
         """Counts one step on the progress bar and keeps its metrics, on the device, for the next `write`."""
@@ -57,6 +67,8 @@ class MetricWriter:
         values = {name: np.asarray(value, np.float64) for name, value in {**means, **more}.items()}
         if not np.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss up to step {step} is {values['loss']}; lower the learning rate")
+        if self._is_silent:
+            return
         self._file.write(json.dumps({"step": step, **{name: value.tolist() for name, value in values.items()}}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -68,6 +80,8 @@ class MetricWriter:
 
     def close(self) -> None:
         self._bar.close()
+        if self._is_silent:
+            return
         self._file.close()
         self._tensorboard.close()
 

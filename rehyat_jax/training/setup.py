@@ -14,8 +14,11 @@ from rehyat_jax.data.pipeline import Source, batches
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
+from rehyat_jax.parallel.mesh import part_of_process
+from rehyat_jax.parallel.sharding import check_divisible, global_batches, param_specs, shardings
 from rehyat_jax.training.keys import initialisation_key
-from rehyat_jax.weights import load_params
+from rehyat_jax.weights.load import load_sharded, open_checkpoint
+from rehyat_jax.weights.model_checkpoint import METADATA
 
 
 class InitialModel(NamedTuple):
@@ -24,7 +27,8 @@ class InitialModel(NamedTuple):
     Attributes:
       model_def: graph definition of the `WanTransformer` with the run's compute dtype, remat policy and attention.
       config: its architecture.
-      params: float32 parameters, a nested dict.
+      params: float32 parameters, a nested dict, cut as `specs` says along the mesh in use (`jax.set_mesh`).
+      specs: the PartitionSpec of each.
       fresh_feature_maps: whether the feature maps were just initialised and need calibration.
       codec, text_encoder: names of what makes its latents and text embeddings.
     """
@@ -32,6 +36,7 @@ class InitialModel(NamedTuple):
     model_def: nnx.GraphDef
     config: WanConfig
     params: dict[str, Any]
+    specs: dict[str, Any]
     fresh_feature_maps: bool
     codec: str
     text_encoder: str
@@ -88,43 +93,60 @@ def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanC
     return wanted
 
 
-def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
-    """Loads or initialises the model that a run starts from.
-
-    Raises:
-      InputError: the checkpoint cannot be read, or does not fit the configuration.
-    """
-    key = initialisation_key(config.seed)
-    if config.stage == "pretrain":
-        loaded, params, codec, text_encoder = WAN_PRESETS[config.preset], None, "wan_vae", "umt5"
-        if config.data.source == "digits":
-            codec, text_encoder = "space_to_depth", "word_vectors"
-    else:
-        loaded, params, metadata = load_params(config.init_from)
-        codec, text_encoder = metadata["codec"], metadata["text_encoder"]
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-
-    wan = student_config(loaded, config)
-    build = lambda architecture, rngs: WanTransformer(
-        architecture,
+def build_model(wan: WanConfig, config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> WanTransformer:
+    """A transformer that computes as the configuration says."""
+    return WanTransformer(
+        wan,
         rngs=rngs,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         attention_implementation=config.attention_implementation or None,
     )
-    model_def = nnx.graphdef(nnx.eval_shape(lambda: build(wan, nnx.Rngs(0))))
-    if params is None:
-        params = nnx.to_pure_dict(jax.jit(lambda: nnx.state(build(loaded, nnx.Rngs(params=key))))())
+
+
+def abstract_model(
+    wan: WanConfig, config: ml_collections.ConfigDict
+) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """(graph definition, shapes of the parameters, their PartitionSpecs); no parameter is made."""
+    model_def, abstract = nnx.split(nnx.eval_shape(lambda: build_model(wan, config, nnx.Rngs(0))))
+    return model_def, nnx.to_pure_dict(abstract), param_specs(abstract)
+
+
+def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
+    """Loads or initialises the model that a run starts from, on the mesh in use; nothing is ever there in one piece.
+
+    Raises:
+      InputError: the checkpoint cannot be read, or does not fit the configuration.
+    """
+    codec, text_encoder, checkpoint = "wan_vae", "umt5", None
+    if config.stage != "pretrain":
+        checkpoint = open_checkpoint(config.init_from)
+        loaded, codec, text_encoder = checkpoint.config, *(checkpoint.metadata[name] for name in METADATA)
+    else:
+        loaded = WAN_PRESETS[config.preset]
+        if config.data.source == "digits":
+            codec, text_encoder = "space_to_depth", "word_vectors"
+    wan = student_config(loaded, config)
+    model_def, abstract, specs = abstract_model(wan, config)
+    check_divisible(abstract, specs, jax.sharding.get_mesh())
+    placed, key = shardings(specs), initialisation_key(config.seed)
     fresh_feature_maps = bool(wan.hybrid_blocks) and not loaded.hybrid_blocks
-    if loaded.hybrid_blocks:
-        kept = jnp.array([loaded.hybrid_block_indices.index(block) for block in wan.hybrid_block_indices])
-        params = {**params, "feature_maps": jax.tree.map(lambda leaf: leaf[kept], params["feature_maps"])}
-    elif fresh_feature_maps:
-        create = lambda: stacked(
-            lambda r: FeatureMaps(wan, rngs=r), len(wan.hybrid_block_indices), nnx.Rngs(params=key)
-        )
-        params = {**params, "feature_maps": nnx.to_pure_dict(jax.jit(lambda: nnx.state(create()))())}
-    return InitialModel(model_def, wan, params, fresh_feature_maps, codec, text_encoder)
+    if checkpoint is None:
+        create = lambda: nnx.to_pure_dict(nnx.state(build_model(wan, config, nnx.Rngs(params=key))))
+        params = jax.jit(create, out_shardings=placed)()
+        return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
+
+    params = load_sharded(config.init_from, checkpoint, placed)
+    if fresh_feature_maps:
+        count = len(wan.hybrid_block_indices)
+        maps = lambda: stacked(lambda rngs: FeatureMaps(wan, rngs=rngs), count, nnx.Rngs(params=key))
+        create = lambda: nnx.to_pure_dict(nnx.state(maps()))
+        params["feature_maps"] = jax.jit(create, out_shardings=placed["feature_maps"])()
+    elif wan.hybrid_block_indices != loaded.hybrid_block_indices and wan.hybrid_blocks:
+        kept = [loaded.hybrid_block_indices.index(block) for block in wan.hybrid_block_indices]
+        keep = lambda maps: jax.tree.map(lambda leaf: leaf[jnp.array(kept)], maps)
+        params["feature_maps"] = jax.jit(keep, out_shardings=placed["feature_maps"])(params["feature_maps"])
+    return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
 
 
 def check_data(source: Source, model: InitialModel) -> None:
@@ -145,9 +167,11 @@ def check_data(source: Source, model: InitialModel) -> None:
         )
 
 
-def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """As many examples as go through the model at once, drawn apart from the run's own batches."""
-    data = batches(source, batch_size=config.batch_size // config.accumulation_steps, seed=config.seed + 1)
-    batch = next(data)
+def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, jax.Array]:
+    """As many examples as go through the model at once, drawn apart from the run's own batches; [1, B, ...]."""
+    part, parts = part_of_process(jax.sharding.get_mesh())
+    size = config.batch_size // config.accumulation_steps
+    data = batches(source, batch_size=size, seed=config.seed + 1, accumulation_steps=1, part=part, parts=parts)
+    batch = global_batches(next(data), parts)
     data.close()
     return batch

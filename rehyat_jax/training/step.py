@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
+from rehyat_jax.parallel.sharding import like_params
 from rehyat_jax.training.keys import step_key
 
 Params = Any
@@ -33,22 +35,31 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, keep_
     }
 
 
-def accumulate(grad_fn: GradFn, parts: int) -> GradFn:
-    """`grad_fn` over `parts` equal parts of the batch, one after another; metrics and gradients are means."""
-    if parts == 1:
-        return grad_fn
+def state_specs(abstract: State, specs: Any) -> State:
+    """The PartitionSpecs of a state: moments and averages are where their parameters are."""
+    return {
+        "step": PartitionSpec(),
+        "params": specs,
+        "opt_state": like_params(abstract["opt_state"], abstract["params"], specs),
+        "ema": specs if abstract["ema"] else {},
+    }
 
-    def accumulated(params: Params, context: Context, batch: Batch, key: jax.Array) -> tuple[Metrics, Params]:
-        split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
-        first = jax.tree.map(lambda x: x[0], split)
+
+def accumulate(grad_fn: GradFn, parts: int) -> GradFn:
+    """`grad_fn` over `parts` batches [parts, B, ...], one after another; metrics and gradients are means."""
+    first_of = lambda batches: jax.tree.map(lambda x: x[0], batches)
+    if parts == 1:
+        return lambda params, context, batches, key: grad_fn(params, context, first_of(batches), key)
+
+    def accumulated(params: Params, context: Context, batches: Batch, key: jax.Array) -> tuple[Metrics, Params]:
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, context, first, key)
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, context, first_of(batches), key)
         )
 
         def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(params, context, *part)), None
 
-        total, _ = jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))
+        total, _ = jax.lax.scan(add, zeros, (batches, jax.random.split(key, parts)))
         return jax.tree.map(lambda x: x / parts, total)
 
     return accumulated
@@ -57,7 +68,7 @@ def accumulate(grad_fn: GradFn, parts: int) -> GradFn:
 def make_step(
     grad_fn: GradFn, optimizer: optax.GradientTransformation, *, seed: int, accumulation_steps: int, ema_decay: float
 ) -> Callable[[State, Context, Batch], tuple[State, Metrics]]:
-    """(state, context, batch) -> (state, metrics).
+    """(state, context, batches [accumulation_steps, B, ...]) -> (state, metrics).
 
     A run is a function of its configuration, seed and data, however often it is stopped and resumed.
     """

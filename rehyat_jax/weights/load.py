@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
-from rehyat_jax.weights.model_checkpoint import is_model_checkpoint, open_model_checkpoint
-from rehyat_jax.weights.streamed import StreamedModel
+from rehyat_jax.weights.model_checkpoint import is_model_checkpoint, open_model_checkpoint, restore_sharded
+from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 
 
@@ -25,14 +27,14 @@ def load_params(path: str | Path) -> tuple[WanConfig, dict[str, Any], dict[str, 
     Raises:
       InputError: there is no checkpoint, or it is of another architecture, incomplete or damaged.
     """
-    model = _open(path)
+    model = open_checkpoint(path)
     arrays = {name: array.read() for name, array in model.params.items()}
     return model.config, traverse_util.unflatten_dict(arrays, sep="."), model.metadata
 
 
 def read_model_metadata(path: str | Path) -> tuple[WanConfig, dict[str, str]]:
     """(config, metadata) as from `load_params`, without reading the parameters' values."""
-    model = _open(path)
+    model = open_checkpoint(path)
     return model.config, model.metadata
 
 
@@ -47,7 +49,7 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
       InputError: as `load_params`.
       TypeError or ValueError: an option's name or value is unknown to `WanTransformer`.
     """
-    model = _open(path)
+    model = open_checkpoint(path)
     abstract = nnx.eval_shape(lambda: WanTransformer(model.config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
     expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
@@ -58,6 +60,35 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params, sep="."))
 
 
-def _open(path: str | Path) -> StreamedModel:
+def load_sharded(path: str | Path, model: StreamedModel, shardings: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's parameters as float32, each device's part on that device.
+
+    Of a model checkpoint, a process reads what its devices hold. Of PyTorch's files it reads one parameter at a time.
+
+    Args:
+      path: what `open_checkpoint` was given.
+      model: what it returned.
+      shardings: nested dict of the parameters' shardings; those of parameters that are not in the checkpoint are
+        left out.
+
+    Raises:
+      InputError: the values are damaged.
+    """
+    wanted = traverse_util.flatten_dict(shardings, sep=".")
+    wanted = {name: wanted[name] for name in model.params}
+    if is_model_checkpoint(Path(path)):
+        params = restore_sharded(Path(path), wanted)
+    else:
+        params = {name: _place(model.params[name], sharding) for name, sharding in wanted.items()}
+    return traverse_util.unflatten_dict(params, sep=".")
+
+
+def _place(array: StreamedArray, sharding: jax.sharding.Sharding) -> jax.Array:
+    values = array.read()
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: values[index].astype(np.float32))
+
+
+def open_checkpoint(path: str | Path) -> StreamedModel:
+    """A checkpoint as `load_params` takes it, its values still on disk. Raises InputError."""
     path = Path(path)
     return open_model_checkpoint(path) if is_model_checkpoint(path) else open_torch_checkpoint(path)

@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -11,8 +12,8 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.weights.config_fields import require_known, wan_config_from_json
 from rehyat_jax.weights.json_files import read_json_object, write_json
-from rehyat_jax.weights.new_directory import new_directory
-from rehyat_jax.weights.orbax_params import open_params, save_params
+from rehyat_jax.weights.new_directory import new_directory, new_shared_directory
+from rehyat_jax.weights.orbax_params import open_params, restore_arrays, save_arrays, save_params
 from rehyat_jax.weights.safetensors_file import DTYPES
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.wan_table import wan_table
@@ -35,8 +36,9 @@ def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, c
     Args:
       path: the directory to write; missing parents are created.
       config: architecture.
-      params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a `WanTransformer`; JAX arrays may be
-        sharded over the devices of one process, and reach the host one at a time.
+      params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a `WanTransformer`. They reach the host
+        one at a time; arrays spread over several processes are written by all of them together, into a directory that
+        all of them see.
       codec: name of the codec between the model's latents and videos.
       text_encoder: name of the encoder of its prompts.
 
@@ -47,13 +49,19 @@ def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, c
     path = Path(path).absolute()
     arrays = traverse_util.flatten_dict(params, sep=".")
     _check_params(arrays, config, "params")
+    metadata = {"codec": codec, "text_encoder": text_encoder}
+    if jax.process_count() > 1:
+        with new_shared_directory(path, replace=is_model_checkpoint(path)) as directory:
+            save_arrays(directory / PARAMS, arrays)
+            if jax.process_index() == 0:
+                _write_description(directory, config, metadata)
+        return
     streamed = {
         name: StreamedArray(array.shape, np.dtype(array.dtype), functools.partial(np.asarray, array))
         for name, array in arrays.items()
     }
-    model = StreamedModel(config, {"codec": codec, "text_encoder": text_encoder}, streamed)
     with new_directory(path, replace=is_model_checkpoint(path)) as directory:
-        write_model_checkpoint(directory, model)
+        write_model_checkpoint(directory, StreamedModel(config, metadata, streamed))
 
 
 def write_model_checkpoint(directory: Path, model: StreamedModel) -> None:
@@ -64,8 +72,12 @@ def write_model_checkpoint(directory: Path, model: StreamedModel) -> None:
       model: what to write.
     """
     save_params(directory / PARAMS, model.params)
+    _write_description(directory, model.config, model.metadata)
+
+
+def _write_description(directory: Path, config: WanConfig, metadata: dict[str, str]) -> None:
     versions = {"format_version": FORMAT_VERSION, "architecture": ARCHITECTURE}
-    write_json(directory / MODEL_FILE, {**versions, "config": model.config.to_dict(), **model.metadata})
+    write_json(directory / MODEL_FILE, {**versions, "config": config.to_dict(), **metadata})
 
 
 def read_model_description(path: Path) -> tuple[WanConfig, dict[str, str]]:
@@ -106,6 +118,11 @@ def open_model_checkpoint(path: Path) -> StreamedModel:
     except ValueError as error:
         raise InputError(f"{error}; {MODEL_FILE} and {PARAMS}/ belong to different models") from error
     return StreamedModel(config, metadata, params)
+
+
+def restore_sharded(path: Path, shardings: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """Parameters of a model checkpoint by path, as float32 on the devices of `shardings`. Raises InputError."""
+    return restore_arrays(path.absolute() / PARAMS, shardings, np.float32)
 
 
 def _check_params(params: dict[str, Any], config: WanConfig, source: str) -> None:

@@ -6,6 +6,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from rehyat_jax.errors import InputError
 
 
@@ -22,7 +26,7 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
     """
     if os.path.lexists(path) and not replace:
         raise InputError(f"{path}: already exists; choose another destination or replace it with --force")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    temporary = _temporary(path, os.getpid())
     previous = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     try:
         temporary.mkdir(parents=True)
@@ -42,6 +46,25 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     remove(previous)
+
+
+@contextlib.contextmanager
+def new_shared_directory(path: Path, *, replace: bool) -> Iterator[Path]:
+    """`new_directory` for all processes of a run together: the first makes and renames it, all may write into it."""
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            directory = stack.enter_context(new_directory(path, replace=replace))
+        else:
+            directory = _temporary(path, number)
+        multihost_utils.sync_global_devices(f"{path} is there to be filled")
+        yield directory
+        multihost_utils.sync_global_devices(f"{path} is full")
+    multihost_utils.sync_global_devices(f"{path} is complete")
+
+
+def _temporary(path: Path, number: int) -> Path:
+    return path.with_name(f".{path.name}.{number}.incomplete")
 
 
 def remove(path: Path) -> None:

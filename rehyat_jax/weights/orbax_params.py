@@ -70,6 +70,14 @@ def save_params(directory: Path, params: dict[str, StreamedArray]) -> None:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
+def save_arrays(directory: Path, params: dict[str, jax.Array]) -> None:
+    """`save_params` of arrays spread over several processes, by all of them: each writes what its devices hold."""
+    tree = traverse_util.unflatten_dict(params, sep=".")
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
 def open_params(directory: Path) -> dict[str, StreamedArray]:
     """The saved arrays by path, keys of the tree joined by dots.
 
@@ -87,6 +95,27 @@ def open_params(directory: Path) -> dict[str, StreamedArray]:
             path: StreamedArray(array.shape, np.dtype(array.dtype), functools.partial(_restore, directory, path))
             for path, array in traverse_util.flatten_dict(tree, sep=".").items()
         }
+
+
+def restore_arrays(
+    directory: Path, shardings: dict[str, jax.sharding.Sharding], dtype: np.dtype
+) -> dict[str, jax.Array]:
+    """The saved arrays by path, cast, each process reading what its devices hold.
+
+    Raises:
+      InputError: they are damaged.
+    """
+    unflatten = functools.partial(traverse_util.unflatten_dict, sep=".")
+    restore_args = {
+        path: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, dtype=dtype)
+        for path, sharding in shardings.items()
+    }
+    args = ocp.args.PyTreeRestore(
+        unflatten(dict.fromkeys(shardings, 0)), restore_args=unflatten(restore_args), partial_restore=True
+    )
+    with _reported_damage(directory):
+        restored = _handler().restore(epath.Path(directory), args=args)
+    return traverse_util.flatten_dict(restored, sep=".")
 
 
 def _restore(directory: Path, path: str) -> np.ndarray:

@@ -1,0 +1,63 @@
+"""A training step on the mesh in use: where everything it is given is, and where everything it returns stays."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import optax
+from jax.sharding import PartitionSpec
+
+from rehyat_jax.parallel.sharding import BATCHES, shardings
+from rehyat_jax.training.step import Context, GradFn, Params, State, init_state, make_step, state_specs
+
+
+class ShardedStep(NamedTuple):
+    """What a run needs of its step.
+
+    Attributes:
+      step: (state, context, batches [accumulation_steps, B, ...]) -> (state, metrics); the state's memory is reused.
+      initial_state: parameters -> the state before the first step.
+      state_shardings: of a state.
+    """
+
+    step: Callable[..., Any]
+    initial_state: Callable[[Params], State]
+    state_shardings: State
+
+
+def make_sharded_step(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    specs: Any,
+    context: Context,
+    config: ml_collections.ConfigDict,
+) -> ShardedStep:
+    """`make_step` with explicit shardings on the mesh in use.
+
+    Args:
+      params, context: what is trained and what is not, perhaps abstract; context's arrays carry their shardings.
+      specs: PartitionSpecs of params.
+      config: seed, accumulation_steps and ema_decay are read.
+    """
+    init = lambda params: init_state(params, optimizer, keep_ema=config.ema_decay > 0)
+    state_shardings = shardings(state_specs(jax.eval_shape(init, params), specs))
+    step = make_step(
+        grad_fn,
+        optimizer,
+        seed=config.seed,
+        accumulation_steps=config.accumulation_steps,
+        ema_decay=config.ema_decay,
+    )
+    context_shardings = jax.tree.map(lambda leaf: leaf.sharding, context)
+    return ShardedStep(
+        jax.jit(
+            step,
+            in_shardings=(state_shardings, context_shardings, shardings(BATCHES)),
+            out_shardings=(state_shardings, shardings(PartitionSpec())),
+            donate_argnums=0,
+        ),
+        jax.jit(init, out_shardings=state_shardings, donate_argnums=0),
+        state_shardings,
+    )
