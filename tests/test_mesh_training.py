@@ -1,0 +1,246 @@
+"""Training on eight virtual devices, and in two processes, against training on one device."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from attention_oracles import error_ratio
+from jax.sharding import PartitionSpec
+from tiny_runs import digits_config, interrupt_at, pretrained, tiny_config, tiny_model
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.models.wan.config import WAN_PRESETS
+from rehyat_jax.parallel.mesh import AXES, BATCH, make_mesh, part_of_process, resolve_sizes
+from rehyat_jax.train import main, train
+from rehyat_jax.training.metrics import MetricWriter
+from rehyat_jax.training.setup import abstract_model, initial_model
+from rehyat_jax.weights import load_params, save_model
+
+# One device and several add the same float32 numbers in another order; Adam's first steps divide by their sizes.
+LOSS = 1e-5
+PARAMS = 2e-4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Compiling is nearly all that these tests cost."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def on(config, sizes):
+    config = config.copy_and_resolve_references()
+    config.mesh.update(dict(zip(AXES, sizes, strict=True)))
+    return config
+
+
+def run(config, workdir, sizes):
+    count = int(np.prod(sizes))
+    return train(on(config, sizes), workdir, jax.devices()[:count])
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
+
+
+def assert_same_run(found, expected):
+    np.testing.assert_allclose(losses(found), losses(expected), rtol=LOSS)
+    ratios = jax.tree.map(error_ratio, *(load_params(path / "model")[1] for path in (found, expected)))
+    assert max(jax.tree.leaves(ratios)) < PARAMS, ratios
+
+
+def two_heads(tmp_path):
+    """A softmax teacher with two heads, so that they can be cut."""
+    config = WAN_PRESETS["tiny"].replace(num_layers=2, ffn_dim=64, num_heads=2, head_dim=16)
+    save_model(tmp_path / "two", config, tiny_model(config)[1], codec="space_to_depth", text_encoder="word_vectors")
+    return str(tmp_path / "two")
+
+
+CASES = {
+    "distill": {"ema_decay": 0.9},
+    "finetune": {"accumulation_steps": 2, "remat": "block"},
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """{stage: (configuration, directory of its run on one device)}."""
+    runs = {}
+    for stage, changes in CASES.items():
+        folder = tmp_path_factory.mktemp(stage)
+        config = digits_config(folder, stage, init_from=two_heads(folder), batch_size=8, **changes)
+        config.hybrid.blocks, config.hybrid.chunk_frames, config.hybrid.feature_map.features = (1,), 2, 16
+        config.optimizer.learning_rate = 1e-3
+        run(config, folder / "run", (1, 1, 1, 1))
+        runs[stage] = config, folder / "run"
+    return runs
+
+
+@pytest.mark.parametrize("stage, sizes", [("distill", (1, 2, 2, 2)), ("finetune", (2, 2, 2, 1))], ids=str)
+def test_a_run_on_many_devices_is_that_on_one(single, stage, sizes, tmp_path):
+    config, expected = single[stage]
+    run(config, tmp_path / "run", sizes)
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_stopped_run_goes_on_on_another_mesh(single, tmp_path):
+    config, expected = single["finetune"]
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricWriter, "write", interrupt_at(4, MetricWriter.write))
+        run(config, tmp_path / "run", (2, 1, 1, 2))
+    run(config, tmp_path / "run", (1, 2, 4, 1))
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_no_device_holds_more_than_its_part(tmp_path):
+    """Of what is cut at all: kernels, not biases and norms."""
+    config = on(digits_config(tmp_path, "finetune", init_from=two_heads(tmp_path)), (1, 4, 1, 2))
+    config.hybrid.blocks, config.hybrid.feature_map.features = "all", 16
+    with jax.set_mesh(make_mesh(config.mesh)):
+        model = initial_model(config)
+    cut = 0
+    for leaf, spec in zip(
+        jax.tree.leaves(model.params),
+        jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)),
+        strict=True,
+    ):
+        parts = int(np.prod([{"fsdp": 4, "tensor": 2}.get(axis, 1) for axis in spec]))
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}
+        cut += leaf.size * (parts > 1)
+    assert cut > 0.9 * sum(leaf.size for leaf in jax.tree.leaves(model.params))
+
+
+@pytest.mark.parametrize("preset", ["t2v-1.3B", "t2v-14B"])
+def test_published_sizes_are_cut_where_they_are_large(preset):
+    wan = WAN_PRESETS[preset].replace(hybrid_blocks="all")
+    _, params, specs = abstract_model(wan, tiny_config("finetune"))
+    small = sum(
+        leaf.size
+        for leaf, spec in zip(
+            jax.tree.leaves(params),
+            jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)),
+            strict=True,
+        )
+        if "fsdp" not in tuple(spec)
+    )
+    assert small < 2e-3 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def run_in_two_processes(config, workdir, sizes):
+    """`python -m rehyat_jax.train` twice, with four devices each."""
+    path = workdir.parent / "config.py"
+    lines = [
+        "import json",
+        "from rehyat_jax.training.config import default_config",
+        "def get_config():",
+        "    config = default_config()",
+        f"    config.update(json.loads({on(config, sizes).to_json()!r}))",
+        "    return config",
+    ]
+    path.write_text("\n".join(lines))
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = [sys.executable, "-m", "rehyat_jax.train", f"--config={path}", f"--workdir={workdir}"]
+    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [*command, f"--process_id={number}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+@pytest.mark.parametrize("stage, sizes", [("distill", (1, 1, 8, 1)), ("finetune", (1, 2, 2, 2))], ids=str)
+def test_two_processes_train_as_one(single, stage, sizes, tmp_path):
+    """With (1, 1, 8, 1) both read all examples and cut every video; with (1, 2, 2, 2) each reads half of a batch."""
+    config, expected = single[stage]
+    outputs = run_in_two_processes(config, tmp_path / "run", sizes)
+    assert_same_run(tmp_path / "run", expected)
+    # One process logs.
+    assert "wrote" in outputs[0][0] and "wrote" not in outputs[1][0]
+    assert "step/s" in outputs[0][1] and "step/s" not in outputs[1][1]
+
+
+def test_processes_that_share_a_video_read_the_same_examples():
+    class Device:
+        def __init__(self, process_index):
+            self.process_index = process_index
+
+    class Mesh:
+        def __init__(self, sizes, processes):
+            self.shape = dict(zip(AXES, sizes, strict=True))
+            count = int(np.prod(sizes))
+            self.devices = np.array([Device(n * processes // count) for n in range(count)]).reshape(sizes)
+
+    assert part_of_process(Mesh((1, 2, 4, 1), 2)) == (0, 2)
+    assert part_of_process(Mesh((1, 1, 8, 1), 2)) == (0, 1)
+    assert part_of_process(Mesh((2, 4, 1, 1), 4)) == (0, 4)
+    assert part_of_process(Mesh((2, 1, 4, 1), 8)) == (0, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    "sizes, devices, expected",
+    [
+        ((1, -1, 1, 1), 8, (1, 8, 1, 1)),
+        ((2, -1, 2, 1), 8, (2, 2, 2, 1)),
+        ((2, 2, 2, 1), 8, (2, 2, 2, 1)),
+    ],
+)
+def test_one_axis_takes_what_is_left(sizes, devices, expected):
+    assert tuple(resolve_sizes(dict(zip(AXES, sizes, strict=True)), devices).values()) == expected
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((1, 3, 1, 1), r"does not make 8 devices; .* these would fit: config\.mesh\.fsdp=8"),
+        ((1, -1, 3, 1), r"context 3 x tensor 1 does not make 8 devices"),
+        ((-1, -1, 1, 1), r"only one axis can be -1, found \['data', 'fsdp'\]"),
+        ((0, 8, 1, 1), r"config\.mesh\.data must be at least 1, or -1"),
+        ((8, 1, 1, 1), r"data 8 x fsdp 1 must divide the examples .*= 4; data x fsdp of 1, 2, 4 would fit"),
+        ((1, 4, 1, 2), r"config\.mesh\.tensor .*which does not divide a dimension of 1|tensor must divide .* 1 heads"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_named_with_those_that_would(tmp_path, sizes, message):
+    config = on(digits_config(tmp_path, "finetune", steps=1, **{"optimizer.warmup_steps": 0}), sizes)
+    with pytest.raises(InputError, match=message):
+        train(config, tmp_path / "run")
+
+
+def test_the_command_says_which_mesh_would_fit(tmp_path, capsys):
+    arguments = ["--config=configs/demo_finetune.py", f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=3"]
+    assert main([*arguments, f"--config.init_from={pretrained(tmp_path)}"]) == 2
+    assert "config.mesh.fsdp=8" in capsys.readouterr().err
+    assert BATCH == ("data", "fsdp")
