@@ -50,7 +50,8 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
 def _handler() -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedArray, StreamedArrayHandler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where it's missing
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     # OCDBT gathers all of an array's chunks in memory before it writes them (3.4 GB at the peak for arrays of 1.65 GB,
     # 2.3 GB without it), and trained weights hardly compress (7% of float32).
@@ -119,9 +120,11 @@ def restore_arrays(
 
 
 def _restore(directory: Path, path: str) -> np.ndarray:
-    wanted = traverse_util.unflatten_dict({path: 0}, sep=".")
+    unflatten = functools.partial(traverse_util.unflatten_dict, sep=".")
+    # Whether one process wrote it or several together.
+    restore_args = unflatten({path: ocp.RestoreArgs(restore_type=np.ndarray)})
     with _reported_damage(directory):
-        args = ocp.args.PyTreeRestore(wanted, partial_restore=True)
+        args = ocp.args.PyTreeRestore(unflatten({path: 0}), restore_args=restore_args, partial_restore=True)
         restored = _handler().restore(epath.Path(directory), args=args)
     return traverse_util.flatten_dict(restored, sep=".")[path]
 
