@@ -5,11 +5,13 @@ text to video: 50 UniPC steps, flow shift 5, guidance 5, and the size that the c
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +19,7 @@ from rehyat_jax.cli import report_input_errors
 from rehyat_jax.codecs import get_codec
 from rehyat_jax.diffusion.generate import generate, initial_noise, latent_shape
 from rehyat_jax.errors import InputError
+from rehyat_jax.parallel.mesh import AXES, check_mesh, make_mesh
 from rehyat_jax.text_encoders import get_text_encoder
 from rehyat_jax.video import write_mp4
 from rehyat_jax.weights import load_wan, read_model_metadata
@@ -38,19 +41,24 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     size = [asked or default for asked, default in zip(asked_size, codec.default_size, strict=True)]
     shape = latent_shape(config, codec, *size)
 
-    videos = generate(
-        load_wan(arguments.checkpoint, dtype=jnp.dtype(arguments.dtype)),
-        codec,
-        text_encoder,
-        [arguments.prompt] * arguments.batch,
-        initial_noise(arguments.seed, arguments.batch, shape),
-        negative_prompt=arguments.negative_prompt,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        flow_shift=arguments.flow_shift,
-        sampler=arguments.sampler,
-        progress=True,
-    )
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(arguments.mesh)) if arguments.mesh else None
+    if mesh is not None:
+        # Guidance evaluates every video twice at once.
+        check_mesh(mesh, config, arguments.batch * (1 if arguments.guidance_scale == 1 else 2))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        videos = generate(
+            load_wan(arguments.checkpoint, dtype=jnp.dtype(arguments.dtype)),
+            codec,
+            text_encoder,
+            [arguments.prompt] * arguments.batch,
+            initial_noise(arguments.seed, arguments.batch, shape),
+            negative_prompt=arguments.negative_prompt,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            flow_shift=arguments.flow_shift,
+            sampler=arguments.sampler,
+            progress=True,
+        )
 
     videos = np.asarray(videos)
     if not np.isfinite(videos).all():
@@ -99,6 +107,14 @@ def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]
     return parse
 
 
+def axis_and_size(text: str) -> tuple[str, int]:
+    """An argparse type: a mesh axis and its size, as in "context=4"."""
+    axis, _, size = text.partition("=")
+    if axis not in AXES or not size.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"expected AXIS=DEVICES with an axis of {', '.join(AXES)}, found {text!r}")
+    return axis, int(size)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; argparse itself exits with code 2 on a wrong one."""
     parser = argparse.ArgumentParser(prog="python -m rehyat_jax.sample", description="Samples videos from a prompt.")
@@ -120,6 +136,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--width", type=number(int, 1, 10_000), help="in pixels (default: the codec's)")
     option("--batch", type=number(int, 1, 10_000), default=1, help="videos, each from its own noise" + default)
     option("--dtype", choices=("float32", "bfloat16"), default="float32", help="the transformer computes in" + default)
+    option(
+        "--mesh",
+        nargs="+",
+        type=axis_and_size,
+        metavar="AXIS=DEVICES",
+        help="cut the work along data, fsdp, context or tensor over all devices, e.g. context=4 (default: one device)",
+    )
     return parser.parse_args(argv)
 
 

@@ -90,9 +90,18 @@ def test_every_option_reaches_the_sampler(checkpoint, tmp_path, options):
     assert np.any(pixels(tmp_path / "default.mp4") != pixels(tmp_path / "changed.mp4"))
 
 
+def test_a_video_cut_over_devices_is_the_same(checkpoint, tmp_path):
+    assert main(arguments(checkpoint, tmp_path / "one.mp4")) == 0
+    assert main([*arguments(checkpoint, tmp_path / "eight.mp4"), "--mesh", "fsdp=2", "context=4"]) == 0
+    # A grey level for another order of summation before the encoder.
+    assert np.abs(pixels(tmp_path / "one.mp4") - pixels(tmp_path / "eight.mp4")).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"mesh": "context=3"}, "does not make 8 devices"),
+        ({"mesh": "tensor=8"}, "tensor must divide the model's 1 heads"),
         ({"out": "seven.gif"}, "ends in .mp4, found 'seven.gif'"),
         ({"height": 10}, "multiples of 4"),
         ({"height": 12}, "multiple of the model's patch size 2, found 3; choose a multiple of 8"),
@@ -115,6 +124,7 @@ def test_wrong_input_is_explained_and_exits_with_2(checkpoint, tmp_path, capsys,
         ({"steps": 0}, "argument --steps: expected int from 1 to 10000, found '0'"),
         ({"guidance_scale": "nan"}, "argument --guidance-scale: expected float from 0 to 1000, found 'nan'"),
         ({"seed": -1}, "argument --seed: expected int from 0 to 4294967295, found '-1'"),
+        ({"mesh": "time=2"}, "expected AXIS=DEVICES with an axis of data, fsdp, context, tensor, found 'time=2'"),
         ({"batch": "two"}, "argument --batch: expected int from 1 to 10000, found 'two'"),
         ({"sampler": "ddim"}, "argument --sampler: invalid choice: 'ddim'"),
     ],

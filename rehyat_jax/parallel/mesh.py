@@ -26,16 +26,16 @@ def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     unknown = [axis for axis in AXES if sizes[axis] == -1]
     for axis in AXES:
         if sizes[axis] < 1 and sizes[axis] != -1:
-            raise InputError(f"config.mesh.{axis} must be at least 1, or -1 for what is left, found {sizes[axis]}")
+            raise InputError(f"mesh.{axis} must be at least 1, or -1 for what is left, found {sizes[axis]}")
     if len(unknown) > 1:
-        raise InputError(f"config.mesh: only one axis can be -1, found {unknown}")
+        raise InputError(f"mesh: only one axis can be -1, found {unknown}")
     known = math.prod(size for size in sizes.values() if size != -1)
     if unknown and devices % known == 0:
         return {**sizes, unknown[0]: devices // known}
     if known != devices:
         shown = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
         raise InputError(
-            f"config.mesh: {shown} does not make {devices} devices; the other axes as they are, "
+            f"mesh: {shown} does not make {devices} devices; the other axes as they are, "
             f"{_one_axis_changed(sizes, devices)}"
         )
     return dict(sizes)
@@ -47,7 +47,7 @@ def _one_axis_changed(sizes: Mapping[str, int], devices: int) -> str:
     for axis in AXES:
         others = math.prod(size for name, size in sizes.items() if name != axis and size != -1)
         if devices % others == 0 and -1 not in (size for name, size in sizes.items() if name != axis):
-            fits.append(f"config.mesh.{axis}={devices // others}")
+            fits.append(f"mesh.{axis}={devices // others}")
     return f"these would fit: {', '.join(fits)}" if fits else "no size of one axis would fit: change two"
 
 
@@ -74,13 +74,13 @@ def check_mesh(mesh: Mesh, model: WanConfig, batch_size: int) -> None:
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
     if batch_size % parts:
         raise InputError(
-            f"config.mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} must divide the examples of a step, "
-            f"config.batch_size / config.accumulation_steps = {batch_size}; data x fsdp of {_divisors(batch_size)} "
-            f"would fit, or a batch_size that is a multiple of {parts} x config.accumulation_steps"
+            f"mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} must divide the {batch_size} examples that "
+            f"go through the model at once; data x fsdp of {_divisors(batch_size)} would fit, or a multiple of "
+            f"{parts} examples"
         )
     if model.num_heads % mesh.shape["tensor"]:
         raise InputError(
-            f"config.mesh.tensor must divide the model's {model.num_heads} heads, found {mesh.shape['tensor']}; "
+            f"mesh.tensor must divide the model's {model.num_heads} heads, found {mesh.shape['tensor']}; "
             f"{_divisors(model.num_heads)} would fit"
         )
 
@@ -98,7 +98,7 @@ def part_of_process(mesh: Mesh) -> tuple[int, int]:
     count = len(mine)
     if mine != list(range(mine[0], mine[0] + count)) or mine[0] % count or len(rows) % count:
         raise InputError(
-            f"config.mesh: process {jax.process_index()} would hold the parts {mine} of {len(rows)} of a batch, "
+            f"mesh: process {jax.process_index()} would hold the parts {mine} of {len(rows)} of a batch, "
             f"expected neighbours; choose data x fsdp so that it divides, or is a multiple of, the processes"
         )
     return mine[0] // count, len(rows) // count

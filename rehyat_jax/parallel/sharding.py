@@ -82,8 +82,8 @@ def check_divisible(params: Any, specs: Any, mesh: Mesh) -> None:
                 common = math.gcd(*sizes.values())
                 fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0 and n <= mesh.size)
                 raise InputError(
-                    f"config.mesh.{axis} is {mesh.shape[axis]}, which does not divide a dimension of {size} of the "
-                    f"parameter {name}; config.mesh.{axis} of {fits} would fit this model"
+                    f"mesh.{axis} is {mesh.shape[axis]}, which does not divide a dimension of {size} of the "
+                    f"parameter {name}; mesh.{axis} of {fits} would fit this model"
                 )
 
 

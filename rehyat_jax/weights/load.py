@@ -10,6 +10,7 @@ from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.parallel.sharding import check_divisible, param_specs, shardings
 from rehyat_jax.weights.model_checkpoint import is_model_checkpoint, open_model_checkpoint, restore_sharded
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
@@ -39,7 +40,7 @@ def read_model_metadata(path: str | Path) -> tuple[WanConfig, dict[str, str]]:
 
 
 def load_wan(path: str | Path, **options: Any) -> WanTransformer:
-    """The model of a checkpoint, its parameters on the default device.
+    """The model of a checkpoint, its parameters on the default device, or cut along the mesh in use (`jax.set_mesh`).
 
     Args:
       path: as for `load_params`.
@@ -56,6 +57,10 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
     shapes = lambda arrays: {(name, array.shape) for name, array in arrays.items()}
     if different := shapes(expected) ^ shapes(model.params):
         raise ValueError(f"{path}: expected WanTransformer's parameters, these differ: {sorted(different)}")
+    if not jax.sharding.get_abstract_mesh().empty:
+        specs = param_specs(state)
+        check_divisible(nnx.to_pure_dict(state), specs, jax.sharding.get_mesh())
+        return nnx.merge(graphdef, load_sharded(path, model, shardings(specs)))
     params = {name: jnp.asarray(model.params[name].read(), leaf.dtype) for name, leaf in expected.items()}
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params, sep="."))
 
