@@ -18,6 +18,7 @@ from rehyat_jax.training.config import default_config
 def get_config():
     config = default_config()
     config.stage = "distill"
+    config.preset = "t2v-1.3B"
     config.init_from = "runs/wan_1_3b/teacher"
     config.hybrid.blocks = "all"
     config.data.source = "latent_files"

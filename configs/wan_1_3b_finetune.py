@@ -18,6 +18,7 @@ from rehyat_jax.training.config import default_config
 def get_config():
     config = default_config()
     config.stage = "finetune"
+    config.preset = "t2v-1.3B"
     config.init_from = "runs/wan_1_3b/distill/model"
     config.hybrid.blocks = tuple(range(1, 30, 2))
     config.data.source = "latent_files"

@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from absl import logging
+import ml_collections
+from absl import flags, logging
 
 from rehyat_jax.errors import InputError
 
@@ -19,3 +21,32 @@ def report_input_errors(run: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def parsed_config(
+    values: flags.FlagValues, argv: list[str], config_flag: flags.FlagHolder, *required: flags.FlagHolder
+) -> ml_collections.ConfigDict:
+    """Parses `argv`, the program's name first, into `values`; returns the configuration of a --config FILE flag.
+
+    Raises:
+      InputError: a flag or a field is missing, unknown or of the wrong type; unknown ones name the nearest.
+    """
+    try:
+        unparsed = values(argv)[1:]
+        if unparsed:
+            raise InputError(f"unexpected arguments {unparsed}; options are given as --config.field=value")
+        for flag in (config_flag, *required):
+            if flag.value is None:
+                usage = " ".join(f"--{needed.name} {needed.name.upper()}" for needed in (config_flag, *required))
+                raise InputError(f"--{flag.name} is required: python -m rehyat_jax.{Path(argv[0]).stem} {usage}")
+        config = config_flag.value
+        config.keys()  # a file that failed to load says so only when it is used
+    except AttributeError as error:
+        # ml_collections names the closest field, in an exception within an exception.
+        reason = error.args[0]
+        while isinstance(reason, Exception):
+            reason = reason.args[0]
+        raise InputError(f"unknown field of the configuration: {reason}".replace("\n", " ")) from error
+    except (flags.Error, TypeError, OSError) as error:
+        raise InputError(str(error)) from error
+    return config

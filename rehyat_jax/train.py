@@ -19,10 +19,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import parsed_config, report_input_errors
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.distributed import initialize, is_main_process
-from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import check_mesh, make_mesh, part_of_process
 from rehyat_jax.parallel.sharding import global_batches, on_all_devices
@@ -157,31 +156,14 @@ def parse_arguments(argv: list[str]) -> Arguments:
       InputError: a flag or a field is missing, unknown or of the wrong type; unknown ones name the nearest.
     """
     values = flags.FlagValues()
-    options = dict(lock_config=True, flag_values=values, sys_argv=argv)
-    config_flag = config_flags.DEFINE_config_file("config", **options)
+    config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     workdir_flag = flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
     processes = (
         flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several", flag_values=values),
         flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values),
         flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values),
     )
-    try:
-        unparsed = values(argv)[1:]
-        if unparsed:
-            raise InputError(f"unexpected arguments {unparsed}; options are given as --config.field=value")
-        for flag in (config_flag, workdir_flag):
-            if flag.value is None:
-                raise InputError(f"--{flag.name} is required: python -m rehyat_jax.train --config FILE --workdir DIR")
-        config = config_flag.value
-        config.keys()  # a file that failed to load says so only when it is used
-    except AttributeError as error:
-        # ml_collections names the closest field, in an exception within an exception.
-        reason = error.args[0]
-        while isinstance(reason, Exception):
-            reason = reason.args[0]
-        raise InputError(f"unknown field of the configuration: {reason}".replace("\n", " ")) from error
-    except (flags.Error, TypeError, OSError) as error:
-        raise InputError(str(error)) from error
+    config = parsed_config(values, argv, config_flag, workdir_flag)
     return Arguments(config, Path(workdir_flag.value), *(flag.value for flag in processes))
 
 

@@ -6,18 +6,45 @@ from collections.abc import Iterator
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION_START = re.compile(r"\s+(?:ROOT )?%[\w.\-]+ = ")
-_OPERATION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = .*?[\]})] ([\w\-]+)\((.*)")
-_CALLED = re.compile(r"(?:to_apply|calls|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)")
+_OPERATION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?[\]})]) ([\w\-]+)\((.*)")
+_CALLED = re.compile(r"(?:to_apply|calls)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRUE_OR_FALSE = re.compile(r"(true|false)_computation=%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One of `count` branches of the conditional `name`, of which one runs; of two, 1 is that where it is true."""
+
+    name: str
+    number: int
+    count: int
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One line of HLO: its name, its kind ("fusion", "custom-call"...), all of it after the kind, its executions."""
+    """One line of HLO.
+
+    Attributes:
+      name: of its result.
+      result: its result's type.
+      kind: "fusion", "custom-call"...
+      text: all of it after the kind.
+      executions: as if every branch of a conditional around it ran.
+      branches: the branches that it is in, outermost first.
+      computation: what it is in, fusions aside.
+      fusion: the computation of the fusion that it is in.
+    """
 
     name: str
+    result: str
     kind: str
     text: str
     executions: int
+    branches: tuple[Branch, ...] = ()
+    computation: str = ""
+    fusion: str = ""
 
     @property
     def estimated_cycles(self) -> int | None:
@@ -39,13 +66,16 @@ class Operation:
         return match.group(1) if match else ""
 
 
-def executed_operations(hlo: str) -> Iterator[Operation]:
+def executed_operations(hlo: str, *, of_fusions: bool = False) -> Iterator[Operation]:
     """All operations in the order of the text, those in called computations in place of the call.
 
     Of a conditional all branches count: which of them runs is not known.
 
+    Args:
+      of_fusions: what is in a fusion comes after it.
+
     Raises:
-      ValueError: a loop that does not count from 0 to a constant.
+      ValueError: a loop that does not count in constant steps to a constant.
     """
     computations: dict[str, list[str]] = {}
     entry = None
@@ -59,31 +89,103 @@ def executed_operations(hlo: str) -> Iterator[Operation]:
             lines[-1:] = [f"{last} {line}" for last in lines[-1:]]
     if entry is None:
         raise ValueError("expected an HLO module, found no ENTRY computation")
-    yield from _executed(computations, entry, 1)
+    yield from _Walk(computations, of_fusions).operations(entry, 1, ())
 
 
-def _executed(computations: dict[str, list[str]], computation: str, executions: int) -> Iterator[Operation]:
-    for line in computations[computation]:
-        match = _OPERATION.match(line)
-        if match is None:
-            continue
-        name, kind, text = match.groups()
-        if kind == "while":
-            body, trips = re.search(r"body=%([\w.\-]+)", text).group(1), _trips(computations, name, text)
-            yield from _executed(computations, body, executions * trips)
-        elif kind in ("call", "conditional", "async-start"):
-            for called in re.findall(r"%([\w.\-]+)", " ".join(_CALLED.findall(text))):
-                yield from _executed(computations, called, executions)
-        else:
-            yield Operation(name, kind, text, executions)
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    computations: dict[str, list[str]]
+    of_fusions: bool
+
+    def operations(
+        self, computation: str, executions: int, branches: tuple[Branch, ...], fused_in: str = ""
+    ) -> Iterator[Operation]:
+        for line in self.computations[computation]:
+            match = _OPERATION.match(line)
+            if match is None:
+                continue
+            operation = Operation(
+                *match.groups(), executions, branches, fused_in or computation, fused_in and computation
+            )
+            name, kind, text = operation.name, operation.kind, operation.text
+            if kind == "while":
+                body = re.search(r"body=%([\w.\-]+)", text).group(1)
+                trips = _trips(self.computations, computation, operation)
+                yield from self.operations(body, executions * trips, branches)
+            elif kind == "conditional":
+                called = _branches(text)
+                for number, branch in enumerate(called):
+                    here = Branch(name, number, len(called), operation.source)
+                    yield from self.operations(branch, executions, (*branches, here))
+            elif kind in ("call", "async-start"):
+                for called in _CALLED.findall(text):
+                    yield from self.operations(called, executions, branches)
+            else:
+                yield operation
+                if kind == "fusion" and self.of_fusions:
+                    for called in _CALLED.findall(text):
+                        yield from self.operations(called, executions, branches, operation.computation)
 
 
-def _trips(computations: dict[str, list[str]], name: str, text: str) -> int:
+def _branches(text: str) -> list[str]:
+    """The computations of a conditional's branches, by number."""
+    if listed := _BRANCHES.search(text):
+        return re.findall(r"%([\w.\-]+)", listed.group(1))
+    named = dict(_TRUE_OR_FALSE.findall(text))
+    return [named["false"], named["true"]]
+
+
+def _trips(computations: dict[str, list[str]], caller: str, loop: Operation) -> int:
     """How often a loop's body runs: from the loop itself, or from a condition `counter < constant`."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', text):
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known.group(1))
-    condition = "\n".join(computations[re.search(r"condition=%([\w.\-]+)", text).group(1)])
-    constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", condition)
-    if len(constants) != 1 or "direction=LT" not in condition:
-        raise ValueError(f"HLO loop {name}: expected it to count from 0 to a constant, found the condition {condition}")
-    return int(constants[0])
+    called = {role: re.search(rf"{role}=%([\w.\-]+)", loop.text).group(1) for role in ("condition", "body")}
+    condition = computations[called["condition"]]
+    limits = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    if len(limits) != 1 or "direction=LT" not in "\n".join(condition):
+        raise ValueError(f"HLO loop {loop.name}: expected it to count to a constant, found the condition {condition}")
+    counters = re.findall(r"get-tuple-element\([^)]*\), index=(\d+)", "\n".join(condition))
+    first = step = None
+    if len(counters) == 1:
+        first = _constant(computations[caller], _element(computations[caller], loop.text, int(counters[0])))
+        step = _step(computations[called["body"]], int(counters[0]))
+    return -(-(int(limits[0]) - (first or 0)) // (step or 1))
+
+
+def _line(lines: list[str], name: str) -> Operation | None:
+    """The operation of that name."""
+    for line in lines:
+        match = _OPERATION.match(line)
+        if match and match.group(1) == name:
+            return Operation(*match.groups(), 1)
+    return None
+
+
+def _operands(operation: Operation | None) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", operation.text.split(")")[0]) if operation else []
+
+
+def _element(lines: list[str], operands: str, index: int) -> str:
+    """The name of an element of the tuple that a loop is given; "" where it is no tuple made here."""
+    elements = _operands(_line(lines, re.search(r"%([\w.\-]+)", operands).group(1)))
+    return elements[index] if index < len(elements) else ""
+
+
+def _constant(lines: list[str], name: str) -> int | None:
+    """The number that is called so, perhaps copied; None for anything else."""
+    operation = _line(lines, name)
+    if operation and operation.kind in ("copy", "bitcast"):
+        return _constant(lines, _operands(operation)[0])
+    number = re.match(r"(\d+)\)", operation.text) if operation and operation.kind == "constant" else None
+    return int(number.group(1)) if number else None
+
+
+def _step(body: list[str], index: int) -> int | None:
+    """What a loop's body adds to its counter, the element `index` of its tuple; None if that cannot be seen."""
+    root = next(match for line in body if "ROOT " in line and (match := _OPERATION.match(line)))
+    elements = _operands(Operation(*root.groups(), 1))
+    added = _line(body, elements[index]) if index < len(elements) else None
+    if added is None or added.kind != "add":
+        return None
+    steps = [number for name in _operands(added) if (number := _constant(body, name)) is not None]
+    return steps[0] if len(steps) == 1 else None

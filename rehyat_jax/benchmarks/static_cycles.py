@@ -6,10 +6,13 @@ itself: the compiler's own estimate of each fusion, times the trips of the loops
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
-from rehyat_jax.benchmarks.hlo_operations import Operation, executed_operations
+from rehyat_jax.benchmarks.hlo_branches import ShareOf, branch_shares, weighted
+from rehyat_jax.benchmarks.hlo_operations import Branch, Operation, executed_operations
 from rehyat_jax.benchmarks.tpu_bundles import Kernel, Region, read_kernel, regions
 from rehyat_jax.benchmarks.tpu_compile import CompiledProgram
 from rehyat_jax.benchmarks.tpu_scalar import ScalarProgram
@@ -48,10 +51,14 @@ class KernelCost:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-    """The kernels, and the operations that XLA made itself and estimated, of one program."""
+    """The kernels, and the operations that XLA made itself and estimated, of one program.
+
+    `shares` is how often each branch of a conditional was taken to run.
+    """
 
     kernels: list[KernelCost]
     xla: list[Operation]
+    shares: dict[Branch, Fraction] = dataclasses.field(default_factory=dict)
 
     @property
     def kernel_cycles(self) -> int:
@@ -100,16 +107,26 @@ class StaticProgram:
                 raise ValueError(f"expected libtpu to list the bundles of {call.name}, found nothing")
         self.depends_on_data = any(scalars.depends_on_data for _, scalars in self._kernels.values())
 
-    def cost(self, data: float = 0.0) -> ProgramCost:
+    def cost(
+        self, data: float | Callable[[str], float] = 0.0, *, share_of: ShareOf = lambda branch: Fraction(1)
+    ) -> ProgramCost:
         """The cost of one execution on one chip (v5p), or one core (v5e, v6e have one, tpu7x two a chip).
 
         Args:
           data: what every number is taken to be on which a kernel's control flow depends, but which exists only when
-            the kernel runs.
+            the kernel runs; perhaps a function of the kernel's name.
+          share_of: how often a conditional's branches run; all of them always, by default.
         """
-        kernels = []
-        for call in self._calls:
-            kernel, scalars = self._kernels[call.name]
-            per_core = [scalars.times_issued(core=core, data=data) for core in range(self._cores)]
-            kernels.append(KernelCost(call.name, call.executions, kernel, max(per_core, key=np.sum)))
-        return ProgramCost(kernels, self._xla)
+        data_of = data if callable(data) else lambda name: data
+        times = {}
+        for name, (_, scalars) in self._kernels.items():
+            per_core = (scalars.times_issued(core=core, data=data_of(name)) for core in range(self._cores))
+            times[name] = max(per_core, key=np.sum)
+        costs = [(operation, operation.estimated_cycles) for operation in self._xla]
+        costs += [(call, int(times[call.name].sum())) for call in self._calls]
+        shares = branch_shares(costs, share_of)
+        kernels = [
+            KernelCost(call.name, weighted(call, shares).executions, self._kernels[call.name][0], times[call.name])
+            for call in self._calls
+        ]
+        return ProgramCost(kernels, [weighted(operation, shares) for operation in self._xla], shares)

@@ -2,7 +2,7 @@
 
 libtpu compiles on any machine. It reads the options that make it write its listings (the VLIW bundles of every kernel)
 once, when it is loaded, so every program is compiled by a process of its own:
-python -m rehyat_jax.benchmarks.tpu_compile MODULE:FUNCTION ARGUMENTS TOPOLOGY DIRECTORY.
+python -m rehyat_jax.benchmarks.tpu_compile MODULE:FUNCTION ARGUMENTS TOPOLOGY DIRECTORY MESH.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rehyat_jax.benchmarks.tpu_bundles import LISTINGS, generation_of
 from rehyat_jax.errors import InputError
 
+NO_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    # Nothing is run, so compilations need not wait for one another's lock on the chip.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Environment in which libtpu, when it is loaded, looks for no TPU and asks no cloud machine what it runs on."""
+
 
 class DoesNotFitError(Exception):
     """The compiler found that the program needs more memory (HBM, or VMEM for a kernel) than the chip has."""
@@ -32,13 +42,20 @@ class DoesNotFitError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """What the compiler left: `hlo` is the optimised module's text; sizes are bytes of HBM on one device."""
+    """What the compiler left: `hlo` is the optimised module's text; sizes are bytes of HBM on one device.
+
+    `result_bytes` counts all results, `output_bytes` those that do not take the place of arguments. `peak_bytes` is
+    the most that is in use at a time, without the program itself.
+    """
 
     generation: str
     hlo: str
     temporary_bytes: int
     argument_bytes: int
     output_bytes: int
+    result_bytes: int
+    peak_bytes: int
+    code_bytes: int
     directory: Path
 
     @property
@@ -55,15 +72,29 @@ def check_libtpu() -> None:
         )
 
 
+def topology_devices(topology: str) -> list[jax.Device]:
+    """The devices of a topology, in this process. Raises InputError if libtpu is missing or does not know it."""
+    check_libtpu()
+    os.environ.update(NO_TPU)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # jaxlib's own, or whatever libtpu's plugin makes of it
+        raise _unknown_topology(topology, str(error).splitlines()[0]) from error
+
+
 @contextmanager
-def compiled_for_tpu(case: str, arguments: dict, topology: str) -> Iterator[CompiledProgram]:
-    """Compiles one case for one chip of a topology; its listings last as long as the context.
+def compiled_for_tpu(
+    case: str, arguments: dict, topology: str, *, for_all_devices: bool = False
+) -> Iterator[CompiledProgram]:
+    """Compiles one case for a topology; its listings last as long as the context.
 
     Args:
       case: "module:function". The function takes `arguments` as keywords, and returns a function to be jitted and a
-        tuple of its arguments, trees of `jax.ShapeDtypeStruct`.
+        tuple of its arguments, trees of `jax.ShapeDtypeStruct`: for one chip.
       arguments: JSON-ready.
       topology: as in `jax.experimental.topologies`: "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1" or larger.
+      for_all_devices: the case is a program of all of the topology's devices instead: the function takes them first,
+        and returns a `jax.stages.Lowered`.
 
     Raises:
       InputError: libtpu is missing, or the topology is not known to it or here.
@@ -73,18 +104,17 @@ def compiled_for_tpu(case: str, arguments: dict, topology: str) -> Iterator[Comp
     check_libtpu()
     generation = generation_of(topology)
     with tempfile.TemporaryDirectory(prefix="tpu_compile_") as directory:
-        command = [sys.executable, "-m", __spec__.name, case, json.dumps(arguments), topology, directory]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            # Nothing is run, so compilations need not wait for one another's lock on the chip.
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            # Of the seventy passes of a large kernel all listings would be half a gigabyte.
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
-            f"--xla_jf_dump_llo_pass_label_regex={'|'.join(LISTINGS)}",
-        }
+        mesh = "all" if for_all_devices else "one"
+        command = [sys.executable, "-m", __spec__.name, case, json.dumps(arguments), topology, directory, mesh]
+        environment = (
+            os.environ
+            | NO_TPU
+            | {
+                # Of the seventy passes of a large kernel all listings would be half a gigabyte.
+                "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
+                f"--xla_jf_dump_llo_pass_label_regex={'|'.join(LISTINGS)}",
+            }
+        )
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
         if child.returncode:
             _raise(child.stderr, f"{case} {arguments}", topology)
@@ -98,34 +128,48 @@ def _raise(stderr: str, case: str, topology: str):
     if "RESOURCE_EXHAUSTED" in stderr:
         raise DoesNotFitError(message)
     if "get_topology_desc" in stderr:
-        raise InputError(
-            f"--topology {topology}: expected a name that libtpu knows, for example v5e:2x2, v5p:2x2x1, v6e:2x2 or "
-            f"tpu7x:2x2x1; found {message}"
-        )
+        raise _unknown_topology(topology, message)
     raise RuntimeError(f"{case}: cannot be compiled for {topology}: {message}")
 
 
-def _compile(case: str, arguments: dict, topology: str, directory: Path) -> None:
+def _unknown_topology(topology: str, message: str) -> InputError:
+    return InputError(
+        f"--topology {topology}: expected a name that libtpu knows, for example v5e:2x2, v5p:2x2x1, v6e:2x2 or "
+        f"tpu7x:2x2x1; found {message}"
+    )
+
+
+def _compile(case: str, arguments: dict, topology: str, directory: Path, *, for_all_devices: bool) -> None:
     """The child process: compiles, and leaves result.json beside the listings."""
     module, function = case.split(":")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices[:1]), ("chip",))
-    here = NamedSharding(mesh, PartitionSpec())
     make_case = getattr(importlib.import_module(module), function)
-    # Without a mesh Pallas, and what chooses its blocks, would ask the default device which TPU it is.
-    with jax.set_mesh(mesh):
-        function, abstract = make_case(**arguments)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-        compiled = jax.jit(function).lower(*abstract).compile()
+    compiled = (
+        make_case(devices, **arguments) if for_all_devices else _for_one(devices[0], make_case, arguments)
+    ).compile()
     memory = compiled.memory_analysis()
     result = {
         "hlo": compiled.as_text(),
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "result_bytes": memory.output_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
     }
     directory.joinpath("result.json").write_text(json.dumps(result))
 
 
+def _for_one(device: jax.Device, make_case: Callable, arguments: dict) -> jax.stages.Lowered:
+    mesh = Mesh(np.array([device]), ("chip",))
+    here = NamedSharding(mesh, PartitionSpec())
+    # Without a mesh Pallas, and what chooses its blocks, would ask the default device which TPU it is.
+    with jax.set_mesh(mesh):
+        function, abstract = make_case(**arguments)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+        return jax.jit(function).lower(*abstract)
+
+
 if __name__ == "__main__":
-    _compile(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    case, keywords, topology, directory, mesh = sys.argv[1:]
+    _compile(case, json.loads(keywords), topology, Path(directory), for_all_devices=mesh == "all")

@@ -37,7 +37,8 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     # "pretrain" (softmax, from scratch), "distill" (stage 1: feature maps only) or "finetune" (stage 2: everything).
     config.stage = "finetune"
-    # Size of a model trained from scratch, a key of WAN_PRESETS.
+    # Size of a model trained from scratch, a key of WAN_PRESETS; `plan` also takes `init_from` to be of that size
+    # where it is not there to be read.
     config.preset = "tiny"
     # Model to start from: a PyTorch folder in either layout, or a model checkpoint.
     config.init_from = ""
@@ -134,8 +135,13 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
     path = workdir / "config.json"
     if not path.exists():
         raise InputError(f"{path}: expected the configuration of a training run, found no file; check the folder")
+    return config_from_json(json.loads(path.read_text()))
+
+
+def config_from_json(fields: dict[str, Any]) -> ml_collections.ConfigDict:
+    """A configuration from what `ConfigDict.to_json` wrote."""
     config = default_config()
-    config.update(json.loads(path.read_text()))
+    config.update(fields)
     return config
 
 

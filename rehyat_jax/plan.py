@@ -1,0 +1,167 @@
+"""Plans a training run on TPUs, none needed: python -m rehyat_jax.plan --config configs/NAME.py --topology v5e:4x4.
+
+The train step of the configuration is compiled for the topology, as `train` would, and its memory, arithmetic,
+communication and time are told. [--config.field=value ...] as for `train`; [--frames N --height H --width W] of a video
+in pixels, 81 x 480 x 832 by default; [--json FILE] also writes all figures. docs/plan.md says how they are formed.
+
+Exit code 0 where the run fits into the chips' memory, 3 where it does not: then the smallest change that would fit is
+looked for. 2 where the user's input is wrong.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from rehyat_jax.cli import parsed_config, report_input_errors
+from rehyat_jax.codecs import SpaceToDepth
+from rehyat_jax.errors import InputError
+from rehyat_jax.files import written_whole
+from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
+from rehyat_jax.planning.chips import device_count
+from rehyat_jax.planning.planner import Plan, Request, make_plan
+from rehyat_jax.planning.remedies import smallest_remedy
+from rehyat_jax.planning.report import report
+from rehyat_jax.training.config import check_config
+from rehyat_jax.training.setup import student_config
+from rehyat_jax.weights.load import open_checkpoint
+
+DOES_NOT_FIT = 3
+
+
+def plan(request: Request, json_file: Path | None = None) -> int:
+    """Plans, reports and returns the exit code. Raises InputError."""
+    found = announced_plan(request)
+    print(report(found), flush=True)
+    result, code = found.to_json(), 0
+    if not found.fits:
+        remedy, code = smallest_remedy(found, announced_plan), DOES_NOT_FIT
+        result["remedy"] = remedy and str(remedy)
+        print(f"\nwould fit: {remedy}" if remedy else "\nno change of those known here would fit")
+    if json_file is not None:
+        with written_whole(json_file) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    return code
+
+
+def announced_plan(request: Request) -> Plan:
+    config = request.config
+    axes = " ".join(f"{axis}={size}" for axis, size in config.mesh.items())
+    with progress(
+        f"compiling the step for {request.topology}: {axes} accumulation_steps={config.accumulation_steps} "
+        f"remat={config.remat}; this takes minutes"
+    ):
+        return make_plan(request)
+
+
+@contextmanager
+def progress(message: str) -> Iterator[None]:
+    """Says on stderr what goes on, and every half minute for how long."""
+    print(message, file=sys.stderr, flush=True)
+    done, start = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not done.wait(30):
+            print(f"  {time.monotonic() - start:.0f} seconds", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        print(f"  done in {time.monotonic() - start:.0f} seconds", file=sys.stderr, flush=True)
+
+
+def planned_model(config: ml_collections.ConfigDict) -> WanConfig:
+    """The architecture to be trained, read from `init_from` where that is here, else of the size `preset`.
+
+    Raises:
+      InputError: the checkpoint is damaged; or it is not here, and what it makes hybrid is not said either.
+    """
+    if config.stage != "pretrain" and Path(config.init_from).exists():
+        return student_config(open_checkpoint(config.init_from).config, config)
+    if config.stage == "finetune" and not config.hybrid.blocks:
+        raise InputError(
+            f"config.init_from: {config.init_from} is not here, and config.hybrid.blocks is unset, so which of its "
+            f'blocks are hybrid is not known; give --config.hybrid.blocks=all, or indices as "(1,3)"'
+        )
+    return student_config(WAN_PRESETS[config.preset], config)
+
+
+def latent_size(config: ml_collections.ConfigDict, size: tuple[int | None, ...]) -> tuple[int, int, int]:
+    """Frames, height and width of the latents of videos of that size in pixels, of the usual size where it is None.
+
+    Raises:
+      InputError: the codec has no such latents.
+    """
+    is_wan = config.data.source != "digits"
+    usual = (81, 480, 832) if is_wan else SpaceToDepth.default_size
+    frames, height, width = (asked or default for asked, default in zip(size, usual, strict=True))
+    if not is_wan:
+        return SpaceToDepth().latent_shape(frames, height, width)[:3]
+    if min(frames, height, width) < 1 or frames % 4 != 1 or height % 16 or width % 16:
+        raise InputError(
+            f"--frames {frames} --height {height} --width {width}: expected 4n + 1 frames, and a height and width that "
+            f"are multiples of 16; nearest below are {max(frames - 1, 0) // 4 * 4 + 1} frames of "
+            f"{max(height // 16, 1) * 16}x{max(width // 16, 1) * 16}"
+        )
+    return (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+class Arguments(NamedTuple):
+    request: Request
+    json_file: Path | None
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Reads the command line, the program's name first.
+
+    Raises:
+      InputError: a flag or a field is missing, unknown or wrong, or they do not go together.
+    """
+    values = flags.FlagValues()
+    config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+    topology = flags.DEFINE_string("topology", None, "GENERATION:SIZE of the TPU slice", flag_values=values)
+    json_file = flags.DEFINE_string("json", None, "file for all figures", flag_values=values)
+    size = [
+        flags.DEFINE_integer(axis, None, "of a video, in pixels", flag_values=values)
+        for axis in ("frames", "height", "width")
+    ]
+    config = parsed_config(values, argv, config_flag, topology)
+    check_config(config)
+    device_count(topology.value)
+    latents = latent_size(config, tuple(flag.value for flag in size))
+    request = Request(config, planned_model(config), latents, topology.value)
+    return Arguments(request, Path(json_file.value) if json_file.value else None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and plans; returns the exit code."""
+    argv = sys.argv if argv is None else ["plan", *argv]
+    if "--help" in argv:
+        print(__doc__)
+        return 0
+    # The machine's own devices, if there are any, are not what is planned for.
+    jax.config.update("jax_platforms", "cpu")
+    code = 0
+
+    def run() -> None:
+        nonlocal code
+        code = plan(*parse_arguments(argv))
+
+    return report_input_errors(run) or code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

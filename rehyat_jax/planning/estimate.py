@@ -1,0 +1,121 @@
+"""From a compiled train step to memory, cycles, bytes moved and seconds."""
+
+import dataclasses
+import itertools
+import re
+from fractions import Fraction
+
+from rehyat_jax.benchmarks.hlo_branches import ShareOf
+from rehyat_jax.benchmarks.hlo_operations import Branch, executed_operations
+from rehyat_jax.benchmarks.static_cycles import ProgramCost, StaticProgram
+from rehyat_jax.benchmarks.tpu_cases import SPLASH_DATA
+from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.planning.chips import Chip
+from rehyat_jax.planning.collectives import collective_bytes
+
+STALLS = 1.5
+"""What the slow end of a step's time multiplies the static cycles by, which know of no stalls. An assumption: nothing
+here has run on a TPU."""
+
+LINKS_IN_USE = 0.5
+"""The share of a chip's links that collectives use at the slow end: a ring along one axis of a torus leaves others
+idle."""
+
+ASSUMPTIONS = (
+    f"low: the largest of static cycles, least HBM traffic, and collectives on all links, all overlapped; "
+    f"high: {STALLS} x static cycles (stalls), then collectives on {LINKS_IN_USE:.0%} of the links, nothing overlapped"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one step on one device; seconds are of each of three resources alone.
+
+    Attributes:
+      cycles: static, of kernels and of what XLA made, collectives aside.
+      collective_bytes: sent, by kind.
+      hbm_traffic: bytes, the least: arguments and temporaries read and results and temporaries written, once each.
+    """
+
+    cycles: int
+    kernel_cycles: int
+    collective_bytes: dict[str, int]
+    hbm_traffic: int
+    chip: Chip
+
+    @property
+    def compute_seconds(self) -> float:
+        return self.cycles / self.chip.clock
+
+    @property
+    def hbm_seconds(self) -> float:
+        return self.hbm_traffic / self.chip.hbm_bandwidth
+
+    @property
+    def collective_seconds(self) -> float:
+        """With all links in use."""
+        return sum(self.collective_bytes.values()) / self.chip.ici_bandwidth
+
+    @property
+    def step_seconds(self) -> tuple[float, float]:
+        """(low, high), see ASSUMPTIONS."""
+        return (
+            max(self.compute_seconds, self.hbm_seconds, self.collective_seconds),
+            max(STALLS * self.compute_seconds, self.hbm_seconds) + self.collective_seconds / LINKS_IN_USE,
+        )
+
+
+def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig) -> Cost:
+    """Costs a compiled program of the model `wan` on one of its devices."""
+    static = program_cost(program, wan)
+    operations = executed_operations(program.hlo, of_fusions=True)
+    return Cost(
+        cycles=static.cycles,
+        kernel_cycles=static.kernel_cycles,
+        collective_bytes=collective_bytes(operations, devices, static.shares),
+        hbm_traffic=program.argument_bytes + program.result_bytes + 2 * program.temporary_bytes,
+        chip=chip,
+    )
+
+
+def program_cost(program: CompiledProgram, wan: WanConfig) -> ProgramCost:
+    """Static cycles. Kernels take the usual way: full masks in splash attention, fixed shifts in hybrid attention."""
+    return StaticProgram(program).cost(
+        lambda kernel: SPLASH_DATA if kernel.startswith("splash") else 0.0, share_of=shares_of_blocks(wan)
+    )
+
+
+def shares_of_blocks(wan: WanConfig) -> ShareOf:
+    """How often the branches of the model's conditionals run.
+
+    A choice of two between a softmax and a hybrid block (true) is made once a block. What a device chooses by its place
+    along time, inside of `shard_map`, differs between devices: the slowest counts, which has the largest branch.
+    """
+    hybrid = Fraction(len(wan.hybrid_block_indices), wan.num_layers)
+
+    def share(branch: Branch) -> Fraction | None:
+        if "shard_map" in branch.source or branch.count != 2:
+            return None
+        return hybrid if branch.number == 1 else 1 - hybrid
+
+    return share
+
+
+def memory_by_kind(program: CompiledProgram, arguments: dict[str, int]) -> dict[str, int]:
+    """Bytes of HBM on one device: the arguments by kind, then what the compiler adds to them."""
+    rest = {
+        "layout padding": program.argument_bytes - sum(arguments.values()),
+        "temporaries": program.peak_bytes - program.argument_bytes,
+        "program": program.code_bytes,
+    }
+    return {kind: size for kind, size in {**arguments, **rest}.items() if size}
+
+
+def bytes_asked_for(error: DoesNotFitError) -> int | None:
+    """What a program would have needed, of the compiler's message; None if it does not say."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\)", str(error))
+    if found is None:
+        return None
+    number, unit = itertools.compress(found.groups(), found.groups())
+    return int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])

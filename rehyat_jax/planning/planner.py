@@ -1,0 +1,152 @@
+"""One run on one topology: compiled, and put into figures."""
+
+import dataclasses
+import importlib.metadata
+import json
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, compiled_for_tpu, topology_devices
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.flops import step_flops
+from rehyat_jax.parallel.mesh import make_mesh
+from rehyat_jax.planning.chips import chip_of
+from rehyat_jax.planning.estimate import Cost, bytes_asked_for, memory_by_kind, step_cost
+from rehyat_jax.planning.train_step import abstract_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is planned: a configuration, the architecture it trains, a video's latents (frames, height, width)."""
+
+    config: ml_collections.ConfigDict
+    wan: WanConfig
+    latents: tuple[int, int, int]
+    topology: str
+
+    def case(self) -> dict[str, Any]:
+        """What `train_step.lowered` is to be called with, JSON-ready."""
+        config = json.loads(self.config.to_json())
+        return {"config": config, "model": self.wan.to_dict(), "latents": list(self.latents)}
+
+    def changed(self, changes: dict[str, Any], topology: str | None = None) -> "Request":
+        """The same with other values of the configuration's fields, perhaps on another topology."""
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        return dataclasses.replace(self, config=config, topology=topology or self.topology)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs and takes.
+
+    Attributes:
+      mesh: the resolved sizes of its axes.
+      arguments: bytes on a device of what a step is given, by kind.
+      memory: bytes on a device by kind, where the program fits.
+      peak: bytes on a device that the program needs; None where it does not fit and the compiler does not say.
+      cost: where it fits.
+      compile_seconds: of wall clock, beside whatever else the machine did.
+    """
+
+    request: Request
+    devices: int
+    mesh: dict[str, int]
+    arguments: dict[str, int]
+    memory: dict[str, int]
+    peak: int | None
+    cost: Cost | None
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.cost is not None
+
+    @property
+    def chips(self) -> int:
+        return self.devices // chip_of(self.request.topology).devices_per_chip
+
+    @property
+    def model_flops(self) -> int:
+        """Of a step, all devices together; see `models.wan.flops`."""
+        return self._flops.model * self.request.config.batch_size
+
+    @property
+    def recomputed_flops(self) -> int:
+        """What the hardware does again in a step, for want of memory."""
+        return self._flops.recomputed * self.request.config.batch_size
+
+    @property
+    def _flops(self):
+        config = self.request.config
+        return step_flops(self.request.wan, self.request.latents, stage=config.stage, remat=config.remat)
+
+    def utilization(self, step_seconds: float) -> float:
+        """Model FLOPs use: of the peak of all chips, at so many seconds a step."""
+        return self.model_flops / (step_seconds * chip_of(self.request.topology).peak_flops * self.devices)
+
+    def to_json(self) -> dict[str, Any]:
+        """As --json writes it. Ranges are {"low", "high"} by step time: the lowest use is at the longest step."""
+        plan = {
+            "topology": self.request.topology,
+            "devices": self.devices,
+            "chips": self.chips,
+            "mesh": self.mesh,
+            "fits": self.fits,
+            "hbm_bytes_limit": chip_of(self.request.topology).hbm_bytes,
+            "hbm_bytes_peak": self.peak,
+            "memory": self.memory or self.arguments,
+            "flops_per_step": self.model_flops,
+            "recomputed_flops_per_step": self.recomputed_flops,
+            "compile_seconds": round(self.compile_seconds, 1),
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        }
+        if self.cost is None:
+            return plan
+        low, high = self.cost.step_seconds
+        hours = {"low": low * self.request.config.steps / 3600, "high": high * self.request.config.steps / 3600}
+        return plan | {
+            "static_cycles": self.cost.cycles,
+            "static_cycles_of_kernels": self.cost.kernel_cycles,
+            "collective_bytes": self.cost.collective_bytes,
+            "hbm_traffic_bytes": self.cost.hbm_traffic,
+            "compute_seconds": self.cost.compute_seconds,
+            "collective_seconds": self.cost.collective_seconds,
+            "step_seconds_low": low,
+            "step_seconds_high": high,
+            "model_flops_utilization": {"low": self.utilization(high), "high": self.utilization(low)},
+            "hours": hours,
+            "chip_hours": {end: value * self.chips for end, value in hours.items()},
+        }
+
+
+def make_plan(request: Request) -> Plan:
+    """Compiles the train step and costs it; minutes.
+
+    Raises:
+      InputError: libtpu is missing or does not know the topology; the mesh cannot cut the model or the batch.
+    """
+    devices = topology_devices(request.topology)
+    mesh = make_mesh(request.config.mesh, devices)
+    with jax.set_mesh(mesh):
+        arguments = abstract_step(request.config, request.wan, request.latents).memory
+    chip = chip_of(request.topology)
+    common = dict(request=request, devices=len(devices), mesh=dict(mesh.shape), arguments=arguments)
+    start = time.monotonic()
+    try:
+        with compiled_for_tpu(
+            "rehyat_jax.planning.train_step:lowered", request.case(), request.topology, for_all_devices=True
+        ) as program:
+            seconds = time.monotonic() - start
+            cost = step_cost(program, chip, len(devices), request.wan)
+    except DoesNotFitError as error:
+        return Plan(
+            **common, memory={}, peak=bytes_asked_for(error), cost=None, compile_seconds=time.monotonic() - start
+        )
+    memory = memory_by_kind(program, arguments)
+    peak = sum(memory.values())
+    fits = peak <= chip.hbm_bytes
+    return Plan(**common, memory=memory, peak=peak, cost=cost if fits else None, compile_seconds=seconds)

@@ -1,0 +1,57 @@
+"""A plan as a table for people."""
+
+from rehyat_jax.planning.chips import chip_of
+from rehyat_jax.planning.estimate import ASSUMPTIONS
+from rehyat_jax.planning.planner import Plan
+
+
+def report(plan: Plan) -> str:
+    """Lines of text; sizes and cycles are of one device."""
+    request, chip = plan.request, chip_of(plan.request.topology)
+    config, wan = request.config, request.wan
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    frames, height, width = request.latents
+    rows = [
+        (
+            "run",
+            f"{config.stage}, {config.batch_size} videos a step, accumulation_steps {config.accumulation_steps}, "
+            f"remat {config.remat}",
+        ),
+        ("model", f"{wan.num_layers} blocks of width {wan.width}, {len(wan.hybrid_block_indices)} hybrid"),
+        ("latents", f"{frames} frames of {height} x {width}"),
+        ("devices", f"{plan.devices} ({plan.chips} chips), {mesh}"),
+        ("", ""),
+        *((kind, gib(size)) for kind, size in (plan.memory or plan.arguments).items()),
+        ("HBM in all", f"{gib(plan.peak) if plan.peak else 'unknown'} of {gib(chip.hbm_bytes)}"),
+        ("fits", "yes" if plan.fits else "NO"),
+    ]
+    if plan.cost is not None:
+        rows += _cost_rows(plan)
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+    return "\n".join([*lines, *(["", f"Nothing was run. Step time, {ASSUMPTIONS}."] if plan.fits else [])])
+
+
+def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
+    cost, data = plan.cost, plan.to_json()
+    low, high = cost.step_seconds
+    span = lambda values, form: f"{values['low']:{form}} to {values['high']:{form}}"
+    use, recomputed = data["model_flops_utilization"], plan.recomputed_flops
+    return [
+        ("", ""),
+        ("model FLOPs a step", f"{plan.model_flops / 1e12:,.3g} T, and {recomputed / 1e12:,.3g} T recomputed"),
+        ("static cycles", f"{cost.cycles / 1e6:,.0f} M, {cost.kernel_cycles / 1e6:,.0f} M of them in kernels"),
+        *((kind, f"{size / 1e6:,.3g} MB") for kind, size in cost.collective_bytes.items() if size),
+        (
+            "seconds, each alone",
+            f"compute {cost.compute_seconds:.3g}, HBM {cost.hbm_seconds:.3g}, links {cost.collective_seconds:.3g}",
+        ),
+        ("step, seconds", f"{low:.3g} to {high:.3g}"),
+        ("model FLOPs use", span(use, ".1%")),
+        (f"hours, {plan.request.config.steps:,} steps", span(data["hours"], ",.3g")),
+        ("chip-hours", span(data["chip_hours"], ",.4g")),
+    ]
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,350 @@
+"""Planning a run: what is counted is checked against something else that counts, what is compiled against the plan."""
+
+import dataclasses
+import importlib.util
+import json
+from fractions import Fraction
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from rehyat_jax.attention.feature_map_config import FeatureMapConfig
+from rehyat_jax.benchmarks.hlo_branches import branch_shares, weighted
+from rehyat_jax.benchmarks.hlo_operations import Branch, Operation, executed_operations
+from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
+from rehyat_jax.models.wan.flops import StepFlops, forward_flops, step_flops
+from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+from rehyat_jax.plan import main, parse_arguments
+from rehyat_jax.planning.chips import CHIPS, chip_of, device_count, larger_topology
+from rehyat_jax.planning.collectives import collective_bytes
+from rehyat_jax.planning.estimate import Cost, bytes_asked_for, shares_of_blocks
+from rehyat_jax.planning.planner import Plan, Request, make_plan
+from rehyat_jax.planning.remedies import smallest_remedy
+from rehyat_jax.training.config import default_config
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu")
+
+SMALL = WanConfig(num_heads=2, head_dim=64, ffn_dim=320, num_layers=2, text_dim=48, text_length=16)
+LATENTS = (7, 8, 12)
+
+
+# ------------------------------------------------------------------------------------------------------------- FLOPs
+def products(jaxpr) -> int:
+    """FLOPs of all matrix products of a jaxpr without loops."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (left, _), _ = equation.params["dimension_numbers"]
+            depth = np.prod([equation.invars[0].aval.shape[axis] for axis in left])
+            total += 2 * int(depth) * equation.outvars[0].aval.size
+        assert equation.primitive.name not in ("scan", "while", "cond")
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            total += products(inner)
+    return total
+
+
+def traced_products(config: WanConfig, latents: tuple[int, int, int], implementation: str | None = None) -> int:
+    model_def, abstract = nnx.split(
+        nnx.eval_shape(
+            lambda: WanTransformer(config, rngs=nnx.Rngs(0), scan_layers=False, attention_implementation=implementation)
+        )
+    )
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    inputs = array(1, *latents, 16), array(1), array(1, config.text_length, config.text_dim)
+    return products(jax.make_jaxpr(apply_model(model_def))(nnx.to_pure_dict(abstract), *inputs).jaxpr)
+
+
+def test_the_softmax_models_flops_are_those_of_its_products():
+    count = forward_flops(SMALL, LATENTS)
+    assert count.outside + 2 * (count.block + count.softmax) == traced_products(SMALL, LATENTS)
+
+
+def test_hybrid_attentions_flops_are_those_of_its_definition_without_what_masks_drop():
+    # Against the dense definition: of its [tokens, tokens] weights, only pairs of a window are work, and phi is.
+    config = SMALL.replace(hybrid_blocks="all", hybrid=HybridConfig(feature_map=FeatureMapConfig(features=32)))
+    softmax, hybrid = (traced_products(c, LATENTS, "reference") for c in (SMALL, config))
+    count = forward_flops(config, LATENTS)
+    tokens, frame = 7 * 24, 24
+    dense_linear = 2 * tokens**2 * 32 * 2  # phi_query.phi_key; the values' product is the softmax branch's
+    all_maps = 2 * 2 * tokens * 2 * (64 * 32 + 32 * 32)
+    assert (hybrid - softmax) / 2 == dense_linear + all_maps
+    # Chunks of 3, 3 and 1 frames see 3, 4 and 2 of them; frames 3 to 6 have a past, frames 0 to 4 are in one.
+    assert count.window == count.softmax * (3 * 3 + 3 * 4 + 1 * 2) // 7**2
+    assert count.feature_maps == all_maps * (4 + 5) // (2 * 7)
+    assert count.linear == 2 * (4 + 5) * frame * 32 * (128 + 2)
+
+
+def test_hybrid_attention_grows_with_length_and_softmax_attention_with_its_square():
+    config = WAN_PRESETS["t2v-1.3B"].replace(hybrid_blocks="all")
+    short, long = (forward_flops(config, (frames, 60, 104)) for frames in (60, 120))
+    assert long.softmax == 4 * short.softmax
+    assert 2 <= long.hybrid / short.hybrid < 2.05
+    assert long.block / short.block == pytest.approx(2, rel=1e-2)  # the text's projections do not grow
+
+
+def test_recomputation_and_the_teacher_are_not_the_models_flops():
+    config = SMALL.replace(hybrid_blocks=(1,))
+    count = forward_flops(config, LATENTS)
+    forward = count.outside + 2 * count.block + count.softmax + count.hybrid
+    assert step_flops(config, LATENTS, stage="finetune", remat="none") == StepFlops(3 * forward, 0)
+    assert step_flops(config, LATENTS, stage="finetune", remat="block") == StepFlops(
+        3 * forward, forward - count.outside
+    )
+    distill = step_flops(config, LATENTS, stage="distill", remat="none").model
+    assert distill < count.outside + 2 * (count.block + count.softmax) + 3 * count.hybrid
+
+
+# ----------------------------------------------------------------------------------------------------------- programs
+HLO = """HloModule example
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (p: f32[64,8]) -> f32[16,8] {
+  %all-reduce.9 = f32[64,8]{1,0} all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%sum
+  ROOT %part = f32[16,8]{1,0} dynamic-slice(%all-reduce.9, %here), dynamic_slice_sizes={16,8}
+}
+
+%beside.1 (p: bf16[16,8]) -> bf16[64,8] {
+  ROOT %all-gather.1 = bf16[64,8]{1,0} all-gather(%p), channel_id=1, replica_groups=mesh['x'=4,'y'=1] {'x'}
+}
+
+%beside.2 (p: bf16[16,8]) -> bf16[64,8] {
+  ROOT %all-gather.2 = bf16[64,8]{1,0} all-gather(%p), channel_id=1, replica_groups=mesh['x'=4,'y'=1] {'x'}
+}
+
+%body (state: (u32[], f32[64,8])) -> (u32[], f32[64,8]) {
+  %state = (u32[], f32[64,8]{1,0}) parameter(0)
+  %n = u32[] get-tuple-element(%state), index=0
+  %two = u32[] constant(2)
+  %next = u32[] add(%n, %two)
+  %fusion.1 = bf16[64,8]{1,0} fusion(%p), kind=kCustom, calls=%beside.1
+  %fusion.2 = bf16[64,8]{1,0} fusion(%p), kind=kCustom, calls=%beside.2
+  %fusion.3 = f32[16,8]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+  %permute = (f32[32]{0}, f32[32]{0}, u32[], u32[]) collective-permute-start(%r), channel_id=3
+  ROOT %result = (u32[], f32[64,8]{1,0}) tuple(%next, %x)
+}
+
+%condition (state: (u32[], f32[64,8])) -> pred[] {
+  %state = (u32[], f32[64,8]{1,0}) parameter(0)
+  %n = u32[] get-tuple-element(%state), index=0
+  %limit = u32[] constant(9)
+  ROOT %less = pred[] compare(%n, %limit), direction=LT
+}
+
+%softmax (p: f32[8]) -> f32[8] {
+  ROOT %trade = f32[8]{0} all-to-all(%p), channel_id=5, replica_groups=[2,2]<=[4]
+}
+
+%hybrid (p: f32[8]) -> f32[8] {
+  ROOT %keep = f32[8]{0} copy(%p)
+}
+
+ENTRY %main (p: f32[64,8]) -> f32[64,8] {
+  %one = u32[] constant(1)
+  %first = (u32[], f32[64,8]{1,0}) tuple(%one, %p)
+  %loop = (u32[], f32[64,8]{1,0}) while(%first), condition=%condition, body=%body
+  %choice = f32[8]{0} conditional(%p, %p, %p), branch_computations={%softmax, %hybrid}, metadata={op_name="jit/cond"}
+  ROOT %total = f32[100]{0} all-reduce(%y), channel_id=7, replica_groups={}, to_apply=%sum
+}
+"""
+
+
+def test_collectives_are_counted_once_each_and_as_often_as_loops_run():
+    trips = 4  # 1, 3, 5 and 7, below 9
+    assert collective_bytes(executed_operations(HLO, of_fusions=True), 4) == {
+        "all-gather": trips * 64 * 8 * 2 * 3 // 4,
+        "reduce-scatter": trips * 64 * 8 * 4 * 3 // 4,
+        "all-reduce": 2 * 100 * 4 * 3 // 4,
+        "all-to-all": 8 * 4 // 2,
+        "collective-permute": trips * 32 * 4,
+    }
+
+
+def test_a_choice_of_blocks_counts_by_the_share_of_hybrid_blocks():
+    operations = [dataclasses.replace(x, executions=100 * x.executions) for x in executed_operations(HLO)]
+    shares = branch_shares([(x, 1) for x in operations], shares_of_blocks(SMALL.replace(hybrid_blocks=(0,))))
+    assert {branch.number: share for branch, share in shares.items()} == {0: Fraction(1, 2), 1: Fraction(1, 2)}
+    assert collective_bytes(operations, 4, shares)["all-to-all"] == 50 * 8 * 4 // 2
+    shares = branch_shares([(x, 1) for x in operations], shares_of_blocks(SMALL.replace(hybrid_blocks="all")))
+    assert collective_bytes(operations, 4, shares)["all-to-all"] == 0
+
+
+def test_of_a_choice_by_place_the_largest_branch_counts():
+    place = [Branch("switch", number, 3, "shard_map/cond") for number in range(3)]
+    block = Branch("cond", 1, 2, "while/cond")
+    operations = [(Operation(str(n), "", "fusion", "", 8, (block, branch)), n) for n, branch in enumerate(place)]
+    shares = branch_shares(operations, shares_of_blocks(SMALL.replace(hybrid_blocks=(1,))))
+    assert [weighted(operation, shares).executions for operation, _ in operations] == [0, 0, 4]
+
+
+@needs_libtpu
+def test_collectives_of_a_compiled_program_are_what_its_shapes_say():
+    from tpu_topologies import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = Mesh(np.array(devices), ("x",))
+
+    def part(x):
+        for _ in range(2):
+            x = x + jax.lax.psum_scatter(jax.lax.all_gather(x, "x", tiled=True), "x", tiled=True)
+
+        def turn(x, _):
+            return jnp.sin(jax.lax.ppermute(x, "x", [(n, (n + 1) % 4) for n in range(4)])), None
+
+        return jax.lax.scan(turn, x, length=5)[0]
+
+    with jax.set_mesh(mesh):
+        function = jax.shard_map(part, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"), check_vma=False)
+        x = jax.ShapeDtypeStruct((4 * 1024, 128), jnp.float32)
+        hlo = jax.jit(function).lower(x).compile().as_text()
+    size = 1024 * 128 * 4
+    sent = collective_bytes(executed_operations(hlo, of_fusions=True), 4)
+    assert sent["all-gather"] == 2 * 3 * size
+    assert sent["collective-permute"] == 5 * size
+    # Of a scattered sum XLA may make a sum for all and a slice of it.
+    assert sent["reduce-scatter"] + sent["all-reduce"] in (2 * 3 * size, 2 * 2 * 3 * size)
+
+
+# --------------------------------------------------------------------------------------------------------------- chips
+@pytest.mark.parametrize(("topology", "devices"), [("v5e:4x4", 16), ("v5p:4x4x4", 64), ("tpu7x:2x2x1", 8)])
+def test_topologies_have_the_devices_of_jax(topology, devices):
+    assert device_count(topology) == devices
+    assert device_count(larger_topology(topology)) == 2 * devices
+
+
+def test_clocks_are_those_of_the_chips():
+    # Google's own figures, in GHz, where there are any: 1.5 for v5e and 1.75 for v5p (the JAX scaling book).
+    assert [round(chip.clock / 1e9, 2) for chip in CHIPS.values()] == [1.5, 1.75, 1.75, 2.2]
+
+
+def test_a_step_takes_as_long_as_its_slowest_resource_at_least():
+    chip = chip_of("v5e:2x2")
+    cost = Cost(
+        cycles=0, kernel_cycles=0, collective_bytes={"all-gather": int(chip.ici_bandwidth)}, hbm_traffic=0, chip=chip
+    )
+    assert cost.step_seconds == (1.0, 2.0)
+    cost = dataclasses.replace(cost, cycles=int(3 * chip.clock))
+    assert cost.step_seconds == pytest.approx((3.0, 6.5))
+
+
+# ---------------------------------------------------------------------------------------------------------- whole plans
+def small_request(**changes) -> Request:
+    config = default_config()
+    changes = {"stage": "finetune", "init_from": "nowhere", "batch_size": 4} | changes
+    config.update_from_flattened_dict(changes)
+    wan = dataclasses.replace(
+        SMALL, num_heads=1, hybrid_blocks="all", hybrid=HybridConfig(feature_map=FeatureMapConfig(features=128))
+    )
+    return Request(config, wan, (4, 8, 16), "v5e:2x2")
+
+
+@needs_libtpu
+def test_a_small_run_is_planned_from_end_to_end():
+    plan = make_plan(small_request())
+    data = json.loads(json.dumps(plan.to_json()))
+    assert data["fits"] and data["devices"] == 4 and data["mesh"]["fsdp"] == 4
+    assert data["hbm_bytes_peak"] == sum(data["memory"].values()) < data["hbm_bytes_limit"]
+    # Two moments, and a few numbers on every device.
+    assert 2 * data["memory"]["parameters"] <= data["memory"]["optimizer state"] <= 2.1 * data["memory"]["parameters"]
+    assert data["memory"]["average (EMA)"] == data["memory"]["parameters"]
+    # Gathered for either pass, in bfloat16.
+    assert data["collective_bytes"]["all-gather"] > 0
+    assert 0 < data["static_cycles_of_kernels"] < data["static_cycles"]
+    assert 0 < data["step_seconds_low"] < data["step_seconds_high"]
+    assert data["model_flops_utilization"]["high"] * data["step_seconds_low"] == pytest.approx(
+        data["flops_per_step"] / (4 * 197e12)
+    )
+    assert data["hours"]["low"] == pytest.approx(1000 * data["step_seconds_low"] / 3600)
+
+
+def too_large(request: Request, peak: float) -> Plan:
+    arguments = {"parameters": 2**30, "optimizer state": 2 * 2**30, "average (EMA)": 2**30, "frozen teacher": 0}
+    mesh = {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
+    return Plan(request, 4, mesh, arguments, {}, round(peak * 2**30), None, 1.0)
+
+
+def test_the_smallest_change_that_fits_is_found_by_compiling_at_most_twice():
+    plan = too_large(small_request(batch_size=16), peak=20)
+    asked = []
+
+    def compile_plan(request):
+        asked.append(request)
+        cost = object() if len(asked) == 2 else None
+        return dataclasses.replace(plan, request=request, cost=cost)
+
+    remedy = smallest_remedy(plan, compile_plan)
+    assert [request.config.remat for request in asked] == ["block", "block"]
+    assert [request.config.accumulation_steps for request in asked] == [1, 2]
+    assert str(remedy) == ("--topology v5e:2x2 --config.remat=block --config.accumulation_steps=2 (compiled: fits)")
+
+
+def test_beyond_two_compilations_a_remedy_says_that_it_is_arithmetic():
+    plan = too_large(small_request(batch_size=4, remat="block", stage="distill", **{"hybrid.blocks": "all"}), peak=60)
+    remedy = smallest_remedy(plan, lambda request: plan)
+    assert remedy.topology == "v5e:8x16" and "by arithmetic, 7.7 GiB a device; not compiled" in str(remedy)
+
+
+def test_a_run_that_does_not_fit_ends_with_code_3(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("rehyat_jax.plan.make_plan", lambda request: too_large(request, peak=20))
+    file = tmp_path / "plan.json"
+    arguments = ["--config=configs/demo_teacher.py", "--topology=v5e:2x2", f"--json={file}"]
+    assert main(arguments) == 3
+    out = capsys.readouterr().out
+    assert "20.00 GiB of 15.75 GiB" in out
+    data = json.loads(file.read_text())
+    assert data["fits"] is False and data["hbm_bytes_peak"] == 20 * 2**30 and "step_seconds_low" not in data
+    assert "\nno change" in out if data["remedy"] is None else data["remedy"] in out
+
+
+def test_what_the_compiler_says_of_memory_is_read():
+    said = "RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded ..."
+    assert bytes_asked_for(said) == int(20.5 * 2**30)
+    said = "the total memory required for HLO temporaries (468.75G) exceeds available HBM (15.75G)."
+    assert bytes_asked_for(said) == int(468.75 * 2**30)
+    assert bytes_asked_for("no idea") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/demo_teacher.py"], "--topology is required: python -m rehyat_jax.plan"),
+        (["--config=configs/demo_teacher.py", "--topology=v9:2x2"], "v5e, v5p, v6e, tpu7x"),
+        (["--config=configs/demo_teacher.py", "--topology=v5e:big"], "expected GENERATION:SIZE, as v5e:4x4"),
+        (["--config=configs/wan_1_3b_distill.py", "--topology=v5e:4x4", "--frames=80"], "nearest below are 77 frames"),
+        (["--config=configs/demo_finetune.py", "--topology=v5e:2x2", "--config.init_from=nowhere"], "hybrid.blocks"),
+        (["--config=configs/demo_teacher.py", "--topology=v5e:2x2", "--config.batch=3"], "unknown field"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("changes", "topology", "message"),
+    [
+        ([], "v5e:3x5x7", "expected a name that libtpu knows"),
+        (["--config.mesh.fsdp=3"], "v5e:2x2", "does not make 4 devices"),
+        (["--config.batch_size=6"], "v5e:2x2", "data x fsdp of 1, 2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_compiled(changes, topology, message, capsys):
+    assert main(["--config=configs/demo_teacher.py", f"--topology={topology}", *changes]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_videos_are_measured_in_pixels():
+    request, _ = parse_arguments(
+        ["plan", "--config=configs/wan_1_3b_distill.py", "--topology=v5e:4x4", "--height=720", "--width=1280"]
+    )
+    assert request.latents == (21, 90, 160)
+    request, _ = parse_arguments(["plan", "--config=configs/demo_teacher.py", "--topology=v5e:2x2"])
+    assert request.latents == (21, 6, 6)
