@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -179,15 +180,22 @@ def run_in_two_processes(config, workdir, sizes):
     return outputs
 
 
-@pytest.mark.parametrize("stage, sizes", [("distill", (1, 1, 8, 1)), ("finetune", (1, 2, 2, 2))], ids=str)
-def test_two_processes_train_as_one(single, stage, sizes, tmp_path):
-    """With (1, 1, 8, 1) both read all examples and cut every video; with (1, 2, 2, 2) each reads half of a batch."""
-    config, expected = single[stage]
-    outputs = run_in_two_processes(config, tmp_path / "run", sizes)
+def test_two_processes_train_as_one(single, tmp_path):
+    config, expected = single["finetune"]
+    outputs = run_in_two_processes(config, tmp_path / "run", (1, 1, 8, 1))  # every video is cut over both
     assert_same_run(tmp_path / "run", expected)
     # One process logs.
     assert "wrote" in outputs[0][0] and "wrote" not in outputs[1][0]
     assert "step/s" in outputs[0][1] and "step/s" not in outputs[1][1]
+
+
+def test_two_processes_go_on_where_they_were(single, tmp_path):
+    config, expected = single["distill"]
+    run_in_two_processes(config, tmp_path / "run", (1, 4, 1, 2))
+    shutil.rmtree(tmp_path / "run" / "model")
+    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 4, 1))
+    assert "after step 6" in outputs[0][0] and "continuing" not in outputs[1][0]
+    assert_same_run(tmp_path / "run", expected)
 
 
 def test_processes_that_share_a_video_read_the_same_examples():
