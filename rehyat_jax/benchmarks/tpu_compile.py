@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +118,7 @@ def compiled_for_tpu(
         )
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
         if child.returncode:
-            _raise(child.stderr, f"{case} {arguments}", topology)
+            _raise(child.stderr, textwrap.shorten(f"{case} {arguments}", 200), topology)
         result = Path(directory, "result.json").read_text()
         yield CompiledProgram(generation, **json.loads(result), directory=Path(directory))
 

@@ -176,7 +176,7 @@ class WanBlock(nnx.Module):
           x: [B, N, D] residual stream in the compute dtype.
           text: [B, L, D] projected text tokens.
           time_modulation: [B, 6, D] float32.
-          rope: cosines and sines [N, d / 2].
+          rope: cosines and sines [N, d].
           frames: tokens_per_frame and num_frames of `AttentionInputs`.
           attend: the self-attention.
 

@@ -3,6 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from rehyat_jax.attention.platform import target_platform
+from rehyat_jax.parallel.attention import CONTEXT, TOKENS
+
+_TABLE = PartitionSpec(CONTEXT)
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -23,8 +29,8 @@ def rope_table(
       theta: base of the geometric frequencies.
 
     Returns:
-      (cos, sin), each float32 [frames * height * width, d / 2], tokens frame-major. Angles are formed in float64: at
-      position 1000 a float32 angle is already off by 3e-5.
+      (cos, sin), each float32 [frames * height * width, d], tokens frame-major, those of every pair twice. Angles are
+      formed in float64: at position 1000 a float32 angle is already off by 3e-5.
     """
     columns = []
     for axis, (size, dim) in enumerate(zip(grid, axis_dims(head_dim), strict=True)):
@@ -34,13 +40,51 @@ def rope_table(
         shape = [1, 1, 1, angles.shape[1]]
         shape[axis] = size
         columns.append(np.broadcast_to(angles.reshape(shape), (*grid, angles.shape[1])))
-    angles = np.concatenate(columns, axis=-1).reshape(-1, head_dim // 2)
+    angles = np.concatenate(columns, axis=-1).reshape(-1, head_dim // 2).repeat(2, axis=-1)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by `rope_table`'s angles, in float32; keeps x's dtype."""
-    cos, sin = (jnp.asarray(part)[None, :, None, :] for part in table)
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by `rope_table`'s angles, in float32; keeps x's dtype.
+
+    Args:
+      table: cosines and sines [N, d], those of every pair twice.
+    """
+    if target_platform() == "tpu":
+        # XLA would not see that a part of the heads is on a device whole.
+        on_mesh = jax.shard_map(rotate_by_heads, in_specs=(TOKENS, (_TABLE, _TABLE)), out_specs=TOKENS, check_vma=False)
+        return (on_mesh if jax.sharding.get_abstract_mesh().size > 1 else rotate_by_heads)(x, table)
+    x32 = x.astype(jnp.float32)
+    turned = jnp.stack([-x32[..., 1::2], x32[..., 0::2]], axis=-1).reshape(x.shape)
+    cos, sin = (jnp.asarray(part)[:, None, :] for part in table)
+    return (x32 * cos + turned * sin).astype(x.dtype)
+
+
+@jax.custom_vjp
+def rotate_by_heads(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`rotate` for TPUs, head by head. Pairs of lanes are turned by a product with a matrix of signs, which is exact.
+
+    Strided lanes, and an axis of heads beside that of lanes, make XLA copy everything from layout to layout. By its
+    own estimates for 1.3B at 480p and 81 frames on v5e, the queries of one block take 6.4 million cycles more so than
+    without rotation, and 17.5 backward; here 1.4 either way, of some 280 for the whole block.
+    """
+    batch, tokens, heads, head_dim = x.shape
+    even = np.arange(0, head_dim, 2)
+    signs = np.zeros((head_dim, head_dim), np.float32)
+    signs[even + 1, even], signs[even, even + 1] = -1, 1
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    cos, sin = table
+    flat, rotated = x.reshape(batch, tokens, heads * head_dim), []
+    for head in range(heads):
+        part = flat[..., head * head_dim : (head + 1) * head_dim]
+        turned = jnp.dot(part, jnp.asarray(signs, x.dtype), precision=exact)
+        rotated.append((part.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype))
+    return jnp.concatenate(rotated, axis=-1).reshape(x.shape)
+
+
+def _rotate_by_heads_backward(table: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
+    cos, sin = table
+    return rotate_by_heads(cotangent, (cos, -sin)), None
+
+
+rotate_by_heads.defvjp(lambda x, table: (rotate_by_heads(x, table), table), _rotate_by_heads_backward)
