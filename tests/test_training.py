@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrained, tiny_batch, tiny_config, tiny_model
+from tpu_topologies import compiled_for_tpu
 
 from rehyat_jax.attention import hybrid_attention, softmax_attention
 from rehyat_jax.errors import InputError
@@ -102,6 +103,21 @@ def test_remat_saves_less_and_changes_no_gradient():
         # The same float32 operations in another order.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), result, results["none"][0])
     assert results["block"][1] < results["dots"][1] < results["none"][1]
+
+
+def test_offloaded_block_inputs_are_in_the_host_s_memory_alone():
+    wan = WAN_PRESETS["tiny"].replace(num_heads=1, ffn_dim=128, in_channels=4, out_channels=4)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(1, 16, 32, 32, 4), (1,), (1, 8, 64)]]
+
+    def memory(num_layers):
+        graphdef, params = tiny_model(wan.replace(num_layers=num_layers), remat="offload", dtype=jnp.bfloat16)
+        loss = lambda *arguments: jnp.square(apply_model(graphdef)(*arguments)).mean()
+        return compiled_for_tpu("v5e:2x2", jax.grad(loss), params, *inputs).memory_analysis()
+
+    few, many = memory(2), memory(8)
+    block_input = 16 * 16 * 16 * wan.width * 2  # tokens x width, bfloat16
+    assert (few.host_temp_size_in_bytes, many.host_temp_size_in_bytes) == (2 * block_input, 8 * block_input)
+    assert many.temp_size_in_bytes - few.temp_size_in_bytes < 6 * block_input / 4
 
 
 # ------------------------------------------------------------------------------------------------------------ distil

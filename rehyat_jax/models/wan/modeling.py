@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from rehyat_jax.attention import FeatureMap, InlineFeatures
 from rehyat_jax.attention.context_parallel import padded_frames
@@ -30,12 +31,21 @@ from rehyat_jax.parallel.attention import (
 from rehyat_jax.parallel.mesh import axis_size
 from rehyat_jax.parallel.sharding import HIDDEN, TOKENS, constrain, gathered
 
+_BLOCK_INPUT = "block_input"
+
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What a block keeps for the backward pass: everything, only its input, or the outputs of its weight products too."""
+"""What a block keeps for the backward pass: everything; only its input; the outputs of its weight products too; or its
+input alone, in the host's memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +384,7 @@ class WanTransformer(nnx.Module):
 
         def run_block(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             params, arguments = layer
+            x = checkpoint_name(x, _BLOCK_INPUT)
             block = nnx.merge(block_def, gathered(params, self.dtype))
             return block(x, text, time_modulation, rope, frames, lambda inputs: attend(inputs, arguments))
 
