@@ -16,9 +16,12 @@ from jax.sharding import Mesh, PartitionSpec
 from rehyat_jax.attention.feature_map_config import FeatureMapConfig
 from rehyat_jax.benchmarks.hlo_branches import branch_shares, weighted
 from rehyat_jax.benchmarks.hlo_operations import Branch, Operation, executed_operations
+from rehyat_jax.benchmarks.tpu_compile import topology_devices
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, forward_flops, step_flops
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+from rehyat_jax.parallel.attention import hybrid_attention_on_mesh
+from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.plan import main, parse_arguments
 from rehyat_jax.planning.chips import CHIPS, chip_of, device_count, larger_topology
 from rehyat_jax.planning.collectives import collective_bytes
@@ -186,10 +189,7 @@ def test_of_a_choice_by_place_the_largest_branch_counts():
 
 @needs_libtpu
 def test_collectives_of_a_compiled_program_are_what_its_shapes_say():
-    from tpu_topologies import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(devices), ("x",))
+    mesh = Mesh(np.array(topology_devices("v5e:2x2")), ("x",))
 
     def part(x):
         for _ in range(2):
@@ -348,3 +348,25 @@ def test_videos_are_measured_in_pixels():
     assert request.latents == (21, 90, 160)
     request, _ = parse_arguments(["plan", "--config=configs/demo_teacher.py", "--topology=v5e:2x2"])
     assert request.latents == (21, 6, 6)
+
+
+@needs_libtpu
+def test_a_hybrid_layer_moves_as_much_however_long_the_video_is():
+    devices = topology_devices("v5e:2x2")
+    form = dict(tokens_per_frame=128, chunk_frames=3, overlap_frames=1, causal=True, stabilizer="row_max")
+
+    def moved(frames: int) -> dict[str, int]:
+        def layer(query, key, value, phi_query, phi_key):
+            return hybrid_attention_on_mesh(query, key, value, phi_query, phi_key, num_frames=frames, **form)
+
+        with jax.set_mesh(make_mesh({"data": 1, "fsdp": 1, "context": 4, "tensor": 1}, devices)):
+            x = jax.ShapeDtypeStruct((1, frames * 128, 1, 128), jnp.bfloat16)
+            hlo = jax.jit(layer).lower(x, x, x, x, x).compile().as_text()
+        return collective_bytes(executed_operations(hlo, of_fusions=True), 4)
+
+    found = moved(24)
+    assert found == moved(48)
+    # To the next device: keys and values of one frame, and one device's sums, as many features as head_dim, float32.
+    halo, sums = 128 * 128 * 2, (128 + 1) * 128 * 4
+    assert found["collective-permute"] == 2 * halo + sums
+    assert found["all-gather"] == 3 * sums

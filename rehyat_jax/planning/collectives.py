@@ -28,17 +28,17 @@ def collective_bytes(
       shares: see `benchmarks.hlo_branches`.
     """
     sent: dict[str, float] = collections.Counter()
-    # One collective that runs beside several fusions appears in each of them, under one channel.
+    # One collective that runs beside several fusions appears in each of them, as parts of one chain.
     seen = set()
     for operation in operations:
         kind = operation.kind.removesuffix("-start")
         if kind not in KINDS:
             continue
-        channel = re.search(r"channel_id=(\d+)", operation.text)
-        key = (operation.computation, channel.group(1)) if channel else (operation.computation, operation.name)
-        if key in seen:
-            continue
-        seen.add(key)
+        if operation.fusion:
+            key = (operation.computation, kind, _chain(operation))
+            if key in seen:
+                continue
+            seen.add(key)
         size, group = _size(operation), _group_size(operation.text, devices)
         if kind == "all-reduce" and operation.fusion.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
@@ -48,6 +48,12 @@ def collective_bytes(
         times = weighted(operation, shares or {}).executions
         sent[kind] += times * size * share * (2 if kind == "all-reduce" else 1)
     return {kind: round(sent[kind]) for kind in KINDS}
+
+
+def _chain(operation: Operation) -> str:
+    """What the parts of one collective have in common; channels are not always numbered apart."""
+    found = re.search(r'chain_id="\d+"', operation.text) or re.search(r"channel_id=\d+", operation.text)
+    return found.group() if found else operation.name
 
 
 def _size(operation: Operation) -> int:
