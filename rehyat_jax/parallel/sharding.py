@@ -46,7 +46,7 @@ def param_specs(abstract: nnx.State) -> dict[str, Any]:
 def gathered(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
     """One block's parameters, those cut along "fsdp" whole again and in the compute dtype, which halves what moves.
 
-    Their gradients are summed and cut in one operation, a reduce-scatter.
+    Their gradients are summed whole and cut then.
     """
     if dict(jax.sharding.get_abstract_mesh().shape).get("fsdp", 1) == 1:
         return params
@@ -62,10 +62,21 @@ def gathered(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(x: jax.Array, axes: Axes) -> jax.Array:
-    return constrain(x, tuple(None if axis == "fsdp" else axis for axis in axes))
+    return constrain(x, _without_fsdp(axes))
 
 
-_gather.defvjp(lambda x, axes: (_gather(x, axes), None), lambda axes, _, cotangent: (constrain(cotangent, axes),))
+def _scatter(axes: Axes, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    # Whole first: asked for its part alone, XLA makes a ring of the product before it, in slices too narrow for the
+    # matrix units. On v5e the whole step of 1.3B over 16 devices takes 7,327 million cycles so, and 6,380 like this,
+    # for twice the bytes of gradients between devices: 13 ms of links for 630 of compute.
+    return (constrain(constrain(cotangent, _without_fsdp(axes)), axes),)
+
+
+def _without_fsdp(axes: Axes) -> Axes:
+    return tuple(None if axis == "fsdp" else axis for axis in axes)
+
+
+_gather.defvjp(lambda x, axes: (_gather(x, axes), None), _scatter)
 
 
 def check_divisible(params: Any, specs: Any, mesh: Mesh) -> None:
