@@ -6,10 +6,13 @@
 
 Which 15 blocks: every other one, as long as no better choice is made; `relative_error` in stage 1's metrics ranks them.
 
-Hardware: one TPU v5p, 95 GB (planned, not yet run). Memory (planned): 35 GB of float32 weights, two sets of gradients,
-Adam moments and average, and 16.2 GB of temporaries (13.2 GB with all blocks hybrid; the gradient of one video compiled
-for a TPU v5p with jax 0.10.2 and libtpu 0.0.42.1). Step (planned): about 0.8 PFLOP a video, three times the forward
-pass and one more for the rematerialised blocks.
+Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip; all of this planned, none of it run:
+
+    python -m rehyat_jax.plan --config configs/wan_1_3b_finetune.py --topology v5e:4x4
+
+Fits into 15.75 GiB a chip; at most 8.0 to 12.0 seconds a step, 35 to 54 chip-hours (docs/plan.md).
+With all blocks hybrid (--config.hybrid.blocks=all) 7.8 of 15.75 GiB a chip, 4.2 to 6.5 seconds a step, 19 to 29
+chip-hours.
 """
 
 from rehyat_jax.training.config import default_config
@@ -24,8 +27,7 @@ def get_config():
     config.data.source = "latent_files"
     config.data.workers = 2
     config.steps = 1000
-    config.batch_size = 8
-    config.accumulation_steps = 8
+    config.batch_size = 16
     config.remat = "block"
     config.optimizer.learning_rate = 1e-5
     config.ema_decay = 0.99

@@ -1,0 +1,21 @@
+"""Stage 2 on Wan2.1 T2V 1.3B (wan_1_3b_finetune.py) for long videos: 641 frames at 480x832, all blocks hybrid.
+
+    python -m rehyat_jax.train --config configs/wan_1_3b_long.py --workdir runs/wan_1_3b/long \
+        --config.data.path=FOLDER_OF_ENCODED_VIDEOS
+
+641 frames are 161 latent frames, 251,160 tokens, cut along time over 4 devices.
+
+Hardware: meant for 16 TPU v6e (`v6e:4x4`); not planned yet, which is
+
+    python -m rehyat_jax.plan --config configs/wan_1_3b_long.py --topology v6e:4x4 --frames 641
+"""
+
+from configs import wan_1_3b_finetune
+
+
+def get_config():
+    config = wan_1_3b_finetune.get_config()
+    config.hybrid.blocks = "all"
+    config.batch_size = 4
+    config.mesh.context = 4
+    return config
