@@ -10,7 +10,7 @@ Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip; all of this planned, none of
 
     python -m rehyat_jax.plan --config configs/wan_1_3b_finetune.py --topology v5e:4x4
 
-Fits into 15.75 GiB a chip; at most 8.0 to 12.0 seconds a step, 35 to 54 chip-hours (docs/plan.md).
+7.9 of 15.75 GiB a chip; 7.1 to 10.8 seconds a step, 32 to 48 chip-hours.
 With all blocks hybrid (--config.hybrid.blocks=all) 7.8 of 15.75 GiB a chip, 4.2 to 6.5 seconds a step, 19 to 29
 chip-hours.
 """
