@@ -2,10 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 
 from rehyat_jax.attention.geometry import ChunkGeometry
 
 _LARGEST_LOG_SCALE = 60.0
+# Queries whose scores are held at a time.
+_QUERIES = 256
 
 
 def linear_mass_log_scale(
@@ -45,9 +49,9 @@ def linear_mass_log_scale(
         frames = tokens.astype(jnp.float32).reshape(tokens.shape[0], -1, tokens_per_frame, *tokens.shape[2:])
         return jnp.moveaxis(frames, 1, 0)
 
-    def softmax_masses(frame) -> tuple[jax.Array, jax.Array]:
-        """Log of the true linear mass over the window's, and log nS, of one frame's tokens: [batch, heads, tokens]."""
-        query, softmax_keys, linear_keys = frame
+    def softmax_masses(part) -> tuple[jax.Array, jax.Array]:
+        """Log of the true linear mass over the window's, and log nS, of one part's tokens: [batch, heads, tokens]."""
+        query, softmax_keys, linear_keys = part
         scores = jnp.einsum("bqhd,tbkhd->bhqtk", query, frames_first(key)) / query.shape[-1] ** 0.5
         log_window, log_outside = (
             jax.nn.logsumexp(scores, axis=(-2, -1), where=jnp.broadcast_to(keys[:, None], scores.shape))
@@ -56,8 +60,14 @@ def linear_mass_log_scale(
         row_max = jnp.max(scores, axis=(-2, -1), where=softmax_keys[:, None], initial=-jnp.inf)
         return log_outside - log_window, log_window - (row_max if stabilizer == "row_max" else 0)
 
-    # One frame of queries at a time: the scores of all tokens at once would not fit in memory.
-    true_log_odds, log_softmax_mass = jax.lax.map(softmax_masses, (frames_first(query), softmax_keys, linear_keys))
+    # A part of a frame's queries at a time: the scores of all tokens at once would not fit in memory.
+    rows = max(n for n in range(1, _QUERIES + 1) if tokens_per_frame % n == 0)
+    parts = rearrange(query.astype(jnp.float32), "b (part n) h d -> part b n h d", n=rows)
+    frame_of_part = np.arange(len(parts)) * rows // tokens_per_frame
+    masses = jax.lax.map(softmax_masses, (parts, softmax_keys[frame_of_part], linear_keys[frame_of_part]))
+    true_log_odds, log_softmax_mass = (
+        rearrange(mass, "(t part) b h n -> t b h (part n)", part=tokens_per_frame // rows) for mass in masses
+    )
     normalizer = jnp.einsum("qt,tbkhf->qbhf", linear_keys.astype(jnp.float32), frames_first(phi_key))
     linear_mass = jnp.einsum("tbqhf,tbhf->tbhq", frames_first(phi_query), normalizer)
 
