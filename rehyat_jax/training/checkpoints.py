@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -19,7 +18,8 @@ class RunCheckpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        # One process looks for what is there: on a shared filesystem the others might not see it yet.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, single_host_load_and_broadcast=True)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     @property
@@ -35,14 +35,15 @@ class RunCheckpoints:
           data: Grain iterator, changed in place.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(data)
-        )
-        return self._manager.restore(self.latest_step, args=args).state
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(self.latest_step, args=args)
+        data.set_state(restored.data)
+        return restored.state
 
     def save(self, step: int, state: State, data: Any) -> None:
         """Starts to save what is there after `step` updates; returns before it is on disk."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
+        # The position is the same in all processes, however many: each reads its part of the same batches.
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state()))
         self._manager.save(step, args=args)
 
     def close(self) -> None:
