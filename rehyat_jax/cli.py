@@ -1,10 +1,12 @@
 """What all command-line modules share: how a command runs and how an error of the user's is told."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 from absl import flags, logging
 
@@ -19,6 +21,11 @@ def report_input_errors(run: Callable[[], Any]) -> int:
         run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        if jax.distributed.is_initialized():
+            # The others wait for this process in some collective, and it would wait for them to say goodbye.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         return 2
     return 0
 

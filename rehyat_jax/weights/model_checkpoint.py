@@ -30,6 +30,12 @@ def is_model_checkpoint(path: Path) -> bool:
     return (path / MODEL_FILE).is_file()
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises InputError if `save_model` would refuse to write there because of what it finds."""
+    if path.exists() and not is_model_checkpoint(path):
+        raise InputError(f"{path}: already exists and is not a model checkpoint; move it, or choose another place")
+
+
 def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, codec: str, text_encoder: str) -> None:
     """Writes a model checkpoint, complete or not at all; replaces a model checkpoint that is already there.
 

@@ -51,14 +51,17 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_shared_directory(path: Path, *, replace: bool) -> Iterator[Path]:
     """`new_directory` for all processes of a run together: the first makes and renames it, all may write into it."""
-    number = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
     with contextlib.ExitStack() as stack:
+        number, error = os.getpid(), None
         if jax.process_index() == 0:
-            directory = stack.enter_context(new_directory(path, replace=replace))
-        else:
-            directory = _temporary(path, number)
-        multihost_utils.sync_global_devices(f"{path} is there to be filled")
-        yield directory
+            try:
+                stack.enter_context(new_directory(path, replace=replace))
+            except InputError as refusal:
+                number, error = 0, refusal
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+        if number == 0:
+            raise error or InputError(f"{path}: the first process could not make it; see what it says")
+        yield _temporary(path, number)
         multihost_utils.sync_global_devices(f"{path} is full")
     multihost_utils.sync_global_devices(f"{path} is complete")
 
