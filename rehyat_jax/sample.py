@@ -19,7 +19,7 @@ from rehyat_jax.cli import report_input_errors
 from rehyat_jax.codecs import get_codec
 from rehyat_jax.diffusion.generate import generate, initial_noise, latent_shape
 from rehyat_jax.errors import InputError
-from rehyat_jax.parallel.mesh import AXES, check_mesh, make_mesh
+from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
 from rehyat_jax.text_encoders import get_text_encoder
 from rehyat_jax.video import write_mp4
 from rehyat_jax.weights import load_wan, read_model_metadata
@@ -44,7 +44,8 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(arguments.mesh)) if arguments.mesh else None
     if mesh is not None:
         # Guidance evaluates every video twice at once.
-        check_mesh(mesh, config, arguments.batch * (1 if arguments.guidance_scale == 1 else 2))
+        check_batch(mesh, arguments.batch * (1 if arguments.guidance_scale == 1 else 2))
+        check_heads(mesh, config)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         videos = generate(
             load_wan(arguments.checkpoint, dtype=jnp.dtype(arguments.dtype)),

@@ -23,7 +23,7 @@ from rehyat_jax.cli import parsed_config, report_input_errors
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.models.wan.modeling import apply_model
-from rehyat_jax.parallel.mesh import check_mesh, make_mesh, part_of_process
+from rehyat_jax.parallel.mesh import check_batch, make_mesh, part_of_process
 from rehyat_jax.parallel.sharding import global_batches, on_all_devices
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.checkpoints import RunCheckpoints
@@ -32,7 +32,7 @@ from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, make_source
 from rehyat_jax.training.sharded_step import make_sharded_step
-from rehyat_jax.weights import save_model
+from rehyat_jax.weights.model_checkpoint import check_replaceable, save_model
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None) -> Path:
@@ -51,6 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[ja
     """
     check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
+    check_replaceable(workdir / "model")
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         return _train(config, workdir)
@@ -62,6 +63,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     # ---------------------------------------------------------------------------------------------------------- data
     source = make_source(config)
     examples = config.batch_size // config.accumulation_steps
+    check_batch(mesh, examples)
     part, parts = part_of_process(mesh)
     data = batches(
         source,
@@ -80,8 +82,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
         check_continuation(config, workdir)
         if is_main:
             print(f"continuing {workdir} after step {checkpoints.latest_step}", flush=True)
-    model = initial_model(config)
-    check_mesh(mesh, model.config, examples)
+    # Of a run that goes on, only what it does not train itself is read.
+    model = initial_model(config, with_values=is_new or config.stage == "distill")
     check_data(source, model)
     params, specs, context = model.params, model.specs, {"null_text": on_all_devices(source.null_text)}
     if model.fresh_feature_maps and is_new:

@@ -92,13 +92,16 @@ def test_tpu_kernels_work_inside_the_mesh(causal):
     assert_close(found, expected, TPU_F32)
 
 
-def test_gradients_of_feature_maps_are_sums_over_all_devices():
-    sizes, form = (2, 1, 2, 2), (7, 3, 2, 1)
-    config = FeatureMapConfig(features=8)
-    make = lambda seed: FeatureMap(config, heads=2, head_dim=4, rngs=nnx.Rngs(seed))
+@pytest.mark.parametrize(
+    "implementation, sizes, head_dim, features", [("scan", (2, 1, 2, 2), 4, 8), ("pallas_tpu", (1, 1, 2, 1), 64, 128)]
+)
+def test_gradients_of_feature_maps_are_sums_over_all_devices(implementation, sizes, head_dim, features):
+    form = (7, 4, 2, 1)
+    config = FeatureMapConfig(features=features)
+    make = lambda seed: FeatureMap(config, heads=2, head_dim=head_dim, rngs=nnx.Rngs(seed))
     graphdef, weights = nnx.split((make(0), make(1)))
-    arrays = make_arrays(*form[:2], batch=4, dtype=np.float32)[:3]
-    cotangent = make_arrays(*form[:2], batch=4, dtype=np.float32, seed=1)[0]
+    arrays = make_arrays(*form[:2], batch=4, head_dim=head_dim, dtype=np.float32)[:3]
+    cotangent = make_arrays(*form[:2], batch=4, head_dim=head_dim, dtype=np.float32, seed=1)[0]
 
     def gradients(attend):
         loss = lambda weights, arrays: (attend(*arrays, *nnx.merge(graphdef, weights)) * cotangent).sum()
@@ -120,12 +123,13 @@ def test_gradients_of_feature_maps_are_sums_over_all_devices():
             **dict(zip(names, form[1:], strict=True)),
             causal=True,
             stabilizer="row_max",
+            implementation=implementation,
         )
         return output[:, : form[0] * form[1]]
 
-    with jax.set_mesh(mesh_of(sizes)):
+    with jax.set_mesh(mesh_of(sizes)), interpreted_tpu():
         found = gradients(attend)
-    assert_close(found, expected, F32)
+    assert_close(found, expected, TPU_F32)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2, 1), (2, 1, 2, 2), (1, 1, 8, 1)], ids=str)

@@ -1,5 +1,6 @@
 """Training on eight virtual devices, and in two processes, against training on one device."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tpu_topologies  # noqa: F401, what libtpu must know before it is loaded
 from attention_oracles import error_ratio
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 from tiny_runs import digits_config, interrupt_at, pretrained, tiny_config, tiny_model
 
@@ -19,7 +22,9 @@ from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.parallel.mesh import AXES, BATCH, make_mesh, part_of_process, resolve_sizes
 from rehyat_jax.train import main, train
 from rehyat_jax.training.metrics import MetricWriter
+from rehyat_jax.training.optimizer import make_optimizer
 from rehyat_jax.training.setup import abstract_model, initial_model
+from rehyat_jax.training.step import init_state, state_specs
 from rehyat_jax.weights import load_params, save_model
 
 # One device and several add the same float32 numbers in another order; Adam's first steps divide by their sizes.
@@ -196,23 +201,47 @@ def test_two_processes_go_on_where_they_were(single, tmp_path):
     outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 4, 1))
     assert "after step 6" in outputs[0][0] and "continuing" not in outputs[1][0]
     assert_same_run(tmp_path / "run", expected)
+    shutil.rmtree(tmp_path / "run" / "model")
+    run(config, tmp_path / "run", (1, 2, 1, 1))  # and in one
+    assert_same_run(tmp_path / "run", expected)
 
 
-def test_processes_that_share_a_video_read_the_same_examples():
-    class Device:
-        def __init__(self, process_index):
-            self.process_index = process_index
+def parts_of(topology, sizes, **options):
+    """The part of each process of a TPU slice that is not there."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
+    return [part_of_process(mesh, process) for process in sorted({device.process_index for device in devices})]
 
-    class Mesh:
-        def __init__(self, sizes, processes):
-            self.shape = dict(zip(AXES, sizes, strict=True))
-            count = int(np.prod(sizes))
-            self.devices = np.array([Device(n * processes // count) for n in range(count)]).reshape(sizes)
 
-    assert part_of_process(Mesh((1, 2, 4, 1), 2)) == (0, 2)
-    assert part_of_process(Mesh((1, 1, 8, 1), 2)) == (0, 1)
-    assert part_of_process(Mesh((2, 4, 1, 1), 4)) == (0, 4)
-    assert part_of_process(Mesh((2, 1, 4, 1), 8)) == (0, 2)
+def test_processes_of_a_tpu_slice_read_neighbouring_parts_and_those_that_share_a_video_the_same():
+    assert parts_of("v5e:4x4", (1, 16, 1, 1)) == [(n, 4) for n in range(4)]
+    assert parts_of("v5e:4x4", (1, 2, 8, 1)) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert parts_of("v5e:4x4", (1, 1, 4, 4)) == [(0, 1)] * 4
+    assert parts_of("v5p:2x2x4", (2, 4, 1, 2)) == [(n, 4) for n in range(4)]
+    assert parts_of("v5e:4x4", (2, 16, 1, 1), num_slices=2) == [(n, 8) for n in range(8)]
+    assert parts_of("v5e:4x4", (1, 32, 1, 1), num_slices=2) == [(n, 8) for n in range(8)]
+    with pytest.raises(InputError, match=r"multiple of the 2 slices.* found data 1 and fsdp 1; mesh\.data=2"):
+        parts_of("v5e:4x4", (1, 1, 8, 4), num_slices=2)
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v6e:4x4", "v6e:8x8", "v5p:2x4x4", "tpu7x:2x2x2"])
+def test_every_mesh_of_powers_of_two_fits_every_slice(topology):
+    for data, context, tensor in itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4)):
+        if data * context * tensor <= 16:
+            parts_of(topology, (data, -1, context, tensor))
+
+
+def test_optimizer_moments_are_where_their_parameters_are():
+    wan = WAN_PRESETS["t2v-1.3B"].replace(hybrid_blocks="all")
+    for name in ("adamw", "muon"):
+        config = tiny_config("finetune", **{"optimizer.name": name})
+        _, params, specs = abstract_model(wan, config)
+        state = jax.eval_shape(lambda params: init_state(params, make_optimizer(config), keep_ema=True), params)  # noqa: B023
+        leaves = jax.tree.leaves(state_specs(state, specs), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        whole = sum(
+            leaf.size for leaf, spec in zip(jax.tree.leaves(state), leaves, strict=True) if "fsdp" not in tuple(spec)
+        )
+        assert whole < 5e-3 * sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.api import Features, attend_from
+from rehyat_jax.attention.api import attend_from
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.inline_features import InlineFeatures
 from rehyat_jax.attention.state import HybridState, LinearState
@@ -28,8 +28,8 @@ def hybrid_attention_in_parts(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    phi_query: Features,
-    phi_key: Features,
+    phi_query: jax.Array | InlineFeatures,
+    phi_key: jax.Array | InlineFeatures,
     *,
     axis: str,
     num_frames: int,

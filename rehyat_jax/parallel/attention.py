@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rehyat_jax.attention import softmax_attention
-from rehyat_jax.attention.api import Features, default_implementation, hybrid_attention
+from rehyat_jax.attention.api import default_implementation, hybrid_attention
 from rehyat_jax.attention.context_parallel import hybrid_attention_in_parts
 from rehyat_jax.attention.inline_features import InlineFeatures, identity
-from rehyat_jax.parallel.mesh import BATCH, axis_size
+from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
 
 CONTEXT = "context"
 TOKENS = PartitionSpec(BATCH, CONTEXT, "tensor", None)
@@ -27,8 +27,8 @@ def hybrid_attention_on_mesh(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    phi_query: Features,
-    phi_key: Features,
+    phi_query: jax.Array | InlineFeatures,
+    phi_key: jax.Array | InlineFeatures,
     *,
     num_frames: int,
     implementation: str | None = None,
@@ -40,7 +40,7 @@ def hybrid_attention_on_mesh(
       num_frames: frames of the video, without padding.
       **form: tokens_per_frame, chunk_frames, overlap_frames, causal and stabilizer.
     """
-    if not _is_cut():
+    if not is_cut():
         return hybrid_attention(query, key, value, phi_query, phi_key, implementation=implementation, **form)
     features = [
         phi if isinstance(phi, InlineFeatures) else InlineFeatures(phi, (), identity) for phi in (phi_query, phi_key)
@@ -75,7 +75,7 @@ def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array
     Along "context", devices trade tokens for heads (an all-to-all, as DeepSpeed-Ulysses does, arXiv 2309.14509), or,
     where there are not enough heads to trade, gather keys and values.
     """
-    if not _is_cut():
+    if not is_cut():
         return softmax_attention(query, key, value)
 
     def part(query, key, value):
@@ -98,12 +98,8 @@ def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array
 
 def cross_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """`softmax_attention` of a video to a text, which every device along "context" holds whole."""
-    if not _is_cut():
+    if not is_cut():
         return softmax_attention(query, key, value)
     return jax.shard_map(softmax_attention, in_specs=(TOKENS, _TEXT, _TEXT), out_specs=TOKENS, check_vma=False)(
         query, key, value
     )
-
-
-def _is_cut() -> bool:
-    return jax.sharding.get_abstract_mesh().size > 1

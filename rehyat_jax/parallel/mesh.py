@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rehyat_jax.errors import InputError
@@ -54,30 +56,59 @@ def _one_axis_changed(sizes: Mapping[str, int], devices: int) -> str:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices, or of those given, in the order of `AXES`.
 
+    Devices that are close are neighbours along the inner axes, and a process's along the batch. Slices of TPUs divide
+    "data", or else "fsdp".
+
     Raises:
-      InputError: see `resolve_sizes`.
+      InputError: see `resolve_sizes`; or the slices divide neither axis.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = resolve_sizes(sizes, len(devices))
+    slices: dict[int, list[jax.Device]] = {}
+    for device in sorted(devices, key=lambda device: (device.process_index, device.id)):
+        # Other platforms name each host a slice, and have no shape to fit into.
+        slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
+    axis = _axis_of_slices(shape, len(slices))
+    part = tuple(shape[name] // (len(slices) if name == axis else 1) for name in AXES)
+    parts = [_arranged(part, slices[index]) for index in sorted(slices)]
     # Explicit axes would make every operation of the model name its output's sharding; XLA finds the same.
-    return jax.make_mesh(
-        tuple(shape[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    return Mesh(np.concatenate(parts, axis=AXES.index(axis)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _axis_of_slices(shape: Mapping[str, int], slices: int) -> str:
+    if shape["data"] % slices == 0:
+        return "data"
+    if shape["data"] == 1 and shape["fsdp"] % slices == 0:
+        return "fsdp"
+    raise InputError(
+        f"mesh: expected data to be a multiple of the {slices} slices, or 1 and fsdp one, found data {shape['data']} "
+        f"and fsdp {shape['fsdp']}; mesh.data={slices} with the other axes dividing a slice would fit"
     )
 
 
-def check_mesh(mesh: Mesh, model: WanConfig, batch_size: int) -> None:
-    """Checks that a model's heads and `batch_size` examples at a time can be cut along the axes.
+def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices of one slice, its torus followed as far as the processes' parts of a batch let it be."""
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    rows = array.reshape(shape[0] * shape[1], -1)
+    first_process = [min(device.process_index for device in row) for row in rows]
+    return rows[np.argsort(first_process, kind="stable")].reshape(shape)
 
-    Raises:
-      InputError: naming the axis, and the sizes of it that would fit.
-    """
+
+def check_batch(mesh: Mesh, examples: int) -> None:
+    """Raises InputError, with sizes that would fit, unless `examples` at a time can be cut along the batch."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
-    if batch_size % parts:
+    if examples % parts:
         raise InputError(
-            f"mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} must divide the {batch_size} examples that "
-            f"go through the model at once; data x fsdp of {_divisors(batch_size)} would fit, or a multiple of "
-            f"{parts} examples"
+            f"mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} must divide the {examples} examples that go "
+            f"through the model at once; data x fsdp of {_divisors(examples)} would fit, or a multiple of {parts} "
+            f"examples"
         )
+
+
+def check_heads(mesh: Mesh, model: WanConfig) -> None:
+    """Raises InputError, with sizes that would fit, unless the model's heads can be cut along "tensor"."""
     if model.num_heads % mesh.shape["tensor"]:
         raise InputError(
             f"mesh.tensor must divide the model's {model.num_heads} heads, found {mesh.shape['tensor']}; "
@@ -85,20 +116,21 @@ def check_mesh(mesh: Mesh, model: WanConfig, batch_size: int) -> None:
         )
 
 
-def part_of_process(mesh: Mesh) -> tuple[int, int]:
-    """(part, parts): which of how many equal parts of every batch this process's devices hold.
+def part_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(part, parts): which of how many equal parts of every batch the devices of a process, this one by default, hold.
 
     Processes whose devices differ along "context" or "tensor" alone hold the same part.
 
     Raises:
       InputError: the devices of a process are not neighbours along the batch.
     """
+    process = jax.process_index() if process is None else process
     rows = mesh.devices.reshape(-1, mesh.shape["context"] * mesh.shape["tensor"])
-    mine = [n for n, row in enumerate(rows) if any(device.process_index == jax.process_index() for device in row)]
+    mine = [n for n, row in enumerate(rows) if any(device.process_index == process for device in row)]
     count = len(mine)
     if mine != list(range(mine[0], mine[0] + count)) or mine[0] % count or len(rows) % count:
         raise InputError(
-            f"mesh: process {jax.process_index()} would hold the parts {mine} of {len(rows)} of a batch, "
+            f"mesh: process {process} would hold the parts {mine} of {len(rows)} of a batch, "
             f"expected neighbours; choose data x fsdp so that it divides, or is a multiple of, the processes"
         )
     return mine[0] // count, len(rows) // count
@@ -107,6 +139,11 @@ def part_of_process(mesh: Mesh) -> tuple[int, int]:
 def _divisors(number: int) -> str:
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     return ", ".join(map(str, divisors[:16]))
+
+
+def is_cut() -> bool:
+    """Whether the mesh in use has more than one device."""
+    return jax.sharding.get_abstract_mesh().size > 1
 
 
 def axis_size(axis: str) -> int:

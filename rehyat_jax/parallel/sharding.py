@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.parallel.mesh import BATCH
+from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
 
 Axes = tuple[str | None, ...]
 
-TOKENS: Axes = (BATCH, "context", None)
+RESIDUAL: Axes = (BATCH, "context", None)
 """Activations [batch, tokens, width] between blocks."""
 
 HIDDEN: Axes = (BATCH, "context", "tensor")
@@ -28,7 +28,7 @@ HIDDEN: Axes = (BATCH, "context", "tensor")
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """`x`, cut along `axes` of the mesh in use; as it is where there is no more than one device."""
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    if not is_cut():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
@@ -48,7 +48,7 @@ def gathered(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
     Their gradients are summed whole and cut then.
     """
-    if dict(jax.sharding.get_abstract_mesh().shape).get("fsdp", 1) == 1:
+    if axis_size("fsdp") == 1:
         return params
 
     def whole(variable: nnx.Variable) -> nnx.Variable:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import apply_model
-from rehyat_jax.parallel.mesh import BATCH, check_mesh, make_mesh
+from rehyat_jax.parallel.mesh import BATCH, check_batch, check_heads, make_mesh
 from rehyat_jax.parallel.sharding import BATCHES, check_divisible, shardings
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.config import config_from_json
@@ -59,7 +59,8 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
     """
     mesh = jax.sharding.get_mesh()
     examples = config.batch_size // config.accumulation_steps
-    check_mesh(mesh, wan, examples)
+    check_batch(mesh, examples)
+    check_heads(mesh, wan)
     model_def, params, specs = abstract_model(wan, config)
     check_divisible(params, specs, mesh)
 

@@ -14,7 +14,7 @@ from rehyat_jax.data.pipeline import Source, batches
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
-from rehyat_jax.parallel.mesh import part_of_process
+from rehyat_jax.parallel.mesh import check_heads, part_of_process
 from rehyat_jax.parallel.sharding import check_divisible, global_batches, param_specs, shardings
 from rehyat_jax.training.keys import initialisation_key
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
@@ -112,8 +112,10 @@ def abstract_model(
     return model_def, nnx.to_pure_dict(abstract), param_specs(abstract)
 
 
-def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
+def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True) -> InitialModel:
     """Loads or initialises the model that a run starts from, on the mesh in use; nothing is ever there in one piece.
+
+    Without values, parameters are `jax.ShapeDtypeStruct`s with shardings.
 
     Raises:
       InputError: the checkpoint cannot be read, or does not fit the configuration.
@@ -127,10 +129,15 @@ def initial_model(config: ml_collections.ConfigDict) -> InitialModel:
         if config.data.source == "digits":
             codec, text_encoder = "space_to_depth", "word_vectors"
     wan = student_config(loaded, config)
+    check_heads(jax.sharding.get_mesh(), wan)
     model_def, abstract, specs = abstract_model(wan, config)
     check_divisible(abstract, specs, jax.sharding.get_mesh())
     placed, key = shardings(specs), initialisation_key(config.seed)
     fresh_feature_maps = bool(wan.hybrid_blocks) and not loaded.hybrid_blocks
+    if not with_values:
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        params = jax.tree.map(place, abstract, placed)
+        return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
     if checkpoint is None:
         create = lambda: nnx.to_pure_dict(nnx.state(build_model(wan, config, nnx.Rngs(params=key))))
         params = jax.jit(create, out_shardings=placed)()

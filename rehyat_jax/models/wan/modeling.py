@@ -29,7 +29,7 @@ from rehyat_jax.parallel.attention import (
     softmax_attention_on_mesh,
 )
 from rehyat_jax.parallel.mesh import axis_size
-from rehyat_jax.parallel.sharding import HIDDEN, TOKENS, constrain, gathered
+from rehyat_jax.parallel.sharding import HIDDEN, RESIDUAL, constrain, gathered
 
 _BLOCK_INPUT = "block_input"
 
@@ -209,7 +209,7 @@ class WanBlock(nnx.Module):
 
         normed = (layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
         x = (x.astype(jnp.float32) + self.feed_forward(normed) * ffn_gate).astype(dtype)
-        return constrain(x, TOKENS), aux
+        return constrain(x, RESIDUAL), aux
 
 
 class Embedder(nnx.Module):
@@ -377,7 +377,7 @@ class WanTransformer(nnx.Module):
         grid = (padded_frames(num_frames, chunk_frames, axis_size("context")), *grid[1:])
         patches = jnp.pad(patches, [(0, 0), (0, grid[0] - num_frames), (0, 0), (0, 0), (0, 0)])
         rope = rope_table(grid, config.head_dim)
-        x = constrain(rearrange(patches, "b t h w d -> b (t h w) d"), TOKENS)
+        x = constrain(rearrange(patches, "b t h w d -> b (t h w) d"), RESIDUAL)
         frames = (grid[1] * grid[2], num_frames)
 
         block_def, block_params = nnx.split(self.blocks)

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec
 
 from rehyat_jax.attention.platform import target_platform
 from rehyat_jax.parallel.attention import CONTEXT, TOKENS
+from rehyat_jax.parallel.mesh import is_cut
 
 _TABLE = PartitionSpec(CONTEXT)
 
@@ -55,7 +56,7 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     if target_platform() == "tpu":
         # XLA would not see that a part of the heads is on a device whole.
         on_mesh = jax.shard_map(rotate_by_heads, in_specs=(TOKENS, (_TABLE, _TABLE)), out_specs=TOKENS, check_vma=False)
-        return (on_mesh if jax.sharding.get_abstract_mesh().size > 1 else rotate_by_heads)(x, table)
+        return (on_mesh if is_cut() else rotate_by_heads)(x, table)
     x32 = x.astype(jnp.float32)
     turned = jnp.stack([-x32[..., 1::2], x32[..., 0::2]], axis=-1).reshape(x.shape)
     cos, sin = (jnp.asarray(part)[:, None, :] for part in table)
