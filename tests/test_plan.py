@@ -1,7 +1,6 @@
 """Planning a run: what is counted is checked against something else that counts, what is compiled against the plan."""
 
 import dataclasses
-import importlib.util
 import json
 from fractions import Fraction
 
@@ -29,8 +28,6 @@ from rehyat_jax.planning.estimate import Cost, bytes_asked_for, shares_of_blocks
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
 from rehyat_jax.training.config import default_config
-
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu")
 
 SMALL = WanConfig(num_heads=2, head_dim=64, ffn_dim=320, num_layers=2, text_dim=48, text_length=16)
 LATENTS = (7, 8, 12)
@@ -187,7 +184,6 @@ def test_of_a_choice_by_place_the_largest_branch_counts():
     assert [weighted(operation, shares).executions for operation, _ in operations] == [0, 0, 4]
 
 
-@needs_libtpu
 def test_collectives_of_a_compiled_program_are_what_its_shapes_say():
     mesh = Mesh(np.array(topology_devices("v5e:2x2")), ("x",))
 
@@ -245,7 +241,6 @@ def small_request(**changes) -> Request:
     return Request(config, wan, (4, 8, 16), "v5e:2x2")
 
 
-@needs_libtpu
 def test_a_small_run_is_planned_from_end_to_end():
     plan = make_plan(small_request())
     data = json.loads(json.dumps(plan.to_json()))
@@ -327,7 +322,6 @@ def test_mistakes_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@needs_libtpu
 @pytest.mark.parametrize(
     ("changes", "topology", "message"),
     [
@@ -350,7 +344,6 @@ def test_videos_are_measured_in_pixels():
     assert request.latents == (21, 6, 6)
 
 
-@needs_libtpu
 def test_a_hybrid_layer_moves_as_much_however_long_the_video_is():
     devices = topology_devices("v5e:2x2")
     form = dict(tokens_per_frame=128, chunk_frames=3, overlap_frames=1, causal=True, stabilizer="row_max")

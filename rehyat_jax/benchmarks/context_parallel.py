@@ -1,0 +1,73 @@
+"""What one hybrid layer cut along time sends: python -m rehyat_jax.benchmarks.context_parallel [--frames 21 81 321].
+
+Wan2.1 1.3B at 480p over the 8 devices of a TPU v5e:2x4, forward and backward, compiled without a TPU. Bytes are what
+one device sends, by kind (`planning.collectives`).
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rehyat_jax.attention import FeatureMap, FeatureMapConfig
+from rehyat_jax.attention.context_parallel import padded_frames
+from rehyat_jax.benchmarks.hlo_operations import executed_operations
+from rehyat_jax.benchmarks.tpu_compile import topology_devices
+from rehyat_jax.models.wan.config import WAN_PRESETS
+from rehyat_jax.parallel.attention import CONTEXT, hybrid_attention_on_mesh
+from rehyat_jax.parallel.mesh import make_mesh
+from rehyat_jax.planning.collectives import collective_bytes
+
+TOPOLOGY, DEVICES, TOKENS_PER_FRAME = "v5e:2x4", 8, 1560
+
+
+def sent(frames: int) -> dict[str, int]:
+    """Bytes that a device sends for the output and all gradients of one layer of `frames` latent frames, by kind."""
+    wan = WAN_PRESETS["t2v-1.3B"]
+    form = wan.hybrid
+    make = lambda: tuple(
+        FeatureMap(FeatureMapConfig(), heads=wan.num_heads, head_dim=wan.head_dim, rngs=nnx.Rngs(0)) for _ in range(2)
+    )
+    graphdef, weights = nnx.split(nnx.eval_shape(make))
+
+    def loss(query, key, value, weights):
+        map_query, map_key = nnx.merge(graphdef, weights)
+        y = hybrid_attention_on_mesh(
+            query,
+            key,
+            value,
+            map_query.inline(query),
+            map_key.inline(key),
+            num_frames=frames,
+            tokens_per_frame=TOKENS_PER_FRAME,
+            chunk_frames=form.chunk_frames,
+            overlap_frames=form.overlap_frames,
+            causal=form.causal,
+            stabilizer=form.stabilizer,
+        )
+        return y.astype(jnp.float32).sum()
+
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": DEVICES, "tensor": 1}, topology_devices(TOPOLOGY))
+    tokens = padded_frames(frames, form.chunk_frames, DEVICES) * TOKENS_PER_FRAME
+    sharding = NamedSharding(mesh, PartitionSpec(None, CONTEXT))
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((1, tokens, wan.num_heads, wan.head_dim), jnp.bfloat16, sharding=sharding)
+        gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+        hlo = gradients.lower(x, x, x, nnx.to_pure_dict(weights)).compile().as_text()
+    return collective_bytes(executed_operations(hlo, of_fusions=True), DEVICES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What one hybrid layer cut along time sends.")
+    parser.add_argument("--frames", nargs="+", type=int, default=[21, 81, 321], help="latent frames")
+    rows = {frames: sent(frames) for frames in parser.parse_args().frames}
+    kinds = [kind for kind in next(iter(rows.values())) if any(row[kind] for row in rows.values())]
+    print("\n".join([f"| latent frames | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]))
+    for frames, row in rows.items():
+        print(f"| {frames} | {' | '.join(f'{row[kind] / 1e6:.2f} MB' for kind in kinds)} |")
+
+
+if __name__ == "__main__":
+    main()
