@@ -24,7 +24,7 @@ from rehyat_jax.data.pipeline import batches
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import check_batch, make_mesh, part_of_process
-from rehyat_jax.parallel.sharding import global_batches, on_all_devices
+from rehyat_jax.parallel.sharding import abstract_arrays, global_batches, on_all_devices
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.checkpoints import RunCheckpoints
 from rehyat_jax.training.config import check_config, check_continuation, save_config
@@ -105,9 +105,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
             save_config(config, workdir)
         state = initial_state(params)
     else:
-        abstract = jax.eval_shape(initial_state, params)
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        state = checkpoints.restore(jax.tree.map(place, abstract, state_shardings), data)
+        abstract = abstract_arrays(jax.eval_shape(initial_state, params), state_shardings)
+        state = checkpoints.restore(abstract, data)
     first_step = int(state["step"])
     del params
     model = model._replace(params={})

@@ -110,6 +110,12 @@ def shardings(specs: Any) -> Any:
     )
 
 
+def abstract_arrays(shapes: Any, placed: Any) -> Any:
+    """Shapes with the shardings of a tree like them: arrays to restore into, or to compile for."""
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, placed)
+
+
 def global_batches(part: dict[str, np.ndarray], parts: int) -> dict[str, jax.Array]:
     """Batches on the mesh in use, of which each process has one of `parts` equal parts (`mesh.part_of_process`)."""
     sharding = shardings(BATCHES)

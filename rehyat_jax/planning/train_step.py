@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import BATCH, check_batch, check_heads, make_mesh
-from rehyat_jax.parallel.sharding import BATCHES, check_divisible, shardings
+from rehyat_jax.parallel.sharding import BATCHES, abstract_arrays, check_divisible, shardings
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.config import config_from_json
 from rehyat_jax.training.optimizer import make_optimizer
@@ -64,8 +64,7 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
     model_def, params, specs = abstract_model(wan, config)
     check_divisible(params, specs, mesh)
 
-    struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    params = jax.tree.map(struct, params, shardings(specs))
+    params = abstract_arrays(params, shardings(specs))
     array = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings(spec))
     text = (wan.text_length, wan.text_dim)
     context = {"null_text": array(text, PartitionSpec())}
@@ -78,7 +77,7 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
     step, initial_state, state_shardings = make_sharded_step(
         grad_fn, make_optimizer(config), params, specs, context, config
     )
-    state = jax.tree.map(struct, jax.eval_shape(initial_state, params), state_shardings)
+    state = abstract_arrays(jax.eval_shape(initial_state, params), state_shardings)
     shapes = {"latents": (*latents, wan.in_channels), "text": text}
     steps = (config.accumulation_steps, examples)
     batch = {name: array((*steps, *shape), BATCHES) for name, shape in shapes.items()}
@@ -103,8 +102,7 @@ def lowered_teacher(
     wan = WanConfig.from_dict(model).replace(hybrid_blocks=())
     with jax.set_mesh(make_mesh(config.mesh, devices)):
         model_def, params, specs = abstract_model(wan, config)
-        place = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
-        params = jax.tree.map(place, params, shardings(specs))
+        params = abstract_arrays(params, shardings(specs))
         examples = config.batch_size // config.accumulation_steps
         array = lambda *shape: jax.ShapeDtypeStruct(
             (examples, *shape), jnp.float32, sharding=shardings(PartitionSpec(BATCH))

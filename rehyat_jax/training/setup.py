@@ -15,7 +15,7 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
 from rehyat_jax.parallel.mesh import check_heads, part_of_process
-from rehyat_jax.parallel.sharding import check_divisible, global_batches, param_specs, shardings
+from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, global_batches, param_specs, shardings
 from rehyat_jax.training.keys import initialisation_key
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA
@@ -135,8 +135,7 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     placed, key = shardings(specs), initialisation_key(config.seed)
     fresh_feature_maps = bool(wan.hybrid_blocks) and not loaded.hybrid_blocks
     if not with_values:
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        params = jax.tree.map(place, abstract, placed)
+        params = abstract_arrays(abstract, placed)
         return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
     if checkpoint is None:
         create = lambda: nnx.to_pure_dict(nnx.state(build_model(wan, config, nnx.Rngs(params=key))))
