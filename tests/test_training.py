@@ -120,6 +120,20 @@ def test_offloaded_block_inputs_are_in_the_host_s_memory_alone():
     assert many.temp_size_in_bytes - few.temp_size_in_bytes < 6 * block_input / 4
 
 
+@pytest.mark.parametrize("hybrid_blocks, forward_kernels", [((0, 1), 2), ((), 1)])
+def test_attention_that_is_kept_is_not_computed_twice(hybrid_blocks, forward_kernels):
+    wan = WAN_PRESETS["tiny"].replace(num_layers=2, in_channels=4, out_channels=4, hybrid_blocks=hybrid_blocks)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(1, 16, 32, 32, 4), (1,), (1, 8, 64)]]
+
+    def kernels(remat):
+        graphdef, params = tiny_model(wan, remat=remat, dtype=jnp.bfloat16)
+        loss = lambda *arguments: jnp.square(apply_model(graphdef)(*arguments)).mean()
+        compiled = compiled_for_tpu("v5e:2x2", jax.grad(loss), params, *inputs)
+        return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+    assert kernels("block") - kernels("attention") == forward_kernels
+
+
 # ------------------------------------------------------------------------------------------------------------ distil
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
+
 DTYPES = ("bfloat16", "float32")
 HEAD_DIMS = (64, 128)
 
@@ -38,6 +40,7 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, inte
         block_sizes=_block_sizes(query_block, key_block, one_pass_backward=dq_copies_bytes <= _MOST_DQ_COPIES_BYTES),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION_RESIDUALS,
         interpret=interpret,
     )
     segments = None

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from rehyat_jax.attention.linear_products import read_sums_backward
 from rehyat_jax.attention.product import product
+from rehyat_jax.attention.residuals import kept
 from rehyat_jax.attention.state import LinearState
 
 
@@ -68,7 +69,7 @@ def _attend(kernels, stabilizer, query, key, value, num_keys, phi_query, state, 
 
 def _attend_forward(kernels, stabilizer, query, key, value, num_keys, phi_query, state, normalizer):
     inputs = (query, key, value, num_keys, phi_query)
-    results = kernels.forward(*inputs, LinearState(state, normalizer), stabilizer=stabilizer)
+    results = kept(kernels.forward(*inputs, LinearState(state, normalizer), stabilizer=stabilizer))
     return results[0], (*inputs, state, normalizer, *results)
 
 

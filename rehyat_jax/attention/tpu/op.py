@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.inline_features import InlineFeatures, as_inline
+from rehyat_jax.attention.residuals import kept
 from rehyat_jax.attention.state import HybridState, LinearState
 from rehyat_jax.attention.tpu.backward import readout_backward, window_backward
 from rehyat_jax.attention.tpu.blocks import HeadBlocks, unview
@@ -245,6 +246,7 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
         first_key_frame=operands.get("first_key_frame"),
     )
     output = HeadBlocks.of(output).view(output)
+    output, log_sum_exp, stabilizer, states = kept((output, log_sum_exp, stabilizer, states))
     past = overlap = None
     if call.return_state:
         past, overlap = states[call.num_chunks], jnp.zeros_like(states[0])

@@ -89,6 +89,7 @@ def step_flops(config: WanConfig, latents: tuple[int, int, int], *, stage: str, 
         gradients = 2 * count.feature_maps + count.linear * 3 // 2
         return StepFlops(teacher + hybrid * (count.hybrid + gradients), 0)
     blocks = config.num_layers * count.block + hybrid * count.hybrid + (config.num_layers - hybrid) * count.softmax
-    # "dots" keeps what the weights' products return; other policies keep a block's input alone, wherever they put it.
-    recomputed = {"none": 0, "dots": blocks - config.num_layers * count.block}.get(remat, blocks)
+    # "dots" keeps what the weights' products return, "attention" what attention does; others a block's input alone.
+    products = config.num_layers * count.block
+    recomputed = {"none": 0, "dots": blocks - products, "attention": products}.get(remat, blocks)
     return StepFlops(3 * (count.outside + blocks), recomputed)

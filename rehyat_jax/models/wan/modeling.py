@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rehyat_jax.attention import FeatureMap, InlineFeatures
 from rehyat_jax.attention.context_parallel import padded_frames
+from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.rope import rope_table, rotate
 from rehyat_jax.parallel.attention import (
@@ -36,6 +37,7 @@ _BLOCK_INPUT = "block_input"
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -44,8 +46,8 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-"""What a block keeps for the backward pass: everything; only its input; the outputs of its weight products too; or its
-input alone, in the host's memory."""
+"""What a block keeps for the backward pass: everything; only its input; what fused attention kernels keep of their
+results too; or the outputs of its weight products too; or its input alone, in the host's memory."""
 
 
 @dataclasses.dataclass(frozen=True)
