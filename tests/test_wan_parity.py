@@ -152,10 +152,13 @@ def test_presets_have_the_published_sizes(preset, parameters):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rotation_for_tpus_is_the_same_to_the_bit(dtype):
+def test_rotation_for_tpus_is_the_same_to_rounding(dtype):
     table = rope_table((3, 4, 5), 64)
     x, cotangent = (jax.random.normal(jax.random.key(n), (2, 60, 3, 64), dtype) for n in range(2))
     expected, pullback = jax.vjp(lambda x: rotate(x, table), x)
     found, tpu_pullback = jax.vjp(lambda x: rotate_by_heads(x, table), x)
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(tpu_pullback(cotangent)[0], pullback(cotangent)[0])
+    # One may contract a product and a sum where the other rounds both; the values are of order 1.
+    same = dict(rtol=jnp.finfo(dtype).eps, atol=4 * jnp.finfo(jnp.float32).eps)
+    as_f32 = lambda array: np.asarray(array, np.float32)
+    np.testing.assert_allclose(as_f32(found), as_f32(expected), **same)
+    np.testing.assert_allclose(as_f32(tpu_pullback(cotangent)[0]), as_f32(pullback(cotangent)[0]), **same)

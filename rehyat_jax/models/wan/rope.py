@@ -77,12 +77,16 @@ def rotate_by_heads(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Arr
     signs[even + 1, even], signs[even, even + 1] = -1, 1
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     cos, sin = table
-    flat, rotated = x.reshape(batch, tokens, heads * head_dim), []
-    for head in range(heads):
-        part = flat[..., head * head_dim : (head + 1) * head_dim]
+
+    def rotate_head(head: jax.Array, flat: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(flat, head * head_dim, head_dim, axis=-1)
         turned = jnp.dot(part, jnp.asarray(signs, x.dtype), precision=exact)
-        rotated.append((part.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype))
-    return jnp.concatenate(rotated, axis=-1).reshape(x.shape)
+        rotated = (part.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(flat, rotated, head * head_dim, axis=-1)
+
+    # A loop, not `heads` copies of its body: of 40 the compiler makes code for a minute, to save 8% of the cycles.
+    flat = x.reshape(batch, tokens, heads * head_dim)
+    return jax.lax.fori_loop(0, heads, rotate_head, flat).reshape(x.shape)
 
 
 def _rotate_by_heads_backward(table: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
