@@ -1,9 +1,9 @@
-"""Stage 2 on Wan2.1 T2V 14B (wan_14b_finetune.py) at 720x1280, 81 frames, every video cut in two along time.
+"""Stage 2 on Wan2.1 T2V 14B (wan_14b_finetune.py) at 720x1280, 81 frames, every video cut in four along time.
 
     python -m rehyat_jax.train --config configs/wan_14b_finetune_720p.py --workdir runs/wan_14b/finetune_720p \
         --config.data.path=FOLDER_OF_ENCODED_VIDEOS
 
-Hardware: meant for 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on two chips; not planned yet, which is
+Hardware: meant for 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 16 videos at a time; not planned yet, which is
 
     python -m rehyat_jax.plan --config configs/wan_14b_finetune_720p.py --topology v5p:4x4x4 --height 720 --width 1280
 """
@@ -15,5 +15,6 @@ def get_config():
     config = wan_14b_finetune.get_config()
     config.init_from = "runs/wan_14b/distill_720p/model"
     config.batch_size = 32
-    config.mesh.context = 2
+    config.accumulation_steps = 2
+    config.mesh.context = 4
     return config
