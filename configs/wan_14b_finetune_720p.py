@@ -3,7 +3,8 @@
     python -m rehyat_jax.train --config configs/wan_14b_finetune_720p.py --workdir runs/wan_14b/finetune_720p \
         --config.data.path=FOLDER_OF_ENCODED_VIDEOS
 
-Hardware: meant for 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 16 videos at a time; not planned yet, which is
+Hardware: meant for 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 16 videos at a time; not
+planned yet, which is
 
     python -m rehyat_jax.plan --config configs/wan_14b_finetune_720p.py --topology v5p:4x4x4 --height 720 --width 1280
 """

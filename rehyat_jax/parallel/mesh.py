@@ -13,7 +13,8 @@ from rehyat_jax.models.wan.config import WanConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
 """data: copies of the model, each with its part of the batch. fsdp: the same, but parameters and optimizer state are
-cut among them and gathered block by block. context: a video cut along time. tensor: heads and feed-forward columns."""
+cut among them and gathered block by block. context: a video cut along time, and parameters as along fsdp. tensor: heads
+and feed-forward columns."""
 
 BATCH = ("data", "fsdp")
 """What the batch is cut along."""

@@ -1,7 +1,8 @@
 """Where arrays are on the mesh: parameters say it themselves, where they are declared; activations where they are made.
 
 A parameter is declared with `axes`, the mesh axis that cuts each of its dimensions or None, as metadata. Dimensions in
-front that stacking adds are not cut.
+front that stacking adds are not cut. Of a parameter "fsdp" means "context" too: devices with parts of one video would
+hold the same.
 """
 
 import functools
@@ -17,7 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rehyat_jax.errors import InputError
 from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
 
-Axes = tuple[str | None, ...]
+Axes = tuple[str | tuple[str, ...] | None, ...]
+
+FSDP = ("fsdp", "context")
+"""What a parameter declared with "fsdp" is cut along."""
 
 RESIDUAL: Axes = (BATCH, "context", None)
 """Activations [batch, tokens, width] between blocks."""
@@ -37,10 +41,14 @@ def param_specs(abstract: nnx.State) -> dict[str, Any]:
     """The PartitionSpec of every parameter, a nested dict like `nnx.to_pure_dict(abstract)`."""
 
     def spec(variable: nnx.Variable) -> PartitionSpec:
-        axes = variable.get_metadata().get("axes", ())
+        axes = _axes(variable)
         return PartitionSpec(*(None,) * (len(variable.shape) - len(axes)), *axes) if axes else PartitionSpec()
 
     return nnx.to_pure_dict(jax.tree.map(spec, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+
+def _axes(variable: nnx.Variable) -> Axes:
+    return tuple(FSDP if axis == "fsdp" else axis for axis in variable.get_metadata().get("axes", ()))
 
 
 def gathered(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
@@ -48,12 +56,12 @@ def gathered(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
     Their gradients are summed whole and cut then.
     """
-    if axis_size("fsdp") == 1:
+    if math.prod(map(axis_size, FSDP)) == 1:
         return params
 
     def whole(variable: nnx.Variable) -> nnx.Variable:
-        axes = variable.get_metadata().get("axes", ())
-        if "fsdp" not in axes:
+        axes = _axes(variable)
+        if FSDP not in axes:
             return variable
         return variable.replace(_gather(variable[...].astype(dtype), axes))
 
@@ -73,7 +81,7 @@ def _scatter(axes: Axes, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
 
 
 def _without_fsdp(axes: Axes) -> Axes:
-    return tuple(None if axis == "fsdp" else axis for axis in axes)
+    return tuple(None if axis == FSDP else axis for axis in axes)
 
 
 _gather.defvjp(lambda x, axes: (_gather(x, axes), None), _scatter)
@@ -81,20 +89,22 @@ _gather.defvjp(lambda x, axes: (_gather(x, axes), None), _scatter)
 
 def check_divisible(params: Any, specs: Any, mesh: Mesh) -> None:
     """Raises InputError, naming a parameter and what would fit, if the mesh cannot cut all parameters evenly."""
-    cut: dict[str, dict[str, int]] = {}
+    cut: dict[tuple[str, ...], dict[str, int]] = {}
     leaves = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), leaves, strict=True):
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None:
-                cut.setdefault(axis, {})[jax.tree_util.keystr(path, simple=True, separator=".")] = size
-    for axis, sizes in cut.items():
+                axes = axis if isinstance(axis, tuple) else (axis,)
+                cut.setdefault(axes, {})[jax.tree_util.keystr(path, simple=True, separator=".")] = size
+    for axes, sizes in cut.items():
+        parts, shown = math.prod(mesh.shape[axis] for axis in axes), " x ".join(f"mesh.{axis}" for axis in axes)
         for name, size in sizes.items():
-            if size % mesh.shape[axis]:
+            if size % parts:
                 common = math.gcd(*sizes.values())
                 fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0 and n <= mesh.size)
                 raise InputError(
-                    f"mesh.{axis} is {mesh.shape[axis]}, which does not divide a dimension of {size} of the "
-                    f"parameter {name}; mesh.{axis} of {fits} would fit this model"
+                    f"{shown} is {parts}, which does not divide a dimension of {size} of the parameter {name}; "
+                    f"{shown} of {fits} would fit this model"
                 )
 
 

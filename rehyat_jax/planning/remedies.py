@@ -52,7 +52,8 @@ def remedies(plan: Plan) -> Iterator[Remedy]:
         changes |= {"remat": "block"}
         yield Remedy(dict(changes), topology, None)
 
-    rows = plan.mesh["data"] * plan.mesh["fsdp"]
+    # What a step is given is cut along all axes but "data" and, in part, "tensor".
+    rows, given_share = plan.mesh["data"] * plan.mesh["fsdp"], 1 / plan.mesh["data"]
     share, steps = 1.0, config.accumulation_steps
     while config.batch_size % (2 * steps * rows) == 0:
         share, steps = share / 2, 2 * steps
@@ -61,7 +62,7 @@ def remedies(plan: Plan) -> Iterator[Remedy]:
 
     if plan.mesh["data"] > 1:
         changes |= {"mesh.data": 1, "mesh.fsdp": rows}
-        yield Remedy(dict(changes), topology, estimate(share, 1 / plan.mesh["data"]))
+        yield Remedy(dict(changes), topology, estimate(share, given_share))
 
     if rows > 1 and rows % 2 == 0 and config.batch_size % (2 * steps) == 0:
         # Half of every video on a device, and half as many at a time in all.
@@ -71,7 +72,7 @@ def remedies(plan: Plan) -> Iterator[Remedy]:
             "mesh.fsdp": rows // 2,
             "accumulation_steps": 2 * steps,
         }
-        yield Remedy(cut, topology, estimate(share / 2, 2))
+        yield Remedy(cut, topology, estimate(share / 2, given_share))
 
     while topology := larger_topology(topology):
         times = device_count(topology) // plan.devices
@@ -80,7 +81,7 @@ def remedies(plan: Plan) -> Iterator[Remedy]:
             grown = changes | {"mesh.data": 1, "mesh.fsdp": fsdp}
         else:
             grown = changes | {"mesh.context": times * plan.mesh["context"], "mesh.data": 1, "mesh.fsdp": rows}
-        yield Remedy(grown, topology, estimate(share / times, 1 / times if grown["mesh.fsdp"] == fsdp else 1))
+        yield Remedy(grown, topology, estimate(share / times, given_share / times))
 
 
 def smallest_remedy(plan: Plan, compile_plan: Callable[[Request], Plan], *, compilations: int = 2) -> Remedy | None:
