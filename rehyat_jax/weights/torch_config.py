@@ -127,12 +127,13 @@ def _read_upstream(file: Path, inferred: dict[str, Inferred]) -> dict[str, Any]:
     """The fields of `WanConfig` (and "width") that config.json states."""
     content = read_json_object(file)
     classes = {upstream.fixed["_class_name"]: upstream for upstream in UPSTREAM.values()}
-    if content.get("_class_name") not in classes:
+    name = content.get("_class_name")
+    if not isinstance(name, str) or name not in classes:
         raise InputError(
-            f"{file}: _class_name should be one of {sorted(classes)}, found {content.get('_class_name')!r}; "
+            f"{file}: _class_name should be one of {sorted(classes)}, found {name!r}; "
             f"only Wan's text-to-video transformers can be converted"
         )
-    upstream, stated = classes[content["_class_name"]], {}
+    upstream, stated = classes[name], {}
     width = inferred["width"]
     for name, value in content.items():
         if name.startswith("_"):
