@@ -1,7 +1,7 @@
 """Prompts to videos: encode the text, integrate the guided flow from noise, decode the latents."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -87,16 +87,20 @@ def generate_latents(
     flow_shift: float,
     sampler: Sampler = "unipc",
     progress: bool = False,
+    on_step: Callable[[int, Coefficients, Array], None] | None = None,
 ) -> Array:
     """`generate` between embedded prompts [B, L, text_dim] and latents [B, T, H, W, C], for encoders used elsewhere.
 
-    A step is compiled once for each model architecture and shape, and reused by later calls.
+    A step is compiled once for each model architecture and shape, and reused by later calls. Before each of them,
+    `on_step` is told its number, its sigma and timestep, and the latents [B, T, H, W, C] that the model will see.
     """
     graphdef, params = nnx.split(model)
     table = coefficient_table(wan_grid(steps, flow_shift), sampler, noise.dtype)
     state = initial_state(noise)
     for index in tqdm(range(steps), desc="sampling", unit="step", disable=not progress):
         step = Coefficients(*(column[index] for column in table))
+        if on_step is not None:
+            on_step(index, step, state.latents)
         if guidance_scale == 1:
             state = _conditional_step(graphdef, params, state, step, text)
         else:
@@ -106,14 +110,20 @@ def generate_latents(
     return state.latents
 
 
-def initial_noise(seed: int, count: int, latent_shape: Sequence[int]) -> Array:
-    """Standard normal float32 [count, T, H, W, C]; video i's noise depends on the seed, i and the shape only."""
+def initial_noise(seed: int, videos: int | Sequence[int], latent_shape: Sequence[int]) -> Array:
+    """Standard normal float32 [B, T, H, W, C]; video i's noise depends on the seed, i and the shape only.
+
+    Args:
+      seed: from 0 to 2**32 - 1.
+      videos: the numbers i of B videos, or how many there are from 0 on.
+      latent_shape: (T, H, W, C).
+    """
 
     def draw(index: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed), index)
         return jax.random.normal(key, tuple(latent_shape), jnp.float32)
 
-    return jax.vmap(draw)(jnp.arange(count))
+    return jax.vmap(draw)(jnp.arange(videos) if isinstance(videos, int) else jnp.array(videos))
 
 
 def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
