@@ -6,7 +6,7 @@ import pytest
 
 from rehyat_jax.data.digits import CAPTIONS, DigitVideos, caption
 from rehyat_jax.demo.judge import NO_DIGIT, Judge
-from rehyat_jax.demo.pictures import save_frames
+from rehyat_jax.pictures import save_frames
 
 
 @pytest.fixture(scope="module")
