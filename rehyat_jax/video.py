@@ -1,5 +1,7 @@
-"""Writing videos to MP4 files and reading them back, with the ffmpeg program that imageio-ffmpeg brings."""
+"""Writing videos to MP4 files and reading video files, with the ffmpeg program that imageio-ffmpeg brings."""
 
+import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -7,6 +9,18 @@ import imageio_ffmpeg
 import numpy as np
 
 from rehyat_jax.files import written_whole
+
+SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+"""Names of the files that `frame_size` and `read_clip` can read."""
+
+_DEMUXERS = "mov,matroska,webm,avi"
+"""Theirs; ffmpeg goes by content, and some other formats name further files to open."""
+
+_SECONDS = 600
+"""Until a video counts as unreadable."""
+
+_MAX_PIXELS = 2**26
+"""Of a frame; 8K has half as many."""
 
 
 def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> None:
@@ -49,6 +63,63 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
     width, height = metadata["size"]
     frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
     return np.stack(frames), metadata["fps"]
+
+
+def frame_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of a video as it is shown. Raises OSError if its first frame cannot be read."""
+    picture = _ffmpeg_reads(path, ["-frames:v", "1", "-c:v", "ppm", "-f", "image2pipe", "-"])
+    # A PPM begins with "P6", the width, the height and the largest value, each before white space.
+    kind, width, height = picture[:50].split(maxsplit=3)[:3] if picture else (b"", b"", b"")
+    if kind != b"P6":
+        raise OSError(f"{path}: ffmpeg found no frame in it")
+    return int(height), int(width)
+
+
+def read_clip(path: str | Path, *, fps: int, frames: int, height: int, width: int) -> np.ndarray:
+    """The start of a video at another frame rate and size.
+
+    It is scaled to cover the size, by areas of pixels where it shrinks, and what is too much is cut off on both sides
+    alike. Frames are repeated or left out to make the rate.
+
+    Args:
+      path: the file.
+      fps: frames per second of the result.
+      frames: how many of them at most.
+      height, width: of the result, in pixels.
+
+    Returns:
+      [frames or fewer, height, width, 3] uint8; fewer where the video ends before.
+
+    Raises:
+      OSError: a frame cannot be read; the message is ffmpeg's.
+    """
+    scale = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area+accurate_rnd+bitexact"
+    crop = f"crop={width}:{height}"
+    options = ["-vf", f"fps={fps},{scale},{crop}", "-frames:v", str(frames), "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    pixels = np.frombuffer(_ffmpeg_reads(path, options), np.uint8)
+    frame = math.prod((height, width, 3))
+    return pixels[: len(pixels) // frame * frame].reshape(-1, height, width, 3)
+
+
+def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
+    """What ffmpeg writes of a file's first video stream. The file may be anybody's: nothing else is opened."""
+    safely = ["-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS, "-max_pixels", str(_MAX_PIXELS)]
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-nostdin", "-xerror", *safely]
+    try:
+        run = subprocess.run(
+            [*ffmpeg, "-i", f"file:{path}", "-map", "0:v:0", *options], capture_output=True, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{path}: ffmpeg did not come to an end within {_SECONDS} s") from error
+    if run.returncode:
+        raise OSError(f"{path}: ffmpeg could not read the video: {_reason(run.stderr)}")
+    return run.stdout
+
+
+def _reason(message: bytes) -> str:
+    """The first of ffmpeg's messages, without addresses of its memory, which differ from run to run."""
+    lines = message.decode(errors="replace").strip().splitlines() or ["no reason given"]
+    return re.sub(r" @ 0x[0-9a-f]+", "", lines[0])
 
 
 def _as_bytes(video: np.ndarray) -> np.ndarray:
