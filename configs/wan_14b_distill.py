@@ -1,7 +1,7 @@
 """Stage 1 on Wan2.1 T2V 14B: as for 1.3B (wan_1_3b_distill.py), 480x832, 81 frames.
 
     python -m rehyat_jax.train --config configs/wan_14b_distill.py --workdir runs/wan_14b/distill \
-        --config.data.path=FOLDER_OF_ENCODED_VIDEOS
+        --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
 Hardware: meant for 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video a chip; not planned yet, which is
 

@@ -1,7 +1,7 @@
 """Stage 2 on Wan2.1 T2V 14B (wan_14b_finetune.py) at 720x1280, 81 frames, every video cut in four along time.
 
     python -m rehyat_jax.train --config configs/wan_14b_finetune_720p.py --workdir runs/wan_14b/finetune_720p \
-        --config.data.path=FOLDER_OF_ENCODED_VIDEOS
+        --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
 Hardware: meant for 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 16 videos at a time; not
 planned yet, which is

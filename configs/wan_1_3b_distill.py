@@ -2,7 +2,7 @@
 
     python -m rehyat_jax.convert from-torch Wan2.1-T2V-1.3B runs/wan_1_3b/teacher
     python -m rehyat_jax.train --config configs/wan_1_3b_distill.py --workdir runs/wan_1_3b/distill \
-        --config.data.path=FOLDER_OF_ENCODED_VIDEOS
+        --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
 Every block's maps are trained on their own, so one run serves any choice of blocks: stage 2 picks its own.
 
@@ -22,7 +22,7 @@ def get_config():
     config.preset = "t2v-1.3B"
     config.init_from = "runs/wan_1_3b/teacher"
     config.hybrid.blocks = "all"
-    config.data.source = "latent_files"
+    config.data.source = "prepared"
     config.data.workers = 2
     config.steps = 2000
     config.batch_size = 16

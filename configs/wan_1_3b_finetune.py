@@ -1,7 +1,7 @@
 """Stage 2 on Wan2.1 T2V 1.3B: the whole transformer by flow matching, 15 of its 30 blocks hybrid, 480x832, 81 frames.
 
     python -m rehyat_jax.train --config configs/wan_1_3b_finetune.py --workdir runs/wan_1_3b/finetune \
-        --config.data.path=FOLDER_OF_ENCODED_VIDEOS
+        --config.data.path=FOLDER_OF_PREPARED_VIDEOS
     python -m rehyat_jax.convert to-torch runs/wan_1_3b/finetune/model student --layout diffusers
 
 Which 15 blocks: every other one, as long as no better choice is made; `relative_error` in stage 1's metrics ranks them.
@@ -24,7 +24,7 @@ def get_config():
     config.preset = "t2v-1.3B"
     config.init_from = "runs/wan_1_3b/distill/model"
     config.hybrid.blocks = tuple(range(1, 30, 2))
-    config.data.source = "latent_files"
+    config.data.source = "prepared"
     config.data.workers = 2
     config.steps = 1000
     config.batch_size = 16

@@ -1,7 +1,7 @@
 """Stage 2 on Wan2.1 T2V 1.3B (wan_1_3b_finetune.py) for long videos: 641 frames at 480x832, all blocks hybrid.
 
     python -m rehyat_jax.train --config configs/wan_1_3b_long.py --workdir runs/wan_1_3b/long \
-        --config.data.path=FOLDER_OF_ENCODED_VIDEOS
+        --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
 641 frames are 161 latent frames, 251,160 tokens, cut along time over 4 devices.
 

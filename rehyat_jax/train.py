@@ -20,16 +20,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from rehyat_jax.cli import parsed_config, report_input_errors
-from rehyat_jax.data.pipeline import batches
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.models.wan.modeling import apply_model
-from rehyat_jax.parallel.mesh import check_batch, make_mesh, part_of_process
-from rehyat_jax.parallel.sharding import abstract_arrays, global_batches, on_all_devices
+from rehyat_jax.parallel.mesh import check_batch, make_mesh
+from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.checkpoints import RunCheckpoints
 from rehyat_jax.training.config import check_config, check_continuation, save_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, make_source
 from rehyat_jax.training.sharded_step import make_sharded_step
 from rehyat_jax.weights.model_checkpoint import check_replaceable, save_model
@@ -62,17 +62,13 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
 
     # ---------------------------------------------------------------------------------------------------------- data
     source = make_source(config)
-    examples = config.batch_size // config.accumulation_steps
-    check_batch(mesh, examples)
-    part, parts = part_of_process(mesh)
-    data = batches(
+    check_batch(mesh, config.batch_size // config.accumulation_steps)
+    data = RunData(
         source,
-        batch_size=examples,
+        config,
         seed=config.seed,
         accumulation_steps=config.accumulation_steps,
         workers=config.data.workers,
-        part=part,
-        parts=parts,
     )
 
     # --------------------------------------------------------------------------------------------------------- model
@@ -84,7 +80,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
             print(f"continuing {workdir} after step {checkpoints.latest_step}", flush=True)
     # Of a run that goes on, only what it does not train itself is read.
     model = initial_model(config, with_values=is_new or config.stage == "distill")
-    check_data(source, model)
+    check_data(source, model, config)
     params, specs, context = model.params, model.specs, {"null_text": on_all_devices(source.null_text)}
     if model.fresh_feature_maps and is_new:
         batch = calibration_batch(source, config)
@@ -117,10 +113,10 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     )
     try:
         for number in range(first_step + 1, config.steps + 1):
-            state, metrics = step(state, context, global_batches(next(data), parts))
+            state, metrics = step(state, context, data.on_mesh(next(data)))
             writer.advance(metrics)
             if number % config.log_every == 0 or number in (1, config.steps):
-                writer.write(number, learning_rate=schedule(number - 1))
+                writer.write(number, learning_rate=schedule(number - 1), **data.metrics())
             if number % config.checkpoint_every == 0 or number == config.steps:
                 checkpoints.save(number, state, data)
     finally:

@@ -1,19 +1,15 @@
-"""Codecs, text encoders, the moving digits, encoded examples on disk, the batch pipeline, and video files."""
+"""Codecs, text encoders, the moving digits, the batch pipeline, and video files."""
 
+import json
 import sys
 
-import grain
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import scipy.ndimage
-from safetensors.numpy import save_file
 
 from rehyat_jax.codecs import SpaceToDepth, get_codec
 from rehyat_jax.data.digits import CAPTIONS, NUM_FRAMES, DigitVideos, load_scans, render
-from rehyat_jax.data.latent_files import LatentFiles
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.errors import InputError
 from rehyat_jax.files import written_whole
@@ -197,81 +193,18 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
         load_scans("train")
 
 
-# --------------------------------------------------------------------------------------------------------- latent files
-
-
-def write_examples(folder, count=3):
-    for index in range(count):
-        latents = np.full((2, 3, 4, 5), index, ml_dtypes.bfloat16)
-        save_file({"latents": latents, "text": np.full((7, 6), -index, np.float16)}, folder / f"{index:03}.safetensors")
-    save_file({"text": np.full((7, 6), 0.5, np.float32)}, folder / "null_text.safetensors")
-
-
-def test_latent_files_are_read_in_order_as_float32(tmp_path):
-    write_examples(tmp_path)
-    source = LatentFiles(tmp_path)
-    assert len(source) == 3
-    for index in range(3):
-        np.testing.assert_array_equal(source[index]["latents"], np.full((2, 3, 4, 5), index, np.float32))
-        np.testing.assert_array_equal(source[index]["text"], np.full((7, 6), -index, np.float32))
-        assert source[index]["latents"].dtype == source[index]["text"].dtype == np.float32
-    np.testing.assert_array_equal(source.null_text, np.full((7, 6), 0.5, np.float32))
-
-
-def latents(*shape):
-    return np.zeros(shape, np.float32)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"latents": latents(2, 3, 4, 5)}, r"found \['latents'\]; \['text'\] must be added"),
-        ({"latents": latents(1, 2, 3, 4, 5), "text": latents(7, 6)}, "tensor latents: expected 4 axes"),
-        ({"latents": latents(2, 3, 4, 5), "text": latents(6)}, "tensor text: expected 2 axes"),
-        ({"latents": latents(2, 3, 4, 6), "text": latents(7, 6)}, r"expected shape \(2, 3, 4, 5\) as in 000"),
-        ({"latents": latents(2, 3, 4, 5), "text": latents(8, 6)}, r"expected shape \(7, 6\) as in null_text"),
-        ({"latents": latents(2, 3, 4, 5) + np.nan, "text": latents(7, 6)}, "tensor latents: expected finite"),
-    ],
-)
-def test_a_wrong_latent_file_is_named(tmp_path, tensors, message):
-    write_examples(tmp_path)
-    save_file(tensors, tmp_path / "001.safetensors")
-    with pytest.raises(InputError, match=rf"001\.safetensors: .*{message}"):
-        LatentFiles(tmp_path)[1]
-
-
-def test_a_truncated_latent_file_is_named(tmp_path):
-    write_examples(tmp_path)
-    whole = (tmp_path / "002.safetensors").read_bytes()
-    (tmp_path / "002.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(InputError, match=r"002\.safetensors: expected a complete safetensors file"):
-        LatentFiles(tmp_path)[2]
-
-
-def test_a_wrong_folder_is_refused_before_training_starts(tmp_path):
-    with pytest.raises(InputError, match="expected a folder"):
-        LatentFiles(tmp_path / "missing")
-    with pytest.raises(InputError, match="at least one example"):
-        LatentFiles(tmp_path)
-    write_examples(tmp_path)
-    (tmp_path / "null_text.safetensors").unlink()
-    with pytest.raises(InputError, match=r"null_text\.safetensors: expected a file"):
-        LatentFiles(tmp_path)
-    save_file({"text": latents(5, 6)}, tmp_path / "null_text.safetensors")
-    with pytest.raises(InputError, match=r"000\.safetensors: tensor text: expected shape \(5, 6\)"):
-        LatentFiles(tmp_path)
-
-
 # ------------------------------------------------------------------------------------------------------------- pipeline
 
 
 class Numbers:
     """Example i holds the number i, so that a batch tells which examples are in it."""
 
+    kind, codec, text_encoder = "examples", "space_to_depth", "word_vectors"
     null_text = np.zeros((1, 1), np.float32)
+    latents_shape = (1, 1, 1, 1)
 
     def __init__(self, length):
-        self.length = length
+        self.length, self.buckets = length, [self]
 
     def __len__(self):
         return self.length
@@ -317,34 +250,20 @@ def test_batches_that_are_accumulated_come_together():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_restored_iterator_continues_with_the_same_batches(tmp_path, workers):
-    def make():
-        return batches(Numbers(50), batch_size=4, seed=1, workers=workers)
-
+def test_a_restored_iterator_continues_with_the_same_batches(workers):
     uninterrupted = take(batches(Numbers(50), batch_size=4, seed=1), 20)
-
-    iterator = make()
+    iterator = batches(Numbers(50), batch_size=4, seed=1, workers=workers)
     np.testing.assert_array_equal(take(iterator, 7), uninterrupted[:7])
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-        # Going on after the save must not move the saved position.
-        np.testing.assert_array_equal(take(iterator, 3), uninterrupted[7:10])
-        manager.wait_until_finished()
+    state = json.loads(json.dumps(iterator.get_state()))
+    # Going on after the save must not move the saved position.
+    np.testing.assert_array_equal(take(iterator, 3), uninterrupted[7:10])
 
-        restored = make()
-        manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+    iterator.close()
+    # Any number of workers goes on from there.
+    restored = batches(Numbers(50), batch_size=4, seed=1)
+    restored.set_state(state)
     np.testing.assert_array_equal(take(restored, 13), uninterrupted[7:])
-    iterator.close()
     restored.close()
-
-
-def test_a_wrong_file_is_still_named_by_a_worker(tmp_path):
-    write_examples(tmp_path)
-    save_file({"latents": latents(2, 3, 4, 6), "text": latents(7, 6)}, tmp_path / "001.safetensors")
-    iterator = batches(LatentFiles(tmp_path), batch_size=3, seed=0, workers=1)
-    with pytest.raises(InputError, match=r"001\.safetensors: tensor latents"):
-        next(iterator)
-    iterator.close()
 
 
 def test_batches_may_hold_a_single_example():

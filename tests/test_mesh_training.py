@@ -15,6 +15,7 @@ import tpu_topologies  # noqa: F401, what libtpu must know before it is loaded
 from attention_oracles import error_ratio
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec
+from prepared_data import example, flip_a_bit, write_data_set
 from tiny_runs import digits_config, interrupt_at, pretrained, tiny_config, tiny_model
 
 from rehyat_jax.errors import InputError
@@ -52,12 +53,13 @@ def run(config, workdir, sizes):
     return train(on(config, sizes), workdir, jax.devices()[:count])
 
 
-def losses(workdir):
-    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
+def logged(workdir, name):
+    return [json.loads(line).get(name) for line in (workdir / "metrics.jsonl").open()]
 
 
 def assert_same_run(found, expected):
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=LOSS)
+    np.testing.assert_allclose(logged(found, "loss"), logged(expected, "loss"), rtol=LOSS)
+    assert logged(found, "skipped_records") == logged(expected, "skipped_records")
     ratios = jax.tree.map(error_ratio, *(load_params(path / "model")[1] for path in (found, expected)))
     assert max(jax.tree.leaves(ratios)) < PARAMS, ratios
 
@@ -67,6 +69,16 @@ def two_heads(tmp_path):
     config = WAN_PRESETS["tiny"].replace(num_layers=2, ffn_dim=64, num_heads=2, head_dim=16)
     save_model(tmp_path / "two", config, tiny_model(config)[1], codec="space_to_depth", text_encoder="word_vectors")
     return str(tmp_path / "two")
+
+
+def data_with_a_corrupt_record(folder):
+    """12 prepared examples, of which one cannot be read."""
+    examples = [example(number, (8, 6, 6, 16)) for number in range(12)]
+    for number, one in enumerate(examples):
+        one["latents"] = np.random.default_rng(number).standard_normal((8, 6, 6, 16), np.float32)
+    write_data_set(folder, examples, codec="space_to_depth")
+    flip_a_bit(folder / "000001-8x6x6x16.array_record", "5.mp4")
+    return {"data.source": "prepared", "data.path": str(folder), "data.corrupt": "skip", "data.workers": 1}
 
 
 CASES = {
@@ -81,11 +93,14 @@ def single(tmp_path_factory):
     runs = {}
     for stage, changes in CASES.items():
         folder = tmp_path_factory.mktemp(stage)
+        if stage == "distill":
+            changes = changes | data_with_a_corrupt_record(folder / "data")
         config = digits_config(folder, stage, init_from=two_heads(folder), batch_size=8, **changes)
         config.hybrid.blocks, config.hybrid.chunk_frames, config.hybrid.feature_map.features = (1,), 2, 16
         config.optimizer.learning_rate = 1e-3
         run(config, folder / "run", (1, 1, 1, 1))
         runs[stage] = config, folder / "run"
+    assert logged(runs["distill"][1], "skipped_records")[-1] == 4  # of 48 draws of 12 examples
     return runs
 
 

@@ -498,7 +498,7 @@ def test_pretraining_from_scratch_lowers_the_loss(tmp_path):
         (["--config.attention_implementation=flash"], ["attention_implementation", "flash", "scan"]),
         (["--config.seed=-1"], ["seed", "-1"]),
         (["--config.ema_decay=1.0"], ["ema_decay"]),
-        (["--config.data.source=latent_files"], ["data.path"]),
+        (["--config.data.source=prepared"], ["data.path"]),
         (["stray"], ["stray"]),
     ],
 )

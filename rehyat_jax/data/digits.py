@@ -108,8 +108,8 @@ class Draw(NamedTuple):
 class DigitVideos:
     """Grain random-access source of moving digits; index i is always the same draw for the same seed.
 
-    An example is {"latents": [21, 6, 6, 16] float32, "text": [8, 64] float32}, from codec "space_to_depth" and text
-    encoder "word_vectors".
+    It is a `rehyat_jax.data.pipeline.Source` whose one bucket is itself. An example is {"latents": [21, 6, 6, 16]
+    float32, "text": [8, 64] float32}, from codec "space_to_depth" and text encoder "word_vectors".
 
     Args:
       split: "train" draws from the scans the transformer trains on, "judge" from those it never sees.
@@ -119,12 +119,19 @@ class DigitVideos:
       null_text: [8, 64] float32, the embedding of no caption.
     """
 
+    kind, codec, text_encoder = "examples", "space_to_depth", "word_vectors"
+
     def __init__(self, split: Literal["train", "judge"] = "train", seed: int = 0):
         self._scans = load_scans(split)
         self._seed = seed
         self._codec = SpaceToDepth()
         self._text = dict(zip(CAPTIONS, WordVectors()(list(CAPTIONS)), strict=True))
         self.null_text = WordVectors()([""])[0]
+        self.latents_shape = self._codec.latent_shape(NUM_FRAMES, FRAME_SIZE, FRAME_SIZE)
+
+    @property
+    def buckets(self) -> list["DigitVideos"]:
+        return [self]
 
     def __len__(self) -> int:
         return 2**20

@@ -18,7 +18,8 @@ from rehyat_jax.parallel.mesh import AXES
 CHOICES = {
     "stage": ("pretrain", "distill", "finetune"),
     "preset": tuple(WAN_PRESETS),
-    "data.source": ("digits", "latent_files"),
+    "data.source": ("digits", "prepared"),
+    "data.corrupt": ("error", "skip"),
     "dtype": ("float32", "bfloat16"),
     "remat": tuple(REMAT_POLICIES),
     "optimizer.name": ("adamw", "muon"),
@@ -50,10 +51,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.hybrid.blocks = ml_collections.config_dict.placeholder(object)
 
     config.data = ml_collections.ConfigDict()
-    # "digits", or "latent_files" for a folder of encoded examples at `path`.
+    # "digits", or "prepared" for a folder at `path` that `rehyat_jax.prepare` wrote.
     config.data.source = "digits"
     config.data.path = ""
     config.data.workers = 0
+    # A record that cannot be read: "error" stops the run, "skip" takes the next one in its place.
+    config.data.corrupt = "error"
+    # Batches of each of the folder's shapes, relative to the others, in the order of dataset.json; () is by examples.
+    config.data.weights = ()
 
     config.steps = 1000
     # Examples per update; split into `accumulation_steps` equal parts that are run one after another.
@@ -150,6 +155,7 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "data.workers",
+    "data.corrupt",
     "attention_implementation",
     *(f"mesh.{axis}" for axis in AXES),
 )

@@ -1,4 +1,4 @@
-"""What all stages feed the model: clean latents and captions made into (noisy latents, timestep, text, target)."""
+"""What all stages feed the model: latents and captions made into (noisy latents, timestep, text, target)."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from rehyat_jax.diffusion import flow
 
 
 class NoisyBatch(NamedTuple):
-    """Model inputs [B, ...] and the velocity to predict."""
+    """Model inputs [B, ...] and the velocity to predict, where the clean latents are known."""
 
     latents: jax.Array
     timestep: jax.Array
     text: jax.Array
-    velocity: jax.Array
+    velocity: jax.Array | None
 
 
 def noise_batch(
@@ -24,21 +24,25 @@ def noise_batch(
     """Draws noise, timesteps and dropped captions.
 
     Args:
-      batch: "latents" [B, T, H, W, C] and "text" [B, L, text_dim].
+      batch: "latents" [B, T, H, W, C] and "text" [B, L, text_dim]; latents of a teacher's trajectory are noisy already,
+        and "timestep" [B] says how noisy.
       null_text: [L, text_dim], the embedding of no caption; replaces a share `config.caption_dropout` of captions.
       key: random key.
       config: flow_shift, timestep_sampling and caption_dropout are read.
     """
     noise_key, sigma_key, drop_key = jax.random.split(key, 3)
     latents, text = batch["latents"], batch["text"]
+    dropped = jax.random.bernoulli(drop_key, config.caption_dropout, (text.shape[0], 1, 1))
+    text = jnp.where(dropped, null_text, text)
+    if "timestep" in batch:
+        return NoisyBatch(latents=latents, timestep=batch["timestep"], text=text, velocity=None)
     noise = jax.random.normal(noise_key, latents.shape)
     sigma = flow.sample_sigmas(
         sigma_key, latents.shape[0], distribution=config.timestep_sampling, shift=config.flow_shift
     )
-    dropped = jax.random.bernoulli(drop_key, config.caption_dropout, (text.shape[0], 1, 1))
     return NoisyBatch(
         latents=flow.add_noise(latents, noise, sigma),
         timestep=flow.sigma_to_timestep(sigma),
-        text=jnp.where(dropped, null_text, text),
+        text=text,
         velocity=flow.velocity_target(latents, noise),
     )

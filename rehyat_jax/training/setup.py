@@ -9,14 +9,15 @@ from flax import nnx
 
 from rehyat_jax.attention import FeatureMapConfig
 from rehyat_jax.data.digits import DigitVideos
-from rehyat_jax.data.latent_files import LatentFiles
-from rehyat_jax.data.pipeline import Source, batches
+from rehyat_jax.data.pipeline import Source
+from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
-from rehyat_jax.parallel.mesh import check_heads, part_of_process
-from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, global_batches, param_specs, shardings
+from rehyat_jax.parallel.mesh import check_heads
+from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, param_specs, shardings
 from rehyat_jax.training.keys import initialisation_key
+from rehyat_jax.training.run_data import RunData
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA
 
@@ -44,11 +45,11 @@ class InitialModel(NamedTuple):
 
 def make_source(config: ml_collections.ConfigDict) -> Source:
     """The configured training examples. Raises InputError if they cannot be read."""
-    if config.data.source == "latent_files" and not config.data.path:
-        raise InputError('config.data.path is empty; source "latent_files" reads a folder of encoded videos: give it')
     if config.data.source == "digits":
         return DigitVideos(split="train", seed=config.seed)
-    return LatentFiles(config.data.path)
+    if not config.data.path:
+        raise InputError('config.data.path is empty; source "prepared" reads a folder of prepared examples: give it')
+    return PreparedExamples(config.data.path)
 
 
 def hybrid_config(config: ml_collections.ConfigDict) -> HybridConfig:
@@ -120,14 +121,14 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     Raises:
       InputError: the checkpoint cannot be read, or does not fit the configuration.
     """
-    codec, text_encoder, checkpoint = "wan_vae", "umt5", None
+    checkpoint = None
     if config.stage != "pretrain":
         checkpoint = open_checkpoint(config.init_from)
         loaded, codec, text_encoder = checkpoint.config, *(checkpoint.metadata[name] for name in METADATA)
     else:
         loaded = WAN_PRESETS[config.preset]
-        if config.data.source == "digits":
-            codec, text_encoder = "space_to_depth", "word_vectors"
+        source = make_source(config)
+        codec, text_encoder = source.codec, source.text_encoder
     wan = student_config(loaded, config)
     check_heads(jax.sharding.get_mesh(), wan)
     model_def, abstract, specs = abstract_model(wan, config)
@@ -155,29 +156,47 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
 
 
-def check_data(source: Source, model: InitialModel) -> None:
-    """Raises InputError, naming the axis, if the model cannot take the source's examples."""
-    example, config = source[0], model.config
-    found = {"latent channels": example["latents"].shape[-1], "text width": example["text"].shape[-1]}
-    expected = {"latent channels": config.in_channels, "text width": config.text_dim}
-    for axis in expected:
-        if found[axis] != expected[axis]:
-            raise InputError(
-                f"the training examples have {axis} {found[axis]}, but the model expects {expected[axis]}; encode them "
-                f"with the model's codec {model.codec!r} and text encoder {model.text_encoder!r}"
-            )
-    if example["text"].shape[0] > config.text_length:
+def check_data(source: Source, model: InitialModel, config: ml_collections.ConfigDict) -> None:
+    """Raises InputError, naming the axis or field, if the model or the stage cannot take the source's examples."""
+    text_tokens, text_width = source.null_text.shape
+    expected = {"latent channels": model.config.in_channels, "text width": model.config.text_dim}
+    for bucket in source.buckets:
+        found = {"latent channels": bucket.latents_shape[-1], "text width": text_width}
+        for axis in expected:
+            if found[axis] != expected[axis]:
+                raise InputError(
+                    f"the training examples have {axis} {found[axis]}, but the model expects {expected[axis]}; encode "
+                    f"them with the model's codec {model.codec!r} and text encoder {model.text_encoder!r}"
+                )
+        for axis, size, patch in zip(
+            ("frames", "rows", "columns"), bucket.latents_shape, model.config.patch_size, strict=False
+        ):
+            if size % patch:
+                raise InputError(
+                    f"the training examples have {size} latent {axis}, but the model's patches have {patch}; "
+                    f"prepare them with another --size"
+                )
+    if text_tokens > model.config.text_length:
         raise InputError(
-            f"the training examples have {example['text'].shape[0]} text tokens, but the model takes at most "
-            f"{config.text_length}; cut them"
+            f"the training examples have {text_tokens} text tokens, but the model takes at most "
+            f"{model.config.text_length}; cut them"
+        )
+    for name in METADATA:
+        if getattr(source, name) != getattr(model, name):
+            raise InputError(
+                f"the training examples are of {name} {getattr(source, name)!r}, but the model is of "
+                f"{getattr(model, name)!r}; prepare them with the model's"
+            )
+    if source.kind == "trajectories" and config.stage != "distill":
+        raise InputError(
+            f'config.data.path: {config.data.path} holds trajectories of a teacher, which only stage "distill" can '
+            f"learn from, but config.stage is {config.stage!r}; prepare videos for it"
         )
 
 
 def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, jax.Array]:
     """As many examples as go through the model at once, drawn apart from the run's own batches; [1, B, ...]."""
-    part, parts = part_of_process(jax.sharding.get_mesh())
-    size = config.batch_size // config.accumulation_steps
-    data = batches(source, batch_size=size, seed=config.seed + 1, accumulation_steps=1, part=part, parts=parts)
-    batch = global_batches(next(data), parts)
+    data = RunData(source, config, seed=config.seed + 1, accumulation_steps=1)
+    batch = data.on_mesh(next(data))
     data.close()
     return batch
