@@ -1,0 +1,115 @@
+"""A teacher's way from noise to videos, kept at a few steps: what stage 1 can learn from without any video."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rehyat_jax.data.records import CorruptRecord
+from rehyat_jax.diffusion.generate import generate_latents, initial_noise
+from rehyat_jax.diffusion.samplers import Coefficients
+from rehyat_jax.errors import InputError
+from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
+from rehyat_jax.sampling_options import open_model, solver_options
+
+
+def prepare_trajectories(
+    checkpoint: Path,
+    destination: Path,
+    arguments: argparse.Namespace,
+    *,
+    prompts: Path,
+    noises: int,
+    keep: int,
+    dtype: str,
+    unit: int,
+    hosts: Hosts,
+) -> str:
+    """Fills `destination` with latents that the model of a checkpoint meets while it samples; see `prepare`.
+
+    Trajectory i starts from noise i, which depends on the seed and i alone, and belongs to one of the prompts in turn.
+    Of its steps, one in each of `keep` equal parts is kept, all at one place in their parts, which is drawn for every
+    trajectory. An example is what the model sees there: noisy latents, the timestep and the prompt's embedding.
+
+    Args:
+      checkpoint: the teacher, a model checkpoint or a PyTorch folder.
+      arguments: see `rehyat_jax.sampling_options.add_sampling_options`; `batch` trajectories are sampled at once.
+      prompts: a file with one prompt a line.
+      noises: trajectories of each prompt.
+      keep: examples of each trajectory.
+      dtype: a key of STORED.
+      unit: trajectories of a unit.
+
+    Raises:
+      InputError: the checkpoint, the prompts, an option or the destination is wrong.
+    """
+    if keep > arguments.steps:
+        raise InputError(f"--keep {keep}: expected at most as many as --steps {arguments.steps}; lower it")
+    lines = read_prompts(prompts)
+    opened = open_model(checkpoint, arguments)
+    embeddings = {line: opened.text_encoder([line])[0] for line in lines}
+    null_text = opened.text_encoder([""])[0]
+    negative_text = opened.text_encoder([arguments.negative_prompt])[0]
+    options = {
+        **solver_options(arguments),
+        **{"negative_prompt": arguments.negative_prompt, "seed": arguments.seed, "compute_dtype": arguments.dtype},
+        **{"batch": arguments.batch, "keep": keep, "dtype": dtype, "model": str(checkpoint)},
+        "latents_shape": opened.latent_shape,
+    }
+    inputs = lines * noises
+    plan = Plan("trajectories", opened.codec_name, opened.text_encoder_name, options, inputs, unit)
+    model = None
+
+    def fill(writer: UnitWriter, numbers: range, progress: tqdm) -> None:
+        nonlocal model
+        model = model or opened.load()
+        for start in range(0, len(numbers), arguments.batch):
+            batch = list(numbers[start : start + arguments.batch])
+            # A batch that is not full would compile again.
+            padded = batch + batch[-1:] * (arguments.batch - len(batch))
+            text = np.stack([embeddings[inputs[number]] for number in padded])
+            kept = [kept_steps(arguments.seed, number, arguments.steps, keep) for number in batch]
+
+            def store(step: int, at: Coefficients, latents, batch=batch, kept=kept, text=text) -> None:
+                rows = [row for row, steps in enumerate(kept) if step in steps]
+                values = np.asarray(latents) if rows else None
+                for row in rows:
+                    example = {"latents": values[row].astype(STORED[dtype]), "text": text[row].astype(STORED[dtype])}
+                    example["timestep"] = np.asarray(at.timestep, np.float32)
+                    name = f"trajectory {batch[row]}, step {step}"
+                    where = {"trajectory": batch[row], "step": step, "sigma": float(at.sigma)}
+                    try:
+                        writer.add(example, {"name": name, "caption": inputs[batch[row]], **where})
+                    except CorruptRecord as error:
+                        writer.reject(name, "not finite", str(error))
+
+            generate_latents(
+                model,
+                text,
+                np.stack([negative_text] * len(padded)),
+                initial_noise(arguments.seed, padded, opened.latent_shape),
+                on_step=store,
+                **solver_options(arguments),
+            )
+            progress.update(len(batch))
+
+    with opened.on_mesh():
+        return prepare(destination, plan, fill, lambda: null_text, hosts, item="sample")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises InputError if there is none, or the file is no UTF-8 text."""
+    try:
+        lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: expected a text file with one prompt a line, found: {error}; check it") from error
+    if not any(lines):
+        raise InputError(f"{file}: expected one prompt a line, found none; add some")
+    return [line for line in lines if line]
+
+
+def kept_steps(seed: int, trajectory: int, steps: int, keep: int) -> list[int]:
+    """Which of `steps` steps of a trajectory are kept: one in each of `keep` equal parts."""
+    place = np.random.default_rng((seed, trajectory)).uniform()
+    return [int((part + place) * steps / keep) for part in range(keep)]

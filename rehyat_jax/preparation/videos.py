@@ -1,0 +1,127 @@
+"""Videos and captions to training examples."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rehyat_jax.codecs import get_codec
+from rehyat_jax.data.records import CorruptRecord
+from rehyat_jax.errors import InputError
+from rehyat_jax.preparation.captions import Captioned, captioned_videos
+from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
+from rehyat_jax.text_encoders import get_text_encoder
+from rehyat_jax.video import frame_size, read_clip
+
+Size = tuple[int, int, int]
+"""Frames, height and width of a video."""
+
+
+class Rejected(Exception):
+    """Why a video gives no example: (reason, detail)."""
+
+
+def prepare_videos(
+    source: Path,
+    destination: Path,
+    *,
+    codec: str,
+    text_encoder: str,
+    sizes: Sequence[Size],
+    dtype: str,
+    unit: int,
+    workers: int,
+    hosts: Hosts,
+) -> str:
+    """Fills `destination` with the videos of a folder; see `captioned_videos` and `prepare`.
+
+    A video becomes one example: its start, at the codec's frame rate, scaled and cut to the one of `sizes` of which it
+    is long and large enough and loses least at the edges; among equals to the longest, then the largest.
+
+    Args:
+      sizes: of videos to make; by default the one that the codec's models were made for.
+      dtype: a key of STORED.
+      unit: videos of a unit.
+      workers: videos that are decoded at the same time, each in a process of its own.
+
+    Raises:
+      InputError: the videos, their captions, a size or the destination is wrong. A single video that is not gives no
+        example, and is named in the summary.
+    """
+    the_codec, the_encoder = get_codec(codec), get_text_encoder(text_encoder)
+    sizes = sorted(set(sizes or [the_codec.default_size]), reverse=True)
+    for size in sizes:
+        the_codec.latent_shape(*size)
+    videos = captioned_videos(source)
+    options = {"sizes": sizes, "fps": the_codec.fps, "dtype": dtype}
+    plan = Plan("examples", codec, text_encoder, options, videos, unit)
+    stored = STORED[dtype]
+
+    def fill(writer: UnitWriter, numbers: range, progress: tqdm) -> None:
+        chosen = [videos[number] for number in numbers]
+        for video, clip in zip(chosen, _clips(source, chosen, sizes, the_codec.fps, workers), strict=True):
+            try:
+                latents = the_codec.encode(clip.result()[None].astype(np.float32) / 255)[0]
+                text = _embedded(the_encoder, video.caption)
+                example = {"latents": np.asarray(latents).astype(stored), "text": text.astype(stored)}
+                writer.add(example, {"name": video.name, "caption": video.caption})
+            except Rejected as error:
+                writer.reject(video.name, *error.args)
+            except CorruptRecord as error:
+                writer.reject(video.name, "not finite", str(error))
+            progress.update()
+
+    return prepare(destination, plan, fill, lambda: the_encoder([""])[0], hosts, item="video")
+
+
+def _clips(
+    folder: Path, videos: Sequence[Captioned], sizes: Sequence[Size], fps: int, workers: int
+) -> Iterator[Future[np.ndarray]]:
+    """The clips in order, each [frames, height, width, 3] uint8 or a Rejected, decoded a little ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[np.ndarray]] = deque()
+        for video in videos:
+            ahead.append(pool.submit(_clip, folder, video, sizes, fps))
+            if len(ahead) > workers:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: int) -> np.ndarray:
+    if video.size is None:
+        raise Rejected("no such video", "it has a caption")
+    if video.caption is None:
+        raise Rejected("no caption")
+    path = folder / video.name
+    try:
+        height, width = frame_size(path)
+        fitting = sorted(
+            (size for size in sizes if size[1] <= height and size[2] <= width),
+            key=lambda size: _kept(height / size[1], width / size[2]),
+            reverse=True,
+        )
+        if not fitting:
+            smallest = min(sizes, key=lambda size: size[1] * size[2])
+            raise Rejected("too small", f"{height}x{width}, expected at least {smallest[1]}x{smallest[2]}")
+        for frames, height, width in fitting:
+            clip = read_clip(path, fps=fps, frames=frames, height=height, width=width)
+            if len(clip) == frames:
+                return clip
+    except OSError as error:
+        raise Rejected("unreadable", str(error).removeprefix(f"{path}: ")) from error
+    raise Rejected("too short", f"{len(clip)} frames at {fps} a second, expected at least {min(fitting)[0]}")
+
+
+def _kept(rows: float, columns: float) -> float:
+    """The share of a picture that is left when it is cut; rounded, for equal proportions to be equal."""
+    return round(min(rows, columns) / max(rows, columns), 6)
+
+
+def _embedded(text_encoder, caption: str) -> np.ndarray:
+    try:
+        return text_encoder([caption])[0]
+    except InputError as error:
+        raise Rejected("caption refused", str(error)) from error

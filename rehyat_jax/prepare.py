@@ -1,0 +1,106 @@
+"""Prepares training examples: latents and text embeddings in ArrayRecord shards, for `data.source = "prepared"`.
+
+  python -m rehyat_jax.prepare SRC DST [options]                       a folder of videos and captions
+  python -m rehyat_jax.prepare latents SRC DST [options]               examples that were encoded elsewhere
+  python -m rehyat_jax.prepare teacher-trajectories MODEL DST [options]   what a model sees while it samples
+
+Run a command again to go on where it was stopped; the result is the same to the byte. On several hosts, give each its
+--host of --num-hosts and a DST that all of them see, or copy what they made into one folder and run the command once
+more there. DST receives the shards, `summary.json` and `summary.txt` with what was left out and why, a contact sheet,
+and last of all `dataset.json`. Formats: docs/data.md.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rehyat_jax.cli import report_input_errors
+from rehyat_jax.preparation.latent_files import prepare_latent_files
+from rehyat_jax.preparation.trajectories import prepare_trajectories
+from rehyat_jax.preparation.units import STORED, Hosts
+from rehyat_jax.preparation.videos import Size, prepare_videos
+from rehyat_jax.sampling_options import add_sampling_options, number
+
+LATENTS, TRAJECTORIES = "latents", "teacher-trajectories"
+
+
+def video_size(text: str) -> Size:
+    """An argparse type: frames, height and width, as in "81x480x832"."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and 0 < int(part) <= 10_000 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected FRAMESxHEIGHTxWIDTH, as in 81x480x832, found {text!r}")
+    frames, height, width = map(int, parts)
+    return frames, height, width
+
+
+def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
+    """(command, its arguments); argparse exits with code 2 on a wrong command line."""
+    command = argv[0] if argv and argv[0] in (LATENTS, TRAJECTORIES) else ""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m rehyat_jax.prepare {command}".strip(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = parser.add_argument
+    default = " (default: %(default)s)"
+    count = number(int, 1, 1_000_000)
+    source = {LATENTS: "folder of safetensors files", TRAJECTORIES: "model checkpoint, or PyTorch folder"}
+    option(
+        "source", metavar="MODEL" if command == TRAJECTORIES else "SRC", type=Path, help=source.get(command, "folder")
+    )
+    option("destination", metavar="DST", type=Path, help="folder to fill")
+    option("--store", choices=STORED, default="float32", help="dtype of stored latents and text" + default)
+    option("--num-hosts", type=count, default=1, help="that share the work" + default)
+    option("--host", type=number(int, 0, 1_000_000), default=0, help="which of them this is" + default)
+    units = {LATENTS: ("files", 256), TRAJECTORIES: ("trajectories", 16)}
+    what, size = units.get(command, ("videos", 64))
+    option("--unit", type=count, default=size, help=f"{what} of a shard, done again if stopped within" + default)
+    if command == TRAJECTORIES:
+        option("--prompts", type=Path, required=True, help="text file, one prompt a line")
+        option("--noises", type=count, default=1, help="trajectories of each prompt" + default)
+        option("--keep", type=count, default=8, help="examples of each trajectory" + default)
+        add_sampling_options(parser)
+    elif command == LATENTS:
+        option("--codec", required=True, help="that made the latents; the model to be trained must name it too")
+        option("--text-encoder", required=True, help="that made the text; the same holds")
+    else:
+        option("--codec", default="space_to_depth", help="of the model to be trained" + default)
+        option("--text-encoder", default="word_vectors", help="of the model to be trained" + default)
+    if not command:
+        option(
+            "--size",
+            nargs="+",
+            type=video_size,
+            metavar="FRAMESxHEIGHTxWIDTH",
+            default=[],
+            help="of videos to make; each goes where it loses least (default: the codec's)",
+        )
+        option("--workers", type=count, default=min(16, os.cpu_count() or 1), help="videos decoded at a time" + default)
+    arguments = parser.parse_args(argv[1:] if command else argv)
+    if arguments.host >= arguments.num_hosts:
+        parser.error(f"--host: expected 0 to {arguments.num_hosts - 1}, found {arguments.host}")
+    return command, arguments
+
+
+def run(command: str, arguments: argparse.Namespace) -> str:
+    """Runs the chosen preparation; returns what to tell the user. Raises InputError."""
+    places = arguments.source, arguments.destination
+    common = dict(dtype=arguments.store, unit=arguments.unit, hosts=Hosts(arguments.host, arguments.num_hosts))
+    if command == TRAJECTORIES:
+        options = dict(prompts=arguments.prompts, noises=arguments.noises, keep=arguments.keep)
+        return prepare_trajectories(*places, arguments, **options, **common)
+    names = dict(codec=arguments.codec, text_encoder=arguments.text_encoder)
+    if command == LATENTS:
+        return prepare_latent_files(*places, **names, **common)
+    return prepare_videos(*places, **names, sizes=arguments.size, workers=arguments.workers, **common)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and prepares; returns the exit code, 2 when the user's input is wrong."""
+    command, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    return report_input_errors(lambda: print(run(command, arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
