@@ -11,6 +11,7 @@ from flax import nnx
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention
 from rehyat_jax.attention.calibration import linear_mass_log_scale
+from rehyat_jax.attention.feature_maps import FeatureFunction
 
 HEADS, HEAD_DIM = 3, 8
 
@@ -67,6 +68,26 @@ def test_features_equal_grouped_convolutions_and_powers(fields):
     # float32, and the sixth power multiplies a relative error by six.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     assert found.min() >= 0 and found.max() > 0
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_gradients_equal_those_of_pytorch(hidden):
+    """Of the features' sum of squares, by the first layer, the last and the tokens, in float64."""
+    config = FeatureMapConfig(features=12, num_layers=3, hidden_activation=hidden, output_activation="softplus")
+    feature_map = FeatureMap(config, heads=1, head_dim=HEAD_DIM, rngs=nnx.Rngs(0))
+    arrays = [4 * make_inputs()[0, :, 0]] + [getattr(feature_map, f"layer_{i}").kernel[0] for i in range(3)]
+    scale = jnp.full((1, 1), 0.3)
+    found = jax.grad(lambda arrays: (FeatureFunction(config)(arrays[0], scale, *arrays[1:]) ** 2).sum())(arrays)
+
+    tensors = [torch.tensor(np.asarray(array, np.float64), requires_grad=True) for array in arrays]
+    values, *kernels = tensors
+    for kernel in kernels[:-1]:
+        values = HIDDEN[hidden](values @ kernel)
+    first, second = OUTPUT["softplus"](values @ kernels[-1]).split(6, dim=1)
+    (0.3 * torch.cat([first, second**2], dim=1)).pow(2).sum().backward()
+    for array, tensor in zip(found, tensors, strict=True):
+        expected = tensor.grad.numpy()
+        np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())  # float32
 
 
 def test_features_of_bfloat16_are_bfloat16_from_float32_parameters():

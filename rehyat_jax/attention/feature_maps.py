@@ -1,6 +1,7 @@
 """Feature maps phi_query and phi_key: a small network per head, then powers."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,35 @@ from flax import nnx
 from rehyat_jax.attention.feature_map_config import FeatureMapConfig
 from rehyat_jax.attention.inline_features import InlineFeatures
 
-_HIDDEN_ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
+# Of the tanh form of GELU, x (1 + tanh(a x + b x^3)) / 2.
+_GELU_LINEAR = math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
+
+
+@jax.custom_jvp
+def _gelu(x: jax.Array) -> jax.Array:
+    """As `jax.nn.gelu`, in fewer operations, and keeping no more than x and the gate for the backward pass.
+
+    What is kept of a tile of tokens does not fit into registers. Writing and reading again the many arrays that JAX
+    would keep left a TPU's matrix units waiting.
+    """
+    return x * _gelu_gate(x)
+
+
+def _gelu_gate(x: jax.Array) -> jax.Array:
+    return 0.5 * jnp.tanh(x * (_GELU_CUBIC * (x * x) + _GELU_LINEAR)) + 0.5
+
+
+@_gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (d_x,) = primals, tangents
+    gate = _gelu_gate(x)
+    # Not with x * x: the compiler would keep that of the gate.
+    gate_slope = gate * (1 - gate) * ((6 * _GELU_CUBIC * x) * x + 2 * _GELU_LINEAR)
+    return x * gate, (gate + x * gate_slope) * d_x
+
+
+_HIDDEN_ACTIVATIONS = {"gelu": _gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 _OUTPUT_ACTIVATIONS = {
     "relu": jax.nn.relu,
     "softplus": jax.nn.softplus,
@@ -17,9 +46,34 @@ _OUTPUT_ACTIVATIONS = {
 }
 
 
+@jax.custom_vjp
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-    """As `product.product`, but free of what Pallas cannot lower."""
-    return jnp.dot(left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+    """The matrix product, as `product.product` but free of what Pallas cannot lower.
+
+    Differentiated by hand: JAX would multiply float32 cotangents, which TPUs round to bfloat16 in the end, but write,
+    read and load into their matrix units at twice the bytes.
+    """
+    return _contracted(left, right, 1, 0)
+
+
+def _contracted(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:
+    accumulation_dtype = jnp.promote_types(left.dtype, jnp.float32)
+    contraction = (((left_axis,), (right_axis,)), ((), ()))
+    return jax.lax.dot_general(left, right, contraction, preferred_element_type=accumulation_dtype)
+
+
+def _product_forward(left, right):
+    return _product(left, right), (left, right)
+
+
+def _product_backward(operands, cotangent):
+    left, right = operands
+    cotangent = cotangent.astype(left.dtype)
+    d_left, d_right = _contracted(cotangent, right, 1, 1), _contracted(left, cotangent, 0, 0)
+    return d_left.astype(left.dtype), d_right.astype(right.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class HeadwiseLinear(nnx.Module):
