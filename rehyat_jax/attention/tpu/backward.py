@@ -62,7 +62,8 @@ def readout_backward(
     def kernel(inputs, outputs, scratch):
         chunk, block = pl.program_id(2), pl.program_id(3)
         weights = tuple(matrix[...] for matrix in inputs["weights"])
-        state = inputs["states"][...].astype(output.dtype)
+        state, normalizer = inputs["states"][:head_dim, :], inputs["states"][head_dim : head_dim + 1, :]
+        state = state.astype(output.dtype)
 
         @pl.when(block == 0)
         def _():
@@ -89,10 +90,12 @@ def readout_backward(
                 weight = jnp.exp2(jnp.minimum(exponent, _LARGEST_EXPONENT))
                 cotangent, delta = transposed(tokens)
                 first_row = jax.lax.broadcasted_iota(jnp.int32, (rows - head_dim, size), 0) == 0
-                weighted = jnp.concatenate([cotangent * weight, jnp.where(first_row, -weight * delta, 0)], axis=0)
-                weighted = weighted.astype(phi.dtype)
-                outputs["states"][...] += dot(weighted, phi, NN)
-                d_source, *d_weights = pullback(dot(weighted, state, TN).astype(phi.dtype))
+                d_reads, d_total = cotangent * weight, jnp.where(first_row, -weight * delta, 0)
+                d_joined = jnp.concatenate([d_reads, d_total], axis=0).astype(phi.dtype)
+                outputs["states"][...] += dot(d_joined, phi, NN)
+                # z apart: one row more than the matrix units are deep would take them as long as all the others.
+                d_phi = dot(d_joined[:head_dim], state, TN) + d_total.T[:, :1] * normalizer
+                d_source, *d_weights = pullback(d_phi.astype(phi.dtype))
                 if source_gradient:
                     outputs["source"][tokens, :] = d_source
                 for gradient, d_weight in zip(outputs["weights"], d_weights, strict=True):
