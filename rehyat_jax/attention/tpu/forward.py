@@ -182,9 +182,11 @@ def attend(
                 write(columns, maximum[:, columns] * scale, total[:, columns], sums[:, columns])
 
         def finish(tiles):
-            for tile in tiles:
+            weights = tuple(matrix[...] for matrix in inputs["weights"])
+            # All features first: the next tile's products go beside the arithmetic of the one before.
+            phis = [features.function(source[pl.ds(*tile), :], *weights) for tile in tiles]
+            for tile, phi in zip(tiles, phis, strict=True):
                 columns = pl.ds(*tile)
-                phi = features.function(source[columns, :], *(matrix[...] for matrix in inputs["weights"]))
                 linear = dot(inputs["states"][...].astype(phi.dtype), phi, NT)
                 linear_sums, linear_total = linear[:head_dim], linear[head_dim : head_dim + 1]
                 shift, tile_total, tile_sums = maximum[:, columns] * scale, total[:, columns], sums[:, columns]

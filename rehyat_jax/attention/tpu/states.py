@@ -113,12 +113,13 @@ def chunk_states(
 
         def add(tiles):
             measure(tiles)  # beside the products, where it costs nothing
-            for start, size in tiles:
-                tokens = pl.ds(start, size)
-                phi = features.function(source[tokens, :], *(matrix[...] for matrix in inputs["weights"]))
+            weights = tuple(matrix[...] for matrix in inputs["weights"])
+            # All features first: the next tile's products go beside the arithmetic of the one before.
+            phis = [features.function(source[pl.ds(*tile), :], *weights) for tile in tiles]
+            for (start, size), phi in zip(tiles, phis, strict=True):
                 if tiling.is_padded:
                     phi = jnp.where(is_key(part, start, size, tiling), phi, jnp.zeros_like(phi))
-                running[:head_dim, :] += dot(inputs["value"][tokens, :], phi, TN)
+                running[:head_dim, :] += dot(inputs["value"][pl.ds(start, size), :], phi, TN)
                 normalizer = phi.astype(jnp.float32).sum(axis=0, keepdims=True)
                 first_row = jax.lax.broadcasted_iota(jnp.int32, (state_shape[0] - head_dim, phi.shape[1]), 0) == 0
                 running[head_dim:, :] += jnp.where(first_row, normalizer, 0)
