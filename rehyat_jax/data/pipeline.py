@@ -1,6 +1,10 @@
 """From a source of examples to an endless, resumable iterator of batches."""
 
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -155,7 +159,7 @@ class Batches:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-            dataset = dataset.mp_prefetch(options)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_follow_parent)
         return iter(dataset)
 
 
@@ -184,3 +188,17 @@ class _InOrder:
                     self._told.add(index)
                     print(f"skipped a corrupt record: {error}", file=sys.stderr, flush=True)
         raise InputError(f"all {len(self._bucket)} records of {self._bucket.latents_shape} are corrupt; prepare again")
+
+
+def _follow_parent(worker: int, workers: int) -> None:
+    """In a worker: end when the process that reads from it has ended, killed perhaps, and not before.
+
+    SIGTERM often goes to all processes of a job. The one that trains stops after its step, for which it needs data.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
