@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files import remove
 
 
 @contextlib.contextmanager
@@ -68,11 +69,3 @@ def new_shared_directory(path: Path, *, replace: bool) -> Iterator[Path]:
 
 def _temporary(path: Path, number: int) -> Path:
     return path.with_name(f".{path.name}.{number}.incomplete")
-
-
-def remove(path: Path) -> None:
-    """Removes a directory, file or link, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
