@@ -11,7 +11,7 @@ need PROCESSES "the number of processes"
 need_training_arguments "$@"
 
 children=()
-# Not by SIGTERM, which processes that have joined others outlive: JAX takes it as notice of a preemption.
+# Not by SIGTERM, at which they would go on to a common step, and wait there for one that has failed.
 [[ $dry_run ]] || trap 'kill -KILL "${children[@]}" 2> /dev/null || true' EXIT
 for ((process = 0; process < PROCESSES; process++)); do
   case ${PLATFORM:-cpu} in

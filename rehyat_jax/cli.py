@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import jax
 import ml_collections
 from absl import flags, logging
 
-from rehyat_jax.errors import InputError
+from rehyat_jax.errors import InputError, RunEndedError
 
 
 def report_input_errors(run: Callable[[], Any]) -> int:
-    """Runs a command; prints an InputError without a traceback. Returns the exit code, 0 or 2."""
-    # Orbax warns that there is nothing to merge in a checkpoint, which is so by choice.
-    logging.set_verbosity(logging.ERROR)
+    """Runs a command; prints the errors of `rehyat_jax.errors` without a traceback. Returns the exit code."""
+    # Orbax warns that there is nothing to merge in a checkpoint, which is so by choice, and logs what it raises.
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel(CRITICAL)
     try:
         run()
     except InputError as error:
@@ -25,8 +27,11 @@ def report_input_errors(run: Callable[[], Any]) -> int:
             # The others wait for this process in some collective, and it would wait for them to say goodbye.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(2)
-        return 2
+            os._exit(error.exit_code)
+        return error.exit_code
+    except RunEndedError as end:
+        print(end, file=sys.stderr)
+        return end.exit_code
     return 0
 
 

@@ -39,7 +39,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     multislices, indexed Jobs of Kubernetes. A single process is left as it is.
 
     JAX aborts, and raises nothing, when some of the other processes have not come within WAIT_SECONDS. A process that
-    has joined others outlives SIGTERM, which JAX takes as notice of a preemption.
+    has joined others outlives SIGTERM, which JAX takes as notice of a preemption (`training.stop_signal`).
 
     Args:
       coordinator: HOST:PORT where process 0 listens, reachable from all processes.

@@ -3,7 +3,8 @@
 The configuration names the stage: "pretrain" (a softmax model from scratch), "distill" (stage 1: feature maps of the
 hybrid blocks against the model's own softmax attention) or "finetune" (stage 2: the whole transformer). The workdir
 receives `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`, a model checkpoint. The
-same command continues a run that was stopped. Every field: `rehyat_jax/training/config.py`.
+same command continues a run that was stopped; docs/faults.md tells what happens when something goes wrong. Every field:
+`rehyat_jax/training/config.py`.
 
 On several hosts, the same command on each of them: Cloud TPUs, Slurm and Kubernetes are recognised; elsewhere give
 `--coordinator HOST:PORT --num_processes N --process_id I`. The workdir must be one that all of them see.
@@ -11,6 +12,7 @@ On several hosts, the same command on each of them: Cloud TPUs, Slurm and Kubern
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +23,22 @@ from ml_collections import config_flags
 
 from rehyat_jax.cli import parsed_config, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
+from rehyat_jax.errors import InputError, RunStoppedError
+from rehyat_jax.files import remove_leftovers, reported_write_errors
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
 from rehyat_jax.training import distill, finetune
-from rehyat_jax.training.checkpoints import RunCheckpoints
-from rehyat_jax.training.config import check_config, check_continuation, save_config
+from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
+from rehyat_jax.training.config import check_config, save_config
+from rehyat_jax.training.continuation import check_continuation, describe_run
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, make_source
 from rehyat_jax.training.sharded_step import make_sharded_step
+from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
+from rehyat_jax.training.trouble import next_batch, report_divergence
 from rehyat_jax.weights.model_checkpoint import check_replaceable, save_model
 
 
@@ -47,17 +54,22 @@ def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[ja
       Path of the resulting model checkpoint.
 
     Raises:
-      InputError: the configuration, the data or the initial model is wrong.
+      InputError: the configuration, the data or the initial model is wrong, or something cannot be read or written.
+      RunStoppedError: SIGTERM asked the run to stop.
+      RunDivergedError: config.max_skipped updates in a row were skipped.
     """
     check_config(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    with reported_write_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        if is_main_process():
+            remove_leftovers(workdir)
     check_replaceable(workdir / "model")
     mesh = make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh):
-        return _train(config, workdir)
+    with jax.set_mesh(mesh), StopSignal() as stop_signal:
+        return _train(config, workdir, stop_signal)
 
 
-def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSignal) -> Path:
     mesh, is_main = jax.sharding.get_mesh(), is_main_process()
 
     # ---------------------------------------------------------------------------------------------------------- data
@@ -71,13 +83,22 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
         workers=config.data.workers,
     )
 
-    # --------------------------------------------------------------------------------------------------------- model
-    checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints)
+    # --------------------------------------------------------------------------------------------------- checkpoints
+    keep = Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
+    checkpoints = RunCheckpoints(config.checkpoint_dir or workdir / "checkpoints", keep)
+    first_step = checkpoints.latest_step or 0
     is_new = checkpoints.latest_step is None
+    describe = lambda: describe_run(config, data.get_state(), examples=len(source))
     if not is_new:
-        check_continuation(config, workdir)
+        saved = checkpoints.description()
+        changes = check_continuation(saved, describe(), first_step, str(workdir))
+        data.set_state(saved["data"])
         if is_main:
-            print(f"continuing {workdir} after step {checkpoints.latest_step}", flush=True)
+            print(f"continuing {workdir} after step {first_step}", flush=True)
+            if changes:
+                print(f"with a command that differs from the run's:\n{changes}", flush=True)
+
+    # --------------------------------------------------------------------------------------------------------- model
     # Of a run that goes on, only what it does not train itself is read.
     model = initial_model(config, with_values=is_new or config.stage == "distill")
     check_data(source, model, config)
@@ -97,39 +118,50 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     schedule = learning_rate_schedule(config.optimizer.learning_rate, config)
     step, initial_state, state_shardings = make_sharded_step(grad_fn, optimizer, params, specs, context, config)
     if is_new:
-        if is_main:
-            save_config(config, workdir)
         state = initial_state(params)
     else:
-        abstract = abstract_arrays(jax.eval_shape(initial_state, params), state_shardings)
-        state = checkpoints.restore(abstract, data)
-    first_step = int(state["step"])
+        state = checkpoints.restore(abstract_arrays(jax.eval_shape(initial_state, params), state_shardings))
     del params
     model = model._replace(params={})
+    if is_main:
+        save_config(config, workdir)
 
     # ---------------------------------------------------------------------------------------------------------- loop
     writer = MetricWriter(
         workdir, first_step=first_step, steps=config.steps, description=config.stage, is_silent=not is_main
     )
-    try:
+    # The save that is under way is finished whatever happens.
+    with closing(data), closing(writer), closing(checkpoints):
         for number in range(first_step + 1, config.steps + 1):
-            state, metrics = step(state, context, data.on_mesh(next(data)))
+            try:
+                batch = next_batch(data)
+            except InputError:
+                # Several processes would have to agree to save.
+                if jax.process_count() == 1 and number > first_step + 1:
+                    checkpoints.save(number - 1, state, describe())
+                raise
+            state, metrics = step(state, context, data.on_mesh(batch))
             writer.advance(metrics)
-            if number % config.log_every == 0 or number in (1, config.steps):
-                writer.write(number, learning_rate=schedule(number - 1), **data.metrics())
-            if number % config.checkpoint_every == 0 or number == config.steps:
-                checkpoints.save(number, state, data)
-    finally:
-        # An interrupted run still finishes the save that is under way.
-        checkpoints.close()
-        writer.close()
-        data.close()
+            is_last, skipped = number == config.steps, 0
+            if number % config.log_every == 0 or number == 1 or is_last:
+                skipped = writer.write(number, learning_rate=schedule(number - 1), **data.metrics())
+            has_diverged, is_to_stop = skipped >= config.max_skipped, stop_signal.is_requested(number)
+            if number % config.checkpoint_every == 0 or is_last:
+                checkpoints.save(number, state, describe(), writer.mean_loss())
+            elif has_diverged or is_to_stop:
+                checkpoints.save(number, state, describe())
+            if has_diverged:
+                report_divergence(workdir, data, number, skipped)
+            if is_to_stop and not is_last:
+                raise RunStoppedError(ALL_WAS_SAVED)
+            checkpoints.check()
 
     # -------------------------------------------------------------------------------------------------------- result
     result = state["ema"] or state["params"]
     if config.stage == "distill":
         result = {**context["frozen"], "feature_maps": result}
-    save_model(workdir / "model", model.config, result, codec=model.codec, text_encoder=model.text_encoder)
+    with reported_write_errors(workdir / "model"):
+        save_model(workdir / "model", model.config, result, codec=model.codec, text_encoder=model.text_encoder)
     return workdir / "model"
 
 

@@ -4,9 +4,11 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from attention_oracles import error_ratio
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 from prepared_data import example, flip_a_bit, write_data_set
-from tiny_runs import digits_config, interrupt_at, pretrained, tiny_config, tiny_model
+from tiny_runs import digits_config, interrupt_at, pretrained, tiny_config, tiny_model, write_config
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS
@@ -163,18 +165,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def run_in_two_processes(config, workdir, sizes):
-    """`python -m rehyat_jax.train` twice, with four devices each."""
+def run_in_two_processes(config, workdir, sizes, *, meanwhile=lambda processes: None, code=0):
+    """`python -m rehyat_jax.train` twice, with four devices each; their outputs, once both have ended with `code`."""
     path = workdir.parent / "config.py"
-    lines = [
-        "import json",
-        "from rehyat_jax.training.config import default_config",
-        "def get_config():",
-        "    config = default_config()",
-        f"    config.update(json.loads({on(config, sizes).to_json()!r}))",
-        "    return config",
-    ]
-    path.write_text("\n".join(lines))
+    write_config(path, on(config, sizes))
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "4",
@@ -193,11 +187,12 @@ def run_in_two_processes(config, workdir, sizes):
         for number in range(2)
     ]
     try:
+        meanwhile(processes)
         outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in processes] == [code, code], outputs
     return outputs
 
 
@@ -220,6 +215,25 @@ def test_two_processes_go_on_where_they_were(single, tmp_path):
     shutil.rmtree(tmp_path / "run" / "model")
     run(config, tmp_path / "run", (1, 2, 1, 1))  # and in one
     assert_same_run(tmp_path / "run", expected)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    config, workdir = digits_config(tmp_path, "finetune", steps=10_000, checkpoint_every=10_000), tmp_path / "run"
+
+    def stop_one(processes):
+        deadline = time.monotonic() + 200
+        while not (workdir / "metrics.jsonl").exists() or len(logged(workdir, "loss")) < 3:
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+
+    outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1), meanwhile=stop_one, code=75)
+    assert all("stopped by SIGTERM with everything saved" in stderr for _, stderr in outputs)
+    made = len(logged(workdir, "loss"))
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(made)]
+    config.steps = made + 2
+    outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1))
+    assert f"after step {made}" in outputs[0][0] and len(logged(workdir, "loss")) == made + 2
 
 
 def parts_of(topology, sizes, **options):

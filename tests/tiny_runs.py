@@ -67,10 +67,24 @@ def digits_config(tmp_path, stage, **changes):
     return config
 
 
+def write_config(path, config):
+    """A configuration as a file for `--config`."""
+    lines = [
+        "import json",
+        "from rehyat_jax.training.config import default_config",
+        "def get_config():",
+        "    config = default_config()",
+        f"    config.update(json.loads({config.to_json()!r}))",
+        "    return config",
+    ]
+    path.write_text("\n".join(lines))
+
+
 def interrupt_at(last_step, write):
     def interrupted(self, step, **more):
-        write(self, step, **more)
+        result = write(self, step, **more)
         if step == last_step:
             raise KeyboardInterrupt
+        return result
 
     return interrupted

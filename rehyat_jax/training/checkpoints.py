@@ -1,52 +1,219 @@
-"""Checkpoints of a run in progress: training state and position in the data, saved asynchronously by Orbax."""
+"""Checkpoints of a run in progress: saved by Orbax, asynchronously, with checksums by which a damaged one is known.
 
-from pathlib import Path
-from typing import Any
+A checkpoint has everything that the rest of the run depends on: `state`, the training state, and `run`, a JSON object
+with the position in the data, the configuration and the version of the code.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
+from rehyat_jax.errors import InputError
+from rehyat_jax.files import reported_write_errors
+from rehyat_jax.training.checksums import find_damage, write_checksums
 from rehyat_jax.training.step import State
+
+DAMAGED = "damaged-"
+"""What stands before the step in the name of a checkpoint that was set aside."""
+
+
+class Keep(NamedTuple):
+    """Which checkpoints stay.
+
+    Attributes:
+      last: that many of the newest. With one alone, there is none to go back to when it is damaged.
+      every: those of steps that this divides; 0 for none.
+      best: that many with the lowest loss.
+    """
+
+    last: int
+    every: int = 0
+    best: int = 0
+
+    def policy(self) -> AnyPreservationPolicy:
+        loss = lambda metrics: metrics["loss"]
+        policies = [LatestN(self.last)]
+        if self.every:
+            policies.append(EveryNSteps(self.every))
+        if self.best:
+            policies.append(
+                BestN(get_metric_fn=loss, reverse=True, n=self.best, keep_checkpoints_without_metrics=False)
+            )
+        return AnyPreservationPolicy(policies)
 
 
 class RunCheckpoints:
-    """Saves and restores (state, data iterator) under `workdir/checkpoints`.
+    """Saves and restores checkpoints in one directory, together in all processes of a run.
+
+    A save is complete, with its checksums, or not there at all. When a directory is opened, the newest checkpoint is
+    compared with its checksums; one that differs is renamed, to `damaged-STEP`, and the one before it takes its place.
 
     Args:
-      workdir: directory of the run.
-      keep: newest checkpoints to keep.
+      directory: local, or in an object store that `etils.epath` can reach, such as gs://BUCKET/FOLDER.
+      keep: which checkpoints stay.
+
+    Attributes:
+      directory: of all checkpoints; absolute.
+
+    Raises:
+      InputError: there are damaged checkpoints and no others, or the directory cannot be written.
     """
 
-    def __init__(self, workdir: Path, *, keep: int):
-        # One process looks for what is there: on a shared filesystem the others might not see it yet.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, single_host_load_and_broadcast=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    def __init__(self, directory: epath.PathLike, keep: Keep):
+        directory = os.fspath(directory)
+        self.directory = epath.Path(directory if "://" in directory else os.path.abspath(directory))
+        self._saving: int | None = None
+        with reported_write_errors(directory):
+            if jax.process_index() == 0:
+                _check_writable(self.directory)
+            _pass_over_damaged(self.directory)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=keep.policy(),
+                best_fn=lambda metrics: metrics["loss"],  # without it, metrics are not saved
+                cleanup_tmp_directories=True,  # of saves that a kill interrupted
+                # One process looks for what is there: on a shared filesystem the others might not see it yet.
+                single_host_load_and_broadcast=True,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
     def latest_step(self) -> int | None:
-        """Updates made before the newest save; None when nothing was saved."""
+        """Steps made before the newest save; None when nothing was saved."""
         return self._manager.latest_step()
 
-    def restore(self, state: State, data: Any) -> State:
-        """The newest saved state; moves `data` to the position saved with it.
+    def description(self) -> dict[str, Any]:
+        """What was saved as `run` with the newest state."""
+        return self._manager.restore(self.latest_step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+
+    def restore(self, state: State) -> State:
+        """The newest saved state.
 
         Args:
-          state: a state of the right structure, shapes, dtypes and shardings; its arrays may be abstract.
-          data: Grain iterator, changed in place.
+          state: of the right structure, shapes, dtypes and shardings; its arrays may be abstract.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(self.latest_step, args=args)
-        data.set_state(restored.data)
-        return restored.state
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(self.latest_step, args=args).state
 
-    def save(self, step: int, state: State, data: Any) -> None:
-        """Starts to save what is there after `step` updates; returns before it is on disk."""
-        # The position is the same in all processes, however many: each reads its part of the same batches.
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state()))
-        self._manager.save(step, args=args)
+    def save(self, step: int, state: State, run: dict[str, Any], loss: float | None = None) -> None:
+        """Starts to save what is there after `step` steps, unless that has been saved; returns before it is on disk.
+
+        Args:
+          run: whatever else the rest of the run depends on, the same in all processes.
+          loss: by which the best are known; without one, it is not among them.
+
+        Raises:
+          InputError: this save, or the one before, cannot be written.
+        """
+        if step == self.latest_step:
+            return
+        self.wait()
+        with reported_write_errors(self.directory):
+            self._check_space(state)
+            self._saving = step
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}, force=True)
+
+    def check(self) -> None:
+        """Raises InputError if the save under way has failed; does not wait for it."""
+        with reported_write_errors(self.directory):
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when the save under way is on disk. Raises InputError if it fails."""
+        with reported_write_errors(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on disk. Raises InputError if that fails."""
+        with reported_write_errors(self.directory):
+            self._manager.close()
+
+    def _check_space(self, state: State) -> None:
+        """Raises InputError unless there is room: a save that fails half way is a mess to clean up."""
+        if "://" in str(self.directory) or jax.process_index() > 0:
+            return
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise InputError(
+                f"{self.directory}: expected {needed / 1e9:.3g} GB of free space for a checkpoint, found "
+                f"{free / 1e9:.3g} GB; free some space there, and give the same command again"
+            )
+
+    def _write_checksums(self) -> None:
+        """Called in the first process, by Orbax's thread, when all files are there and the checkpoint is not yet."""
+        name = str(self._saving)
+        (directory,) = (path for path in self.directory.iterdir() if path.name.partition(".")[0] == name)
+        write_checksums(directory)
+
+
+def _check_writable(directory: epath.Path) -> None:
+    """Raises OSError, before Orbax's threads do."""
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / "probe"
+    probe.write_text("")
+    probe.unlink()
+
+
+def _pass_over_damaged(directory: epath.Path) -> None:
+    """Renames checkpoints that are not as they were written, from the newest to the first that is."""
+    while (step := _from_main_process(max(_steps(directory), default=-1))) >= 0:
+        damage = find_damage(directory / str(step), part=jax.process_index(), parts=jax.process_count())
+        if damage:
+            print(f"checkpoint {step} is damaged: {damage}", file=sys.stderr, flush=True)
+        if not _in_any_process(damage is not None):
+            break
+        if jax.process_index() == 0:
+            aside = directory / f"{DAMAGED}{step}"
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = directory / f"{DAMAGED}{step}.{number}"
+            (directory / str(step)).rename(aside)
+            print(f"it is now {aside}; going back to the checkpoint before it", file=sys.stderr, flush=True)
+        _from_main_process(0)  # renamed before anyone goes on
+    else:
+        damaged = directory.exists() and any(path.name.startswith(DAMAGED) for path in directory.iterdir())
+        if _from_main_process(int(damaged)):
+            raise InputError(
+                f"{directory}: expected a whole checkpoint, found damaged ones alone; start over in another workdir, "
+                f"or delete them to start over in this one"
+            )
+    if jax.process_index() == 0:
+        for step in _steps(directory):
+            _remove_unreadable_metrics(directory / str(step) / "metrics" / "metrics")
+    _from_main_process(0)
+
+
+def _remove_unreadable_metrics(file: epath.Path) -> None:
+    """Orbax would not open the directory for them; the checkpoint is then not among the best."""
+    try:
+        if file.exists():
+            json.loads(file.read_bytes())
+    except ValueError:
+        file.unlink()
+
+
+def _steps(directory: epath.Path) -> Iterator[int]:
+    """Of all complete checkpoints, and of those that were being deleted when the run was killed."""
+    if directory.exists():
+        yield from (found.step for found in ocp.path.step.standard_name_format().find_all(directory))
+
+
+def _from_main_process(number: int) -> int:
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+
+
+def _in_any_process(condition: bool) -> bool:
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(condition))))

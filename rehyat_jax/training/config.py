@@ -10,10 +10,9 @@ import ml_collections
 
 from rehyat_jax.attention.api import IMPLEMENTATIONS
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
+from rehyat_jax.files import reported_write_errors, written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
-from rehyat_jax.parallel.mesh import AXES
 
 CHOICES = {
     "stage": ("pretrain", "distill", "finetune"),
@@ -87,9 +86,19 @@ def default_config() -> ml_collections.ConfigDict:
     # Devices along each axis (`parallel.mesh.AXES`); -1 is all that the others leave.
     config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
 
+    # Updates are skipped whose gradient norm is not finite, or more than `spike_factor` times its running mean (0: any
+    # finite one is fine). After `max_skipped` in a row the run ends.
+    config.spike_factor = 10.0
+    config.max_skipped = 10
+
     config.log_every = 10
     config.checkpoint_every = 500
+    # Which checkpoints stay: the newest, those of steps that `keep_every` divides (0: none for that), and those before
+    # which the mean of the logged losses was lowest.
     config.keep_checkpoints = 2
+    config.keep_every = 0
+    config.keep_best = 0
+    config.checkpoint_dir = ""  # instead of `checkpoints` in the workdir; it may be in an object store, as gs://...
     return config.lock()
 
 
@@ -102,9 +111,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise InputError(
                 f"config.{path} must be one of {CHOICES[path]}, found {value!r}; did you mean {nearest!r}?"
             )
-    for path in ("steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+    counts = ("steps", "batch_size", "accumulation_steps", "max_skipped")
+    for path in (*counts, "log_every", "checkpoint_every", "keep_checkpoints"):
         if _lookup(config, path) < 1:
             raise InputError(f"config.{path} must be at least 1, found {_lookup(config, path)}")
+    for path in ("keep_every", "keep_best", "spike_factor"):
+        if _lookup(config, path) < 0:
+            raise InputError(f"config.{path} must be at least 0, found {_lookup(config, path)}")
     if not 0 <= config.ema_decay < 1:
         raise InputError(f"config.ema_decay must be at least 0 and below 1, found {config.ema_decay}")
     if not 0 <= config.caption_dropout <= 1:
@@ -131,7 +144,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes `workdir/config.json`."""
-    with written_whole(workdir / "config.json") as temporary:
+    path = workdir / "config.json"
+    with reported_write_errors(path), written_whole(path) as temporary:
         temporary.write_text(config.to_json(indent=2) + "\n")
 
 
@@ -148,43 +162,6 @@ def config_from_json(fields: dict[str, Any]) -> ml_collections.ConfigDict:
     config = default_config()
     config.update(fields)
     return config
-
-
-FREE_TO_CHANGE = (
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "data.workers",
-    "data.corrupt",
-    "attention_implementation",
-    *(f"mesh.{axis}" for axis in AXES),
-)
-"""What may differ when a run is continued; anything else would make it another run."""
-
-
-def check_continuation(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Raises InputError, naming the fields, if `workdir` holds a run of another configuration."""
-    flat = lambda c: {name: _plain(value) for name, value in _flatten(c).items() if name not in FREE_TO_CHANGE}
-    started, now = flat(load_config(workdir)), flat(config)
-    different = [f"config.{name} was {started[name]!r}, is {now[name]!r}" for name in now if started[name] != now[name]]
-    if different:
-        raise InputError(
-            f"{workdir}: holds a run with another configuration: {'; '.join(different)}; continue it with the same "
-            f"command, or start over in another workdir"
-        )
-
-
-def _flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in config.items():
-        nested = isinstance(value, ml_collections.ConfigDict)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON, which has no tuples."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _lookup(config: ml_collections.ConfigDict, path: str):

@@ -1,6 +1,7 @@
 """Where a run's numbers go: a progress bar, TensorBoard and a JSONL file."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from rehyat_jax.files import written_whole
+from rehyat_jax.files import reported_write_errors, written_whole
 
 
 class MetricWriter:
@@ -26,6 +27,7 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, *, first_step: int, steps: int, description: str, is_silent: bool = False):
         self._recent: list[dict[str, jax.Array]] = []
+        self._losses: list[float] = []
         self._bar = tqdm(
             total=steps,
             initial=first_step,
@@ -42,9 +44,10 @@ class MetricWriter:
         kept = []
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= first_step]
-        with written_whole(self._path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
+        with reported_write_errors(self._path):
+            with written_whole(self._path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+            self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def advance(self, metrics: dict[str, jax.Array]) -> None:
@@ -52,38 +55,55 @@ class MetricWriter:
         self._recent.append(metrics)
         self._bar.update()
 
-    def write(self, step: int, **more: Any) -> None:
+    def write(self, step: int, **more: Any) -> int:
         """Logs the means of scalars and vectors (one TensorBoard curve per entry) since the last call.
 
+        Skipped updates are no part of the means; they are counted as "skipped", and each is reported.
+
         Args:
-          step: updates made so far.
+          step: steps made so far.
           **more: metrics of this step alone.
 
-        Raises:
-          FloatingPointError: the loss is not finite; better to stop than to save what comes of it.
+        Returns:
+          How many updates were skipped in a row up to this step.
         """
-        means = {name: np.mean([metrics[name] for metrics in self._recent], axis=0) for name in self._recent[0]}
-        self._recent.clear()
+        recent, self._recent = jax.device_get(self._recent), []
+        in_a_row = [int(metrics.pop("skipped_in_a_row")) for metrics in recent]
+        useful = [metrics for metrics, skipped in zip(recent, in_a_row, strict=True) if not skipped]
+        means = {name: np.mean([metrics[name] for metrics in useful], axis=0) for name in useful[0]} if useful else {}
+        self._losses += [float(metrics["loss"]) for metrics in useful]
         values = {name: np.asarray(value, np.float64) for name, value in {**means, **more}.items()}
-        if not np.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss up to step {step} is {values['loss']}; lower the learning rate")
+        values["skipped"] = np.asarray(len(recent) - len(useful))
         if self._is_silent:
-            return
-        self._file.write(json.dumps({"step": step, **{name: value.tolist() for name, value in values.items()}}) + "\n")
-        self._file.flush()
+            return in_a_row[-1]
+        for number, metrics, skipped in zip(range(step - len(recent) + 1, step + 1), recent, in_a_row, strict=True):
+            if skipped:
+                norm = f"gradient norm {metrics['gradient_norm']:.4g}"
+                self._bar.write(f"step {number}: update skipped; loss {metrics['loss']:.4g}, {norm}", file=sys.stderr)
+        with reported_write_errors(self._path):
+            entry = {"step": step, **{name: value.tolist() for name, value in values.items()}}
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
         for name, value in values.items():
             if value.ndim == 0:
                 self._tensorboard.add_scalar(name, float(value), step)
             for index, entry in enumerate(value.ravel() if value.ndim else ()):
                 self._tensorboard.add_scalar(f"{name}/{index:02d}", float(entry), step)
         self._bar.set_postfix({name: f"{float(value):.4g}" for name, value in values.items() if value.ndim == 0})
+        return in_a_row[-1]
+
+    def mean_loss(self) -> float | None:
+        """Of the useful updates that were logged since the last call; None where there are none."""
+        losses, self._losses = self._losses, []
+        return float(np.mean(losses)) if losses else None
 
     def close(self) -> None:
         self._bar.close()
         if self._is_silent:
             return
-        self._file.close()
-        self._tensorboard.close()
+        with reported_write_errors(self._path):
+            self._file.close()
+            self._tensorboard.close()
 
 
 def _step(line: str) -> float:

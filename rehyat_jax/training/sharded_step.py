@@ -39,7 +39,7 @@ def make_sharded_step(
     Args:
       params, context: what is trained and what is not, perhaps abstract; context's arrays carry their shardings.
       specs: PartitionSpecs of params.
-      config: seed, accumulation_steps and ema_decay are read.
+      config: seed, accumulation_steps, ema_decay and spike_factor are read.
     """
     init = lambda params: init_state(params, optimizer, keep_ema=config.ema_decay > 0)
     state_shardings = shardings(state_specs(jax.eval_shape(init, params), specs))
@@ -49,6 +49,7 @@ def make_sharded_step(
         seed=config.seed,
         accumulation_steps=config.accumulation_steps,
         ema_decay=config.ema_decay,
+        spike_factor=config.spike_factor,
     )
     context_shardings = jax.tree.map(lambda leaf: leaf.sharding, context)
     return ShardedStep(

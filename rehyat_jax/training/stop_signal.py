@@ -1,0 +1,75 @@
+"""SIGTERM, with which schedulers announce that they will take a machine away, as a request to stop."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Self
+
+import jax
+from jax.experimental import multihost_utils
+
+from rehyat_jax.errors import RunStoppedError
+
+ALL_WAS_SAVED = "stopped by SIGTERM with everything saved; the same command goes on"
+
+
+class StopSignal:
+    """Whether SIGTERM has asked this run to stop, which it then does between two steps.
+
+    Before the first step there is nothing to lose, and a process that compiles cannot be interrupted from Python: it
+    ends at once, from a thread. Several processes have to stop after the same step: JAX takes the SIGTERM of any of
+    them as notice of a preemption, from `jax.distributed.initialize` on, and agrees on one.
+
+    To be used in a `with` statement; outside of the main thread, which alone can handle signals, it never asks.
+    """
+
+    def __init__(self):
+        self._handles = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        self._lock = threading.Lock()
+        self._has_begun = False
+        self._is_requested = False
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            # Python runs handlers when the main thread is back from C++; the byte that it writes is there at once.
+            self._previous_handler = signal.signal(signal.SIGTERM, _do_nothing)
+            signal.siginterrupt(signal.SIGTERM, False)
+            self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handles:
+            signal.set_wakeup_fd(self._previous_fd)
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            os.close(self._write)
+            self._thread.join()
+            os.close(self._read)
+
+    def is_requested(self, step: int) -> bool:
+        """Whether the run is to stop after this step; to be asked once after each, by all processes."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        with self._lock:
+            self._has_begun = True
+            return self._is_requested
+
+    def _watch(self) -> None:
+        while number := os.read(self._read, 1):
+            if number[0] != signal.SIGTERM:
+                continue
+            with self._lock:
+                self._is_requested = True
+                if not self._has_begun:
+                    print("stopped by SIGTERM before the first step; the same command goes on", file=sys.stderr)
+                    sys.stderr.flush()
+                    os._exit(RunStoppedError.exit_code)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """A handler, so that the signal does not end the process."""

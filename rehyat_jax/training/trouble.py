@@ -1,0 +1,42 @@
+"""What a run does when its data fail, and when its updates do."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from rehyat_jax.errors import InputError, RunDivergedError
+from rehyat_jax.files import reported_write_errors, written_whole
+from rehyat_jax.parallel.mesh import part_of_process
+from rehyat_jax.training.run_data import RunData
+
+
+def next_batch(data: RunData) -> dict[str, np.ndarray]:
+    """The next batch. Raises InputError where it cannot be read."""
+    try:
+        return next(data)
+    except InputError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"training data: cannot be read ({error}); see to it and give the same command again. A worker that was "
+            f"killed had most likely too little memory: lower config.data.workers"
+        ) from error
+
+
+def report_divergence(workdir: Path, data: RunData, step: int, skipped: int) -> None:
+    """Saves the batch of the first of `skipped` steps up to `step`, and raises RunDivergedError."""
+    first = step - skipped + 1
+    data.set_state({**data.get_state(), "next": first - 1})
+    batch = next_batch(data)
+    part, parts = part_of_process(jax.sharding.get_mesh())
+    name = f"skipped_step_{first}" + (f"_part_{part}_of_{parts}" if parts > 1 else "")
+    file = workdir / f"{name}.safetensors"
+    with reported_write_errors(file), written_whole(file) as temporary:
+        save_file(batch, temporary)
+    raise RunDivergedError(
+        f"the last {skipped} updates were skipped: loss or gradient was not finite, or far above its usual size. "
+        f"Parameters are those after step {first - 1}, and are saved; {file} is the first batch that failed. "
+        f"docs/faults.md tells how to look at it and how to go on"
+    )
