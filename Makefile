@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install demo test lint clean-demo
+.PHONY: install demo test fault-test lint clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -21,6 +21,10 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 
 test: lint
 	$(BIN)/pytest -n 2 tests
+
+# Kills, damage, full disks: see docs/faults.md. As root, for the disks.
+fault-test: install
+	PYTHONPATH=. $(BIN)/python tests/fault_suite.py
 
 lint: install
 	$(BIN)/ruff check .
