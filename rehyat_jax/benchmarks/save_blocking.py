@@ -1,0 +1,87 @@
+"""How long a save holds up the loop: python -m rehyat_jax.benchmarks.save_blocking [--config configs/demo_teacher.py].
+
+Steps are waited for, so that what `save` takes is its own time: copying the state, and starting what writes it. The
+step beside the writing shares the processors with it.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from rehyat_jax.benchmarks.environment import describe_environment
+from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.parallel.mesh import make_mesh
+from rehyat_jax.parallel.sharding import on_all_devices
+from rehyat_jax.train import parse_arguments
+from rehyat_jax.training import finetune
+from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
+from rehyat_jax.training.checksums import find_damage
+from rehyat_jax.training.continuation import describe_run
+from rehyat_jax.training.optimizer import make_optimizer
+from rehyat_jax.training.run_data import RunData
+from rehyat_jax.training.setup import initial_model, make_source
+from rehyat_jax.training.sharded_step import make_sharded_step
+
+
+def measure(config: ml_collections.ConfigDict, folder: Path, saves: int) -> dict[str, list[float]]:
+    """Seconds of each kind, one of each for every save; of a run that trains the whole transformer."""
+    source = make_source(config)
+    data = RunData(source, config, seed=config.seed, accumulation_steps=config.accumulation_steps)
+    model = initial_model(config)
+    context = {"null_text": on_all_devices(source.null_text)}
+    grad_fn = finetune.make_grad_fn(apply_model(model.model_def), config)
+    optimizer = make_optimizer(config)
+    step, initial_state, _ = make_sharded_step(grad_fn, optimizer, model.params, model.specs, context, config)
+    state = initial_state(model.params)
+    del model
+    checkpoints = RunCheckpoints(folder, Keep(2))
+    times = {kind: [] for kind in ("a step alone", "save() in the loop", "the step after it", "until it is on disk")}
+    times |= {"comparing a checkpoint with its checksums": []}
+
+    def timed(kind: str, function, *arguments):
+        started = time.perf_counter()
+        result = jax.block_until_ready(function(*arguments))
+        times[kind].append(time.perf_counter() - started)
+        return result
+
+    state, _ = jax.block_until_ready(step(state, context, data.on_mesh(next(data))))
+    for number in range(1, saves + 1):
+        state, _ = timed("a step alone", step, state, context, data.on_mesh(next(data)))
+        description = describe_run(config, data.get_state(), examples=len(source))
+        started = time.perf_counter()
+        timed("save() in the loop", checkpoints.save, number, state, description)
+        state, _ = timed("the step after it", step, state, context, data.on_mesh(next(data)))
+        checkpoints.wait()
+        times["until it is on disk"].append(time.perf_counter() - started)
+        timed("comparing a checkpoint with its checksums", find_damage, checkpoints.directory / str(number))
+    checkpoints.close()
+    data.close()
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/demo_teacher.py")
+    parser.add_argument("--saves", type=int, default=10)
+    arguments = parser.parse_args()
+    config = parse_arguments(["train", f"--config={arguments.config}", "--workdir=unused"]).config
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
+        times = measure(config, Path(folder), arguments.saves)
+        bytes_on_disk = sum(file.stat().st_size for file in (Path(folder) / str(arguments.saves)).rglob("*"))
+    alone = times["a step alone"]
+    print(
+        "| | fastest, ms | share of the fastest step | median, ms | share of the median step |\n|---|---|---|---|---|"
+    )
+    for kind, seconds in times.items():
+        cells = (f"{1e3 * of(seconds):.1f} | {of(seconds) / of(alone):.1%}" for of in (min, statistics.median))
+        print(f"| {kind} | {' | '.join(cells)} |")
+    print(f"\n{arguments.saves} saves of {bytes_on_disk / 1e6:.1f} MB; {describe_environment()}")
+
+
+if __name__ == "__main__":
+    main()
