@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install demo test fault-test lint clean-demo
+.PHONY: install demo test fault-test fuzz lint clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -25,6 +25,10 @@ test: lint
 # Kills, damage, full disks: see docs/faults.md. As root, for the disks.
 fault-test: install
 	PYTHONPATH=. $(BIN)/python tests/fault_suite.py
+
+# Damaged input for every reader of users' files; `make test` gives each 100.
+fuzz: install
+	FUZZ_EXAMPLES=20000 $(BIN)/pytest -n 2 tests/test_fuzz.py
 
 lint: install
 	$(BIN)/ruff check .

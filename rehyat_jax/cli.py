@@ -59,6 +59,10 @@ def parsed_config(
         while isinstance(reason, Exception):
             reason = reason.args[0]
         raise InputError(f"unknown field of the configuration: {reason}".replace("\n", " ")) from error
+    except InputError:
+        raise
     except (flags.Error, TypeError, OSError) as error:
         raise InputError(str(error)) from error
+    except (ValueError, KeyError) as error:  # of ml_collections, where a field's name is no name
+        raise InputError(f"the command line cannot be understood: {error}") from error
     return config

@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file}: expected format_version {FORMAT_VERSION}, found {fields['format_version']!r}; another version of "
             f"rehyat_jax wrote it: prepare the data again"
         )
-    if fields["kind"] not in RANKS:
+    if fields["kind"] not in tuple(RANKS):
         raise InputError(f"{file}: expected a kind of {', '.join(RANKS)}, found {fields['kind']!r}; prepare it again")
     for name in ("codec", "text_encoder"):
         if not isinstance(fields[name], str):
@@ -121,7 +121,7 @@ def _bucket(file: Path, entry: Any) -> BucketFiles:
     for entry in _list(file, "shards", fields["shards"]):
         shard = _fields(entry, f"{file}: shard", _names(Shard))
         name = shard["file"]
-        if not isinstance(name, str) or re.search(r"[/\\\0]", name) or not name.endswith(SHARD_SUFFIX):
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]{1,200}" + re.escape(SHARD_SUFFIX), name):
             raise InputError(
                 f"{file}: expected shards NAME{SHARD_SUFFIX} in the same folder, found {str(name)[:200]!r}; "
                 f"prepare the data again"

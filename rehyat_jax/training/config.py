@@ -2,17 +2,18 @@
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+from flax import traverse_util
 
 from rehyat_jax.attention.api import IMPLEMENTATIONS
 from rehyat_jax.errors import InputError
 from rehyat_jax.files import reported_write_errors, written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
+from rehyat_jax.weights.json_files import read_json_object
 
 CHOICES = {
     "stage": ("pretrain", "distill", "finetune"),
@@ -104,6 +105,10 @@ def default_config() -> ml_collections.ConfigDict:
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises InputError, naming the field, unless the values can be run together."""
+    flat = lambda config: traverse_util.flatten_dict(config.to_dict(), sep=".")
+    if missing := sorted(flat(default_config()).keys() - flat(config).keys()):
+        group = missing[0].rpartition(".")[0]
+        raise InputError(f"config.{missing[0]} is missing; give config.{group or missing[0]}'s fields one by one")
     fields = {path: _lookup(config, path) for path in CHOICES}
     for path, value in fields.items():
         if value not in CHOICES[path]:
@@ -150,11 +155,18 @@ def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def load_config(workdir: Path) -> ml_collections.ConfigDict:
-    """The configuration that a run in `workdir` was started with. Raises InputError if there is none."""
+    """The configuration of the run in `workdir`. Raises InputError if there is none, or a damaged one."""
     path = workdir / "config.json"
     if not path.exists():
         raise InputError(f"{path}: expected the configuration of a training run, found no file; check the folder")
-    return config_from_json(json.loads(path.read_text()))
+    fields = read_json_object(path)
+    try:
+        return config_from_json(fields)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected the fields of a configuration, found {str(error)[:200]}; correct it, or "
+            f"start the run again"
+        ) from error
 
 
 def config_from_json(fields: dict[str, Any]) -> ml_collections.ConfigDict:

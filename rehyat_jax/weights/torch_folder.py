@@ -118,9 +118,9 @@ def _read_shards(index_file: Path) -> dict[str, StoredTensor]:
 
     tensors = {}
     for shard in sorted(set(weight_map.values())):
-        if re.search(r"[/\\\0]", shard) or not shard.endswith(".safetensors"):
+        if not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", shard):
             raise InputError(
-                f"{index_file}: weight_map names {shard!r}, expected a safetensors file in the same folder; "
+                f"{index_file}: weight_map names {shard[:200]!r}, expected a safetensors file in the same folder; "
                 f"get the index again"
             )
         file = index_file.parent / shard

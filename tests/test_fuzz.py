@@ -1,0 +1,241 @@
+"""Readers of users' files, given damaged ones: an InputError that names the file, or a sound result; never more."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from fuzzing import JSON, SCALARS, damaged_bytes, damaged_json_text, fuzzed, only_input_errors
+from hypothesis import given
+from hypothesis import strategies as st
+from prepared_data import example, write_data_set
+
+from rehyat_jax.data.manifest import MANIFEST, SHARD_SUFFIX, read_manifest
+from rehyat_jax.data.prepared import PreparedExamples
+from rehyat_jax.data.records import pack, unpack
+from rehyat_jax.models.wan.config import WAN_PRESETS
+from rehyat_jax.plan import parse_arguments as plan_arguments
+from rehyat_jax.preparation.captions import read_captions
+from rehyat_jax.train import parse_arguments as train_arguments
+from rehyat_jax.training.config import check_config, default_config, load_config, save_config
+from rehyat_jax.weights.model_checkpoint import MODEL_FILE, read_model_description
+from rehyat_jax.weights.safetensors_file import create_file, read_header, read_tensor, write_tensor
+from rehyat_jax.weights.torch_config import SIDE_CAR, Inferred, read_torch_config, write_torch_config
+from rehyat_jax.weights.torch_folder import create_files, find_tensors
+
+WAN = WAN_PRESETS["tiny"].replace(hybrid_blocks=(1,))
+TENSORS = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16), "empty": np.zeros((0, 5), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def filled(places) -> None:
+    for name, place in places.items():
+        write_tensor(place, TENSORS[name])
+
+
+SPECS = {name: (array.dtype, array.shape) for name, array in TENSORS.items()}
+HEADER = {
+    "__metadata__": {"format": "pt"},
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+    "empty": {"dtype": "F16", "shape": [0, 5], "data_offsets": [32, 32]},
+}
+
+
+@fuzzed
+@given(header=damaged_json_text(HEADER), length=st.none() | st.integers(0, 2**64 - 1), data=damaged_bytes(bytes(32)))
+def test_safetensors(folder, header, length, data):
+    file = folder / "damaged.safetensors"
+    length = len(header) if length is None else length
+    file.write_bytes(length.to_bytes(8, "little") + header + data)
+    with only_input_errors(str(file)):
+        tensors = read_header(file)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= len(data)
+        for tensor in tensors.values():
+            assert read_tensor(tensor).shape == tensor.shape
+
+
+@fuzzed
+@given(data=st.data())
+def test_whole_safetensors_files(folder, data):
+    file = folder / "whole.safetensors"
+    if not file.exists():
+        filled(create_file(file, SPECS))
+    damaged = folder / "damaged.safetensors"
+    damaged.write_bytes(data.draw(damaged_bytes(file.read_bytes())))
+    with only_input_errors(str(damaged)):
+        for tensor in read_header(damaged).values():
+            read_tensor(tensor)
+
+
+@pytest.fixture(scope="module")
+def shards(folder) -> tuple[Path, dict]:
+    (folder / "shards").mkdir()
+    filled(create_files(folder / "shards", SPECS, max_shard_bytes=24))
+    (index,) = (folder / "shards").glob("*.index.json")
+    return index, json.loads(index.read_text())
+
+
+@fuzzed
+@given(data=st.data())
+def test_index_of_shards(shards, data):
+    index, content = shards
+    index.write_bytes(data.draw(damaged_json_text(content)))
+    with only_input_errors(str(index.parent)):
+        folder, tensors = find_tensors(index.parent)
+        assert folder == index.parent and {tensor.file.parent for tensor in tensors.values()} <= {folder}
+
+
+INFERRED = {
+    "width": Inferred(WAN.width, "patch_embedding.weight"),
+    "num_layers": Inferred(WAN.num_layers, "blocks.1.*"),
+    "ffn_dim": Inferred(WAN.ffn_dim, "ffn"),
+}
+
+
+@fuzzed
+@given(data=st.data(), layout=st.sampled_from(["diffusers", "original"]))
+def test_config_of_a_pytorch_checkpoint(folder, data, layout):
+    write_torch_config(folder, WAN, {"codec": "space_to_depth", "text_encoder": "word_vectors"}, layout)
+    for name in ("config.json", SIDE_CAR):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_bytes(data.draw(damaged_json_text(content)))
+    with only_input_errors("config.json", SIDE_CAR):
+        config, metadata = read_torch_config(folder, INFERRED)
+        assert config.width == WAN.width and all(isinstance(value, str) for value in metadata.values())
+
+
+MODEL = {
+    "format_version": 1,
+    "architecture": "wan",
+    "config": WAN.to_dict(),
+    "codec": "wan_vae",
+    "text_encoder": "umt5",
+}
+
+
+@fuzzed
+@given(content=damaged_json_text(MODEL))
+def test_description_of_a_model_checkpoint(folder, content):
+    (folder / MODEL_FILE).write_bytes(content)
+    with only_input_errors(MODEL_FILE):
+        config, _ = read_model_description(folder)
+        assert config.width == config.num_heads * config.head_dim
+
+
+RECORD = pack(example(3), {"name": "3.mp4", "caption": "number 3"})
+SHAPES = {name: array.shape for name, array in example(0).items()}
+
+
+@fuzzed
+@given(record=damaged_bytes(RECORD))
+def test_record_of_an_example(record):
+    with only_input_errors():
+        found = unpack(record, SHAPES)
+        assert {name: array.shape for name, array in found.items()} == SHAPES
+
+
+@pytest.fixture(scope="module")
+def prepared(folder) -> tuple[Path, dict[str, bytes]]:
+    write_data_set(folder / "prepared", [example(number) for number in range(6)], unit=3)
+    files = (path for path in (folder / "prepared").iterdir() if path.is_file())
+    return folder / "prepared", {path.name: path.read_bytes() for path in files}
+
+
+@fuzzed
+@given(data=st.data())
+def test_manifest_of_a_data_set(prepared, data):
+    path, files = prepared
+    (path / MANIFEST).write_bytes(data.draw(damaged_json_text(json.loads(files[MANIFEST]))))
+    with only_input_errors(str(path)):
+        manifest = read_manifest(path)
+        assert {shard.file for bucket in manifest.buckets for shard in bucket.shards} <= files.keys()
+
+
+@fuzzed
+@given(data=st.data())
+def test_shards_of_a_data_set(prepared, data):
+    path, files = prepared
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    shard = data.draw(st.sampled_from([name for name in files if name.endswith(SHARD_SUFFIX)]))
+    (path / shard).write_bytes(data.draw(damaged_bytes(files[shard])))
+    with only_input_errors(str(path)):
+        for bucket in PreparedExamples(path).buckets:
+            for index in range(len(bucket)):
+                bucket.description(index)
+
+
+CAPTIONS = {
+    "captions.csv": b'file,caption\na.mp4,"one, two"\nb/c.mp4,"three\nfour"\n',
+    "captions.jsonl": b'{"file": "a.mp4", "caption": "one"}\n{"file": "b/c.mp4", "caption": "two"}\n',
+}
+
+
+@fuzzed
+@given(name=st.sampled_from(sorted(CAPTIONS)), data=st.data())
+def test_captions(folder, name, data):
+    (folder / name).write_bytes(data.draw(damaged_bytes(CAPTIONS[name]) | st.binary(max_size=60)))
+    with only_input_errors(name):
+        captions = read_captions(folder / name)
+        assert all(isinstance(text, str) for pair in captions.items() for text in pair)
+
+
+@fuzzed
+@given(data=st.data())
+def test_configuration_of_a_run(folder, data):
+    save_config(default_config(), folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_bytes(data.draw(damaged_json_text(content)))
+    with only_input_errors("config"):
+        load_config(folder)
+
+
+FIELDS = [name for name, _ in default_config().items()]
+FIELDS += ["optimizer.name", "hybrid.blocks", "data.path", "mesh.fsdp"]
+OVERRIDES = st.lists(
+    st.tuples(
+        st.sampled_from(FIELDS) | st.text(max_size=8),
+        JSON.map(str)
+        | SCALARS.map(str)
+        | st.sampled_from(["", "()", "(1,", "[0]", "all", "__import__('os')", "1e999"]),
+    ).map(lambda pair: f"--config.{pair[0]}={pair[1]}")
+    | st.text(max_size=12),
+    max_size=3,
+)
+
+
+@fuzzed
+@given(arguments=OVERRIDES)
+def test_command_line_of_train(arguments):
+    with only_input_errors():
+        config, *_ = train_arguments(
+            ["train", "--config=configs/demo_distill.py", "--workdir=w", *map(without_help, arguments)]
+        )
+        check_config(config)
+
+
+@fuzzed
+@given(
+    topology=st.sampled_from(["v5e:2x2", "v5e", "v9:1x1", "v5e:x", "v5e:0x0", "v5p:-1x2"]) | st.text(max_size=8),
+    size=st.tuples(st.sampled_from(["frames", "height", "width"]), SCALARS.map(str)),
+)
+def test_command_line_of_plan(topology, size):
+    with only_input_errors():
+        plan_arguments(
+            ["plan", "--config=configs/demo_pretrain.py", f"--topology={topology}", f"--{size[0]}={size[1]}"]
+        )
+
+
+def without_help(argument: str) -> str:
+    return argument.replace("help", "")
+
+
+def teardown_module():
+    # Configuration files register their flags where they are defined, per command line; none may be left behind.
+    assert "config.steps" not in flags.FLAGS
