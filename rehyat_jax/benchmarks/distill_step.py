@@ -1,0 +1,48 @@
+"""What a distillation step takes beside its teacher: python -m rehyat_jax.benchmarks.distill_step.
+
+Static cycles (docs/static_cycles.md) of a step of stage 1, and of the softmax teacher's forward pass alone on the same
+videos, both compiled without a TPU. The command line is that of `rehyat_jax.plan`; without one, Wan2.1 1.3B on v5e:4x4.
+"""
+
+import sys
+
+import jax
+
+from rehyat_jax.benchmarks.tpu_compile import compiled_for_tpu
+from rehyat_jax.cli import report_input_errors
+from rehyat_jax.errors import InputError
+from rehyat_jax.plan import parse_arguments, progress
+from rehyat_jax.planning.estimate import program_cost
+from rehyat_jax.planning.planner import Request
+
+DEFAULT = ["--config", "configs/wan_1_3b_distill.py", "--topology", "v5e:4x4"]
+
+
+def cycles(request: Request, program: str) -> int:
+    """Static cycles of a function of `planning.train_step` that lowers for a mesh."""
+    with (
+        progress(f"compiling {program}; this takes minutes"),
+        compiled_for_tpu(
+            f"rehyat_jax.planning.train_step:{program}", request.case(), request.topology, for_all_devices=True
+        ) as compiled,
+    ):
+        wan = request.wan.replace(hybrid_blocks=()) if program == "lowered_teacher" else request.wan
+        return program_cost(compiled, wan).cycles
+
+
+def compare(request: Request) -> None:
+    """Raises InputError unless the configuration distils."""
+    if request.config.stage != "distill":
+        raise InputError(
+            f'--config: expected one whose stage is "distill", found {request.config.stage!r}; see configs/*_distill.py'
+        )
+    step, teacher = (cycles(request, program) for program in ("lowered", "lowered_teacher"))
+    print(f"| {request.topology} | static cycles |\n|---|---|")
+    print(f"| distillation step | {step / 1e6:,.0f} M |\n| teacher's forward pass | {teacher / 1e6:,.0f} M |")
+    print(f"| ratio | {step / teacher:.3f} |")
+
+
+if __name__ == "__main__":
+    # As for plan: the machine's own devices are not what is compiled for.
+    jax.config.update("jax_platforms", "cpu")
+    sys.exit(report_input_errors(lambda: compare(parse_arguments(["plan", *(sys.argv[1:] or DEFAULT)]).request)))
