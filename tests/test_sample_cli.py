@@ -92,7 +92,7 @@ def test_every_option_reaches_the_sampler(checkpoint, tmp_path, options):
 
 def test_a_video_cut_over_devices_is_the_same(checkpoint, tmp_path):
     assert main(arguments(checkpoint, tmp_path / "one.mp4")) == 0
-    assert main([*arguments(checkpoint, tmp_path / "eight.mp4"), "--mesh", "fsdp=2", "context=4"]) == 0
+    assert main([*arguments(checkpoint, tmp_path / "eight.mp4"), "--mesh", "data=2", "context=4"]) == 0
     # A grey level for another order of summation before the encoder.
     assert np.abs(pixels(tmp_path / "one.mp4") - pixels(tmp_path / "eight.mp4")).max() <= 1
 
