@@ -5,11 +5,13 @@ size: LASP-2's exchange of states (arXiv 2502.07563), with a halo. Bytes moved d
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from rehyat_jax.attention.api import attend_from
+from rehyat_jax.attention.flat_tokens import cut, flat, with_heads
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.inline_features import InlineFeatures
 from rehyat_jax.attention.state import HybridState, LinearState
@@ -55,10 +57,12 @@ def hybrid_attention_in_parts(
     last = (num_frames - 1) // geometry.num_frames  # the device with the last frame; padding alone is beyond it
     last_tokens = (num_frames - last * geometry.num_frames) * tokens_per_frame
 
+    first_tokens = _first_tokens_of(query, key, value, phi_query, phi_key)
+
     def first(count: int) -> tuple[ChunkGeometry, tuple]:
         """Geometry and arrays of this device's first `count` tokens."""
         part = dataclasses.replace(geometry, num_frames=count // tokens_per_frame)
-        return part, _first_tokens((query, key, value, phi_query, phi_key), count)
+        return part, first_tokens(count)
 
     # ------------------------------------------------------------------------------------------------ sums of each
     def sums(count: int) -> tuple[LinearState, LinearState]:
@@ -84,8 +88,8 @@ def hybrid_attention_in_parts(
     initial_state = HybridState(
         past=LinearState.sum(sum_over(device < index - 1), left),
         overlap=jax.tree.map(jnp.subtract, sum_over(device == index - 1), left),
-        overlap_key=to_next(key[:, tokens - overlap_frames * tokens_per_frame :]),
-        overlap_value=to_next(value[:, tokens - overlap_frames * tokens_per_frame :]),
+        overlap_key=to_next(cut(key, tokens - overlap_frames * tokens_per_frame, tokens)),
+        overlap_value=to_next(cut(value, tokens - overlap_frames * tokens_per_frame, tokens)),
         chunks=index * geometry.num_chunks,
     )
     later = None if causal else sum_over((device > index) & (device <= last))
@@ -102,12 +106,14 @@ def hybrid_attention_in_parts(
             implementation=implementation,
             later=later,
         )
-        return jnp.pad(output, [(0, 0), (0, tokens - count), (0, 0), (0, 0)])
+        return jnp.pad(flat(output), [(0, 0), (0, tokens - count), (0, 0)])
 
     if last == devices - 1 and last_tokens == tokens:
-        return attend(tokens)
-    kinds = [lambda: attend(tokens), lambda: attend(last_tokens), lambda: jnp.zeros_like(query)]
-    return jax.lax.switch(1 + jnp.sign(index - last), kinds)
+        output = attend(tokens)
+    else:
+        kinds = [lambda: attend(tokens), lambda: attend(last_tokens), lambda: jnp.zeros_like(flat(query))]
+        output = jax.lax.switch(1 + jnp.sign(index - last), kinds)
+    return with_heads(output, query.shape[2])
 
 
 def _sum_of(parts: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -115,16 +121,22 @@ def _sum_of(parts: jax.Array, chosen: jax.Array) -> jax.Array:
     return jnp.where(jnp.expand_dims(chosen, range(1, parts.ndim)), parts, 0).sum(axis=0)
 
 
-def _first_tokens(arrays: tuple[jax.Array | InlineFeatures, ...], count: int) -> tuple:
-    """The first `count` tokens of arrays and features; features of one of the arrays are features of its part."""
-    if count == arrays[0].shape[1]:
-        return arrays
-    parts = {id(array): array[:, :count] for array in arrays if not isinstance(array, InlineFeatures)}
+def _first_tokens_of(*arrays: jax.Array | InlineFeatures) -> Callable[[int], tuple]:
+    """A function from a count to that many first tokens of arrays and features.
 
-    def part(array: jax.Array | InlineFeatures) -> jax.Array | InlineFeatures:
-        if not isinstance(array, InlineFeatures):
-            return parts[id(array)]
-        source = parts.get(id(array.source))
-        return dataclasses.replace(array, source=array.source[:, :count] if source is None else source)
+    Features of one of the arrays are features of its part.
+    """
+    of_tokens = lambda array: array.source if isinstance(array, InlineFeatures) else array
+    # Made here: what a branch of a conditional takes in has a layout of its own.
+    views = {id(of_tokens(array)): flat(of_tokens(array)) for array in arrays}
 
-    return tuple(map(part, arrays))
+    def first_tokens(count: int) -> tuple:
+        heads = of_tokens(arrays[0]).shape[2]
+        parts = {name: with_heads(view[:, :count], heads) for name, view in views.items()}
+        part = lambda array: parts[id(of_tokens(array))]
+        return tuple(
+            dataclasses.replace(array, source=part(array)) if isinstance(array, InlineFeatures) else part(array)
+            for array in arrays
+        )
+
+    return first_tokens

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from rehyat_jax.attention.flat_tokens import cut, joined
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.inline_features import InlineFeatures, as_inline
 from rehyat_jax.attention.residuals import kept
@@ -76,8 +77,8 @@ def hybrid_attention_pallas_tpu(
         operands |= {
             "key_source": pad(phi_key.source),
             "state_value": operands["value"],
-            "key": jnp.concatenate([pad(initial_state.overlap_key), operands["key"]], axis=1),
-            "value": jnp.concatenate([pad(initial_state.overlap_value), operands["value"]], axis=1),
+            "key": joined(pad(initial_state.overlap_key), operands["key"]),
+            "value": joined(pad(initial_state.overlap_value), operands["value"]),
             "past": _joined(initial_state.past),
             "overlap": _joined(initial_state.overlap),
             "first_key_frame": jnp.where(initial_state.chunks > 0, 0, overlap_frames).astype(jnp.int32)[None],
@@ -94,8 +95,8 @@ def hybrid_attention_pallas_tpu(
     final_state = HybridState(
         past=_parted(past),
         overlap=_parted(overlap),
-        overlap_key=key[:, split:],
-        overlap_value=value[:, split:],
+        overlap_key=cut(key, split, None),
+        overlap_value=cut(value, split, None),
         chunks=(0 if initial_state is None else initial_state.chunks) + jnp.int32(geometry.num_chunks),
     )
     return output, final_state
@@ -171,8 +172,8 @@ class _Call:
 
     def last_overlap(self, features: InlineFeatures, value: jax.Array) -> tuple[InlineFeatures, jax.Array]:
         """phi_key and value of the last overlap_frames."""
-        source = features.source[:, -self.overlap_tokens :]
-        return dataclasses.replace(features, source=source), value[:, -self.overlap_tokens :]
+        last = lambda tokens: cut(tokens, -self.overlap_tokens, None)
+        return dataclasses.replace(features, source=last(features.source)), last(value)
 
     def query_features(self, operands: dict[str, Any]) -> InlineFeatures:
         source = operands["query"] if operands["query_source"] is None else operands["query_source"]
@@ -218,13 +219,13 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
 
     # The initial overlap leaves the window when the first chunk is done.
     seen = operands["past"] + operands["overlap"] if continues else None
-    measured = {"query": query, "key": key[:, -query.shape[1] :] if continues else key}
+    measured = {"query": query, "key": cut(key, -query.shape[1], None)}
     past_walk, *future_walks = call.walks()
     states, squares = chunk_states(features, state_value, past_walk, initial=seen, measured=measured)
     first = first_chunk_with_past(call.tiling)
     if continues:
         states = states.at[:first].set(seen).at[0].set(operands["past"])
-        overlap_squares = _frame_squares(key[:, : -query.shape[1]], call.tiling.frame)
+        overlap_squares = _frame_squares(cut(key, None, -query.shape[1]), call.tiling.frame)
         squares["key"] = jnp.concatenate([overlap_squares, squares["key"]], axis=-1)
     elif not call.causal:
         states = states.at[:first].set(0)
