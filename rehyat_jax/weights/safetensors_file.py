@@ -25,6 +25,10 @@ MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's limit; a larger length is a sign of another kind of file."""
 
 
+MAX_AXES, MAX_ENTRIES = 16, 2**48
+"""Beyond any weights: what has more is damaged."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor's values are: `nbytes` bytes from `offset` of `file`, row-major, little-endian."""
@@ -160,7 +164,10 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[int, np.dtype, tupl
         isinstance(entry, dict)
         and isinstance(entry.get("dtype"), str)
         and isinstance(entry.get("shape"), list)
+        and len(entry["shape"]) <= MAX_AXES
         and all(map(count, entry["shape"]))
+        # Of an empty tensor too: numpy must be able to make it.
+        and math.prod(max(size, 1) for size in entry["shape"]) < MAX_ENTRIES
         and isinstance(entry.get("data_offsets"), list)
         and len(entry["data_offsets"]) == 2
         and all(map(count, entry["data_offsets"]))
