@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -72,20 +73,29 @@ class RunCheckpoints:
     def __init__(self, directory: epath.PathLike, keep: Keep):
         directory = os.fspath(directory)
         self.directory = epath.Path(directory if "://" in directory else os.path.abspath(directory))
-        self._saving: int | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._start: Future | None = None
+        self._copied_to_host = None
         with reported_write_errors(directory):
             if jax.process_index() == 0:
                 _check_writable(self.directory)
             _pass_over_damaged(self.directory)
             options = ocp.CheckpointManagerOptions(
+                create=False,
                 preservation_policy=keep.policy(),
                 best_fn=lambda metrics: metrics["loss"],  # without it, metrics are not saved
                 cleanup_tmp_directories=True,  # of saves that a kill interrupted
                 # One process looks for what is there: on a shared filesystem the others might not see it yet.
                 single_host_load_and_broadcast=True,
+                # Processes named wait for each other through the coordinator. Otherwise it would be with a collective,
+                # which the loop's own would meet in another order in each process: saves start in a thread.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(jax.process_count()))
+                ),
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._newest = self.latest_step
 
     @property
     def latest_step(self) -> int | None:
@@ -109,36 +119,55 @@ class RunCheckpoints:
     def save(self, step: int, state: State, run: dict[str, Any], loss: float | None = None) -> None:
         """Starts to save what is there after `step` steps, unless that has been saved; returns before it is on disk.
 
+        The state may be donated at once: what is saved is a copy in the host's memory, which devices make before
+        anything that is asked of them later.
+
         Args:
           run: whatever else the rest of the run depends on, the same in all processes.
           loss: by which the best are known; without one, it is not among them.
 
         Raises:
-          InputError: this save, or the one before, cannot be written.
+          InputError: there is no room for this save, or the one before could not be written.
         """
-        if step == self.latest_step:
+        if step == self._newest:
             return
         self.wait()
         with reported_write_errors(self.directory):
             self._check_space(state)
-            self._saving = step
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}, force=True)
+        self._newest = step
+        if self._copied_to_host is None:
+            on_host = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), state)
+            self._copied_to_host = jax.jit(lambda tree: tree, out_shardings=on_host)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(self._copied_to_host(state)), run=ocp.args.JsonSave(run))
+        metrics = None if loss is None else {"loss": loss}
+        self._start = self._thread.submit(self._manager.save, step, args=args, metrics=metrics, force=True)
 
     def check(self) -> None:
         """Raises InputError if the save under way has failed; does not wait for it."""
-        with reported_write_errors(self.directory):
-            self._manager.check_for_errors()
+        if self._start is None or self._start.done():
+            with reported_write_errors(self.directory):
+                self._check_start()
+                self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Returns when the save under way is on disk. Raises InputError if it fails."""
         with reported_write_errors(self.directory):
+            self._check_start()
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything is on disk. Raises InputError if that fails."""
-        with reported_write_errors(self.directory):
-            self._manager.close()
+        with reported_write_errors(self.directory), self._thread:
+            try:
+                self._check_start()
+            finally:
+                self._manager.close()
+
+    def _check_start(self) -> None:
+        """Waits until Orbax has begun, and raises what kept it from that, once."""
+        start, self._start = self._start, None
+        if start:
+            start.result()
 
     def _check_space(self, state: State) -> None:
         """Raises InputError unless there is room: a save that fails half way is a mess to clean up."""
@@ -153,7 +182,7 @@ class RunCheckpoints:
 
     def _write_checksums(self) -> None:
         """Called in the first process, by Orbax's thread, when all files are there and the checkpoint is not yet."""
-        name = str(self._saving)
+        name = str(self._newest)
         (directory,) = (path for path in self.directory.iterdir() if path.name.partition(".")[0] == name)
         write_checksums(directory)
 
