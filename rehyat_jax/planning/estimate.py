@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 
 from rehyat_jax.benchmarks.hlo_branches import ShareOf
@@ -13,6 +14,7 @@ from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.planning.chips import Chip
 from rehyat_jax.planning.collectives import collective_bytes
+from rehyat_jax.planning.memory_bound import memory_bytes
 
 STALLS = 1.5
 """What the slow end of a step's time multiplies the static cycles by, which know of no stalls. An assumption: nothing
@@ -23,7 +25,7 @@ LINKS_IN_USE = 0.5
 idle."""
 
 ASSUMPTIONS = (
-    f"low: the largest of static cycles, least HBM traffic, and collectives on all links, all overlapped; "
+    f"low: the largest of the least cycles, least HBM traffic, and collectives on all links, all overlapped; "
     f"high: {STALLS} x static cycles (stalls), then collectives on {LINKS_IN_USE:.0%} of the links, nothing overlapped"
 )
 
@@ -34,11 +36,14 @@ class Cost:
 
     Attributes:
       cycles: static, of kernels and of what XLA made, collectives aside.
+      least_cycles: the same, with what holds no matrix product as fast as memory allows, where that is faster than the
+        compiler's estimate.
       collective_bytes: sent, by kind.
       hbm_traffic: bytes, the least: arguments and temporaries read and results and temporaries written, once each.
     """
 
     cycles: int
+    least_cycles: int
     kernel_cycles: int
     collective_bytes: dict[str, int]
     hbm_traffic: int
@@ -47,6 +52,10 @@ class Cost:
     @property
     def compute_seconds(self) -> float:
         return self.cycles / self.chip.clock
+
+    @property
+    def least_compute_seconds(self) -> float:
+        return self.least_cycles / self.chip.clock
 
     @property
     def hbm_seconds(self) -> float:
@@ -61,7 +70,7 @@ class Cost:
     def step_seconds(self) -> tuple[float, float]:
         """(low, high), see ASSUMPTIONS."""
         return (
-            max(self.compute_seconds, self.hbm_seconds, self.collective_seconds),
+            max(self.least_compute_seconds, self.hbm_seconds, self.collective_seconds),
             max(STALLS * self.compute_seconds, self.hbm_seconds) + self.collective_seconds / LINKS_IN_USE,
         )
 
@@ -69,13 +78,24 @@ class Cost:
 def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig) -> Cost:
     """Costs a compiled program of the model `wan` on one of its devices."""
     static = program_cost(program, wan)
-    operations = executed_operations(program.hlo, of_fusions=True)
+    operations = list(executed_operations(program.hlo, of_fusions=True))
     return Cost(
         cycles=static.cycles,
+        least_cycles=static.cycles - _cycles_above_least(static, memory_bytes(operations), chip),
         kernel_cycles=static.kernel_cycles,
         collective_bytes=collective_bytes(operations, devices, static.shares),
         hbm_traffic=program.argument_bytes + program.result_bytes + 2 * program.temporary_bytes,
         chip=chip,
+    )
+
+
+def _cycles_above_least(static: ProgramCost, moved: Mapping[str, int], chip: Chip) -> int:
+    """Cycles by which the compiler's estimates exceed what memory allows to operations that move so many bytes."""
+    cycles_per_byte = chip.clock / chip.hbm_bandwidth
+    return sum(
+        operation.executions * max(0, operation.estimated_cycles - round(moved[operation.name] * cycles_per_byte))
+        for operation in static.xla
+        if operation.name in moved
     )
 
 

@@ -110,6 +110,7 @@ class Plan:
         hours = {"low": low * self.request.config.steps / 3600, "high": high * self.request.config.steps / 3600}
         return plan | {
             "static_cycles": self.cost.cycles,
+            "least_cycles": self.cost.least_cycles,
             "static_cycles_of_kernels": self.cost.kernel_cycles,
             "collective_bytes": self.cost.collective_bytes,
             "hbm_traffic_bytes": self.cost.hbm_traffic,

@@ -40,11 +40,16 @@ def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("", ""),
         ("model FLOPs a step", f"{plan.model_flops / 1e12:,.3g} T, and {recomputed / 1e12:,.3g} T recomputed"),
-        ("static cycles", f"{cost.cycles / 1e6:,.0f} M, {cost.kernel_cycles / 1e6:,.0f} M of them in kernels"),
+        (
+            "static cycles",
+            f"{cost.cycles / 1e6:,.0f} M, {cost.kernel_cycles / 1e6:,.0f} M of them in kernels; at least "
+            f"{cost.least_cycles / 1e6:,.0f} M",
+        ),
         *((kind, f"{size / 1e6:,.3g} MB") for kind, size in cost.collective_bytes.items() if size),
         (
             "seconds, each alone",
-            f"compute {cost.compute_seconds:.3g}, HBM {cost.hbm_seconds:.3g}, links {cost.collective_seconds:.3g}",
+            f"compute {cost.least_compute_seconds:.3g} to {cost.compute_seconds:.3g}, HBM {cost.hbm_seconds:.3g}, "
+            f"links {cost.collective_seconds:.3g}",
         ),
         ("step, seconds", f"{low:.3g} to {high:.3g}"),
         ("model FLOPs use", span(use, ".1%")),

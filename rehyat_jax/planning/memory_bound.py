@@ -1,0 +1,103 @@
+"""The least time that memory allows to operations that multiply no matrices.
+
+libtpu's estimates of matrix products are close to what the matrix units allow; those of everything else are 2 to 10 times
+what memory allows (`rehyat_jax.benchmarks.xla_estimates`).
+"""
+
+import collections
+import math
+import re
+from collections.abc import Iterable
+
+from rehyat_jax.benchmarks.hlo_operations import Operation
+
+_ARRAY = re.compile(r"(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?")
+_PRODUCTS = ("convolution", "dot")
+
+
+def memory_bytes(operations: Iterable[Operation]) -> dict[str, int]:
+    """Bytes that every operation must read and write, by name; those that hold a matrix product are left out.
+
+    Arrays count with the padding of their tiles. Of an array that is sliced, only the slice counts; of one that is
+    updated in place, only the update.
+
+    Args:
+      operations: from `executed_operations(hlo, of_fusions=True)`.
+    """
+    operations = list(operations)
+    fused: dict[str, dict[str, Operation]] = collections.defaultdict(dict)
+    for operation in operations:
+        if operation.fusion:
+            fused[operation.fusion][operation.name] = operation
+    sizes = {operation.name: array_bytes(operation.result) for operation in operations}
+    found = {}
+    for operation in operations:
+        inside = fused.get(_called(operation)) or {operation.name: operation}
+        if not operation.fusion and not _has_product(inside, fused):
+            found[operation.name] = _read(operation, inside, sizes) + _written(operation, inside, sizes)
+    return found
+
+
+def array_bytes(result: str) -> int:
+    """Of all arrays in a result's type, tiles' padding included."""
+    return sum(_padded(*match) for match in _ARRAY.findall(result))
+
+
+def _padded(kind: str, bits: str, shape: str, minor_to_major: str, tile: str) -> int:
+    sizes = [int(size) for size in shape.split(",") if size]
+    order = [int(axis) for axis in minor_to_major.split(",") if axis]
+    for axis, unit in zip(order, reversed([int(size) for size in tile.split(",") if size]), strict=False):
+        sizes[axis] = -(-sizes[axis] // unit) * unit
+    return math.prod(sizes) * (8 if kind == "pred" else int(bits)) // 8
+
+
+def _called(operation: Operation) -> str:
+    called = re.search(r"calls=%([\w.\-]+)", operation.text)
+    return called.group(1) if called else ""
+
+
+def _operands(operation: Operation) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", operation.text.split(")")[0])
+
+
+def _has_product(inside: dict[str, Operation], fused: dict[str, dict[str, Operation]]) -> bool:
+    return any(
+        operation.kind in _PRODUCTS or _has_product(fused.get(_called(operation), {}), fused)
+        for operation in inside.values()
+    )
+
+
+def _read(operation: Operation, inside: dict[str, Operation], sizes: dict[str, int]) -> int:
+    users = collections.defaultdict(list)
+    for user in inside.values():
+        for operand in _operands(user):
+            users[operand].append(user)
+
+    def read_of(name: str) -> int:
+        """What its users in the fusion read of it; all at most."""
+        parts = 0
+        for user in users[name]:
+            if user.kind == "bitcast" and user.name in users:
+                parts += read_of(user.name)
+            elif user.kind in ("slice", "dynamic-slice"):
+                parts += sizes[user.name]
+            elif not (user.kind == "dynamic-update-slice" and _operands(user)[0] == name):
+                return sizes[name]
+        return min(parts, sizes[name])
+
+    if operation.kind != "fusion":
+        return sum(read_of(name) for name in dict.fromkeys(_operands(operation)) if name in sizes)
+    return sum(read_of(user.name) for user in inside.values() if user.kind == "parameter")
+
+
+def _written(operation: Operation, inside: dict[str, Operation], sizes: dict[str, int]) -> int:
+    def written_by(name: str) -> int:
+        made = inside.get(name)
+        if made is not None and made.kind in ("bitcast", "tuple"):
+            return sum(written_by(operand) for operand in _operands(made))
+        if made is not None and made.kind == "dynamic-update-slice":
+            return sizes[_operands(made)[1]]
+        return sizes.get(name, 0)
+
+    # What a computation returns is listed last.
+    return written_by(next(reversed(inside)))
