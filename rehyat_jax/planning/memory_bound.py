@@ -1,7 +1,7 @@
 """The least time that memory allows to operations that multiply no matrices.
 
-libtpu's estimates of matrix products are close to what the matrix units allow; those of everything else are 2 to 10 times
-what memory allows (`rehyat_jax.benchmarks.xla_estimates`).
+libtpu's estimates of matrix products are close to what the matrix units allow; those of everything else are 2 to 10
+times what memory allows (`rehyat_jax.benchmarks.xla_estimates`).
 """
 
 import collections
