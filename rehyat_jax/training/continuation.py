@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 
 import rehyat_jax
 from rehyat_jax.errors import InputError
@@ -79,7 +80,7 @@ def check_continuation(saved: dict[str, Any], now: dict[str, Any], step: int, pl
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> Iterator[Difference]:
-    old, new = _flatten(saved["config"]), _flatten(now["config"])
+    old, new = (flatten_dict(run["config"], sep=".") for run in (saved, now))
     for field in sorted(old.keys() | new.keys()):
         # A field that only one version of the code knows is not refused: which code it is stands below.
         before, after = old.get(field, "unknown"), new.get(field, "unknown")
@@ -115,10 +116,3 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return version
     return f"{version} {commit}"
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in config.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from rehyat_jax.attention.flat_tokens import flat, with_heads
+
 LANES = 128
 
 # Contractions of two matrices: over the columns of both (a b^T), as usual (a b), and over the rows of both (a^T b).
@@ -45,7 +47,7 @@ class HeadBlocks:
 
     def view(self, array: jax.Array) -> jax.Array:
         if self.in_place:
-            return array.reshape(self.batch, self.tokens, -1)
+            return flat(array)
         return jnp.moveaxis(array, 2, 1)
 
     def unview(self, view: jax.Array) -> jax.Array:
@@ -68,7 +70,7 @@ class HeadBlocks:
 def unview(view: jax.Array, heads: int) -> jax.Array:
     """The array [batch, tokens, heads, width] of which `view` is the view."""
     if view.ndim == 3:
-        return view.reshape(*view.shape[:2], heads, -1)
+        return with_heads(view, heads)
     return jnp.moveaxis(view, 1, 2)
 
 

@@ -79,12 +79,12 @@ def hybrid_attention_pallas_tpu(
             "state_value": operands["value"],
             "key": joined(pad(initial_state.overlap_key), operands["key"]),
             "value": joined(pad(initial_state.overlap_value), operands["value"]),
-            "past": _joined(initial_state.past),
-            "overlap": _joined(initial_state.overlap),
+            "past": _sum_rows(initial_state.past),
+            "overlap": _sum_rows(initial_state.overlap),
             "first_key_frame": jnp.where(initial_state.chunks > 0, 0, overlap_frames).astype(jnp.int32)[None],
         }
     if later is not None:
-        operands["later"] = _joined(later)
+        operands["later"] = _sum_rows(later)
     call = _Call(tiling, query.shape[2], return_state, causal, stabilizer, phi_query.function, phi_key.function)
     output, past, overlap = _attention(call, _views(operands))
     output = _drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
@@ -93,8 +93,8 @@ def hybrid_attention_pallas_tpu(
 
     split = geometry.overlap_start - geometry.chunk_frames * geometry.tokens_per_frame or key.shape[1]
     final_state = HybridState(
-        past=_parted(past),
-        overlap=_parted(overlap),
+        past=_sums_of_rows(past),
+        overlap=_sums_of_rows(overlap),
         overlap_key=cut(key, split, None),
         overlap_value=cut(value, split, None),
         chunks=(0 if initial_state is None else initial_state.chunks) + jnp.int32(geometry.num_chunks),
@@ -120,7 +120,7 @@ def video_sums_pallas_tpu(
     )
     pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
     operands = {"key_source": pad(phi_key.source), "value": pad(value), "key_weights": phi_key.weights}
-    return tuple(map(_parted, _video_sums(call, _views(operands))))
+    return tuple(map(_sums_of_rows, _video_sums(call, _views(operands))))
 
 
 def why_not_pallas_tpu(query: jax.Array, phi_query: jax.Array | InlineFeatures) -> str | None:
@@ -397,14 +397,14 @@ def _frame_squares(tokens: jax.Array, tokens_per_frame: int) -> jax.Array:
     return jnp.moveaxis(squares.reshape(tokens.shape[0], -1, tokens_per_frame, tokens.shape[2]).max(axis=2), -1, 1)
 
 
-def _joined(sums: LinearState) -> jax.Array:
+def _sum_rows(sums: LinearState) -> jax.Array:
     """State and normalizer as the kernels hold them, [batch, heads, state_rows, features]."""
     head_dim = sums.state.shape[-1]
     rows = jnp.concatenate([jnp.swapaxes(sums.state, -1, -2), sums.normalizer[..., None, :]], axis=-2)
     return jnp.pad(rows, [(0, 0)] * 2 + [(0, state_rows(head_dim) - head_dim - 1), (0, 0)])
 
 
-def _parted(rows: jax.Array) -> LinearState:
+def _sums_of_rows(rows: jax.Array) -> LinearState:
     head_dim = rows.shape[-2] - state_rows(0)
     return LinearState(state=jnp.swapaxes(rows[..., :head_dim, :], -1, -2), normalizer=rows[..., head_dim, :])
 
