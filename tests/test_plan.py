@@ -221,19 +221,19 @@ def test_what_a_compiled_program_must_move_is_what_its_shapes_say():
 
     mesh = Mesh(np.array(topology_devices("v5e:2x2")[:1]), ("x",))
     replicated = NamedSharding(mesh, PartitionSpec())
-    shapes = [(5, 4096, 1024), (4096, 1024), (1024, 1024)]
+    shapes = [(5, 65536, 1024), (65536, 1024), (1024, 1024)]  # too large for VMEM
     x = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated) for shape in shapes]
     hlo = jax.jit(program, out_shardings=replicated).lower(*x).compile().as_text()
     operations = list(executed_operations(hlo, of_fusions=True))
     moved = memory_bytes(operations)
-    size = 4096 * 1024 * 4
+    size = 65536 * 1024 * 4
     total = sum(
         operation.executions * moved.get(operation.name, 0) for operation in operations if is_estimated(operation)
     )
     # Each of five layers reads x and a row, and writes x and an output; what is made around the loop depends on XLA.
     assert 5 * 4 * size <= total <= (5 * 5 + 2 + 5) * size
     products = [operation for operation in operations if is_estimated(operation) and operation.name not in moved]
-    assert len(products) == 1 and "f32[4096,1024]" in products[0].result
+    assert len(products) == 1 and "f32[65536,1024]" in products[0].result
 
 
 def is_estimated(operation: Operation) -> bool:
@@ -256,6 +256,12 @@ def test_slices_and_updates_in_place_move_no_more_than_themselves():
   ROOT %all = f32[10,16,256]{2,1,0:T(8,128)} dynamic-update-slice(%old, %new, %m)
 }
 
+%again (row: f32[1,16,256], n: s32[]) -> f32[1,16,256] {
+  %one = f32[1,16,256]{2,1,0:T(8,128)} parameter(0)
+  %unused = s32[] parameter(1)
+  ROOT %sine = f32[1,16,256]{2,1,0:T(8,128)} sine(%one)
+}
+
 %inner (a: f32[16,256]) -> f32[16,16] {
   %a = f32[16,256]{1,0:T(8,128)} parameter(0)
   ROOT %product = f32[16,16]{1,0:T(8,128)} convolution(%a, %a), dim_labels=bf_oi->bf
@@ -271,6 +277,11 @@ ENTRY %main (stack: f32[10,16,256], n: s32[]) -> f32[10,16,256] {
   %here = s32[] parameter(1)
   %reading = f32[1,16,256]{2,1,0:T(8,128)} fusion(%given, %here), kind=kLoop, calls=%read
   %thin = bf16[3,5]{0,1:T(8,128)(2,1)} copy(%narrow)
+  %fetched = f32[1,16,256]{2,1,0:T(8,128)S(1)} dynamic-slice(%given, %here), dynamic_slice_sizes={1,16,256}
+  %near = f32[1,16,256]{2,1,0:T(8,128)S(1)} negate(%fetched)
+  %far = f32[1,16,256]{2,1,0:T(8,128)} fusion(%near, %here), kind=kLoop, calls=%again
+  %chosen = f32[1,16,256]{2,1,0:T(8,128)} conditional(%here, %far, %far), branch_computations={%inner, %inner}
+  %placed = f32[10,16,256]{2,1,0:T(8,128)} dynamic-update-slice(%given, %chosen, %here)
   %square = f32[16,16]{1,0:T(8,128)} fusion(%reading), kind=kOutput, calls=%outer
   ROOT %writing = f32[10,16,256]{2,1,0:T(8,128)} fusion(%given, %reading, %here), kind=kLoop, calls=%write
 }
@@ -281,6 +292,9 @@ ENTRY %main (stack: f32[10,16,256], n: s32[]) -> f32[10,16,256] {
     assert moved["writing"] == 2 * row + number
     assert moved["thin"] == 8 * 128 * 2  # a whole tile, its rows the second axis
     assert "square" not in moved
+    # In VMEM a row costs nothing.
+    assert (moved["fetched"], moved["near"], moved["far"]) == (row + number, 0, row)
+    assert moved["placed"] == 10 * row + number  # how large the update is cannot be seen
 
 
 # --------------------------------------------------------------------------------------------------------------- chips

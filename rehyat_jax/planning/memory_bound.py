@@ -1,7 +1,7 @@
 """The least time that memory allows to operations that multiply no matrices.
 
-libtpu's estimates of matrix products are close to what the matrix units allow; those of everything else are 2 to 10
-times what memory allows (`rehyat_jax.benchmarks.xla_estimates`).
+libtpu's estimates of matrix products are at most 1.5 times what the matrix units allow; those of everything else are 2
+to 10 times what memory allows (`rehyat_jax.benchmarks.xla_estimates`).
 """
 
 import collections
@@ -11,15 +11,15 @@ from collections.abc import Iterable
 
 from rehyat_jax.benchmarks.hlo_operations import Operation
 
-_ARRAY = re.compile(r"(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?")
+_ARRAY = re.compile(r"(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::(?:T\(([\d,]+)\))?([^}]*))?\})?")
 _PRODUCTS = ("convolution", "dot")
 
 
 def memory_bytes(operations: Iterable[Operation]) -> dict[str, int]:
-    """Bytes that every operation must read and write, by name; those that hold a matrix product are left out.
+    """Bytes of HBM that every operation must read and write, by name; those with a matrix product are left out.
 
-    Arrays count with the padding of their tiles. Of an array that is sliced, only the slice counts; of one that is
-    updated in place, only the update.
+    Arrays count with the padding of their tiles, those that stay in VMEM not at all. Of an array that is sliced, only
+    the slice counts; of one that is updated in place, only the update.
 
     Args:
       operations: from `executed_operations(hlo, of_fusions=True)`.
@@ -29,7 +29,7 @@ def memory_bytes(operations: Iterable[Operation]) -> dict[str, int]:
     for operation in operations:
         if operation.fusion:
             fused[operation.fusion][operation.name] = operation
-    sizes = {operation.name: array_bytes(operation.result) for operation in operations}
+    sizes = {operation.name: array_bytes(operation.result, in_hbm=True) for operation in operations}
     found = {}
     for operation in operations:
         inside = fused.get(_called(operation)) or {operation.name: operation}
@@ -38,9 +38,10 @@ def memory_bytes(operations: Iterable[Operation]) -> dict[str, int]:
     return found
 
 
-def array_bytes(result: str) -> int:
-    """Of all arrays in a result's type, tiles' padding included."""
-    return sum(_padded(*match) for match in _ARRAY.findall(result))
+def array_bytes(result: str, *, in_hbm: bool = False) -> int:
+    """Of all arrays in a result's type, or of those in HBM, tiles' padding included."""
+    arrays = _ARRAY.findall(result)
+    return sum(_padded(*sizes) for *sizes, layout in arrays if not (in_hbm and re.search(r"S\([1-9]", layout)))
 
 
 def _padded(kind: str, bits: str, shape: str, minor_to_major: str, tile: str) -> int:
@@ -73,21 +74,25 @@ def _read(operation: Operation, inside: dict[str, Operation], sizes: dict[str, i
         for operand in _operands(user):
             users[operand].append(user)
 
-    def read_of(name: str) -> int:
-        """What its users in the fusion read of it; all at most."""
+    def read_of(name: str, size: int) -> int:
+        """What is read of an array of some size, which has this name where it is used; all at most."""
         parts = 0
         for user in users[name]:
             if user.kind == "bitcast" and user.name in users:
-                parts += read_of(user.name)
+                parts += read_of(user.name, size)
             elif user.kind in ("slice", "dynamic-slice"):
-                parts += sizes[user.name]
+                parts += array_bytes(user.result)
             elif not (user.kind == "dynamic-update-slice" and _operands(user)[0] == name):
-                return sizes[name]
-        return min(parts, sizes[name])
+                return size
+        return min(parts, size)
 
-    if operation.kind != "fusion":
-        return sum(read_of(name) for name in dict.fromkeys(_operands(operation)) if name in sizes)
-    return sum(read_of(user.name) for user in inside.values() if user.kind == "parameter")
+    # What an operand is called within a fusion does not say where it is.
+    given = _operands(operation)
+    names = {operand: operand for operand in given}
+    if operation.kind == "fusion":
+        parameters = (inner for inner in inside.values() if inner.kind == "parameter")
+        names = {given[int(inner.text.split(")")[0])]: inner.name for inner in parameters}
+    return sum(read_of(name, sizes.get(operand, 0)) for operand, name in names.items())
 
 
 def _written(operation: Operation, inside: dict[str, Operation], sizes: dict[str, int]) -> int:
@@ -96,8 +101,9 @@ def _written(operation: Operation, inside: dict[str, Operation], sizes: dict[str
         if made is not None and made.kind in ("bitcast", "tuple"):
             return sum(written_by(operand) for operand in _operands(made))
         if made is not None and made.kind == "dynamic-update-slice":
-            return sizes[_operands(made)[1]]
+            # What control flow returns has no line of its own.
+            return sizes.get(_operands(made)[1], sizes[made.name])
         return sizes.get(name, 0)
 
-    # What a computation returns is listed last.
-    return written_by(next(reversed(inside)))
+    # What a computation returns is listed last. What does not fit VMEM in all may be there in part.
+    return min(written_by(next(reversed(inside))), sizes[operation.name])
