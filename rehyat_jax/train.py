@@ -145,7 +145,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
             is_last, skipped = number == config.steps, 0
             if number % config.log_every == 0 or number == 1 or is_last:
                 skipped = writer.write(number, learning_rate=schedule(number - 1), **data.metrics())
-            has_diverged, is_to_stop = skipped >= config.max_skipped, stop_signal.is_requested(number)
+            has_diverged, is_to_stop = skipped >= config.max_skipped, stop_signal.is_requested(number - first_step)
             if number % config.checkpoint_every == 0 or is_last:
                 checkpoints.save(number, state, describe(), writer.mean_loss())
             elif has_diverged or is_to_stop:

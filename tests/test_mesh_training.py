@@ -218,22 +218,32 @@ def test_two_processes_go_on_where_they_were(single, tmp_path):
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
-    config, workdir = digits_config(tmp_path, "finetune", steps=10_000, checkpoint_every=10_000), tmp_path / "run"
+    config, workdir = digits_config(tmp_path, "finetune", steps=10_000, checkpoint_every=1), tmp_path / "run"
+    log = workdir / "metrics.jsonl"
 
-    def stop_one(processes):
-        deadline = time.monotonic() + 200
-        while not (workdir / "metrics.jsonl").exists() or len(logged(workdir, "loss")) < 3:
-            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-            time.sleep(0.1)
-        processes[1].send_signal(signal.SIGTERM)
+    def stop_one(condition):
+        def meanwhile(processes):
+            deadline = time.monotonic() + 200
+            while not condition():
+                assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+                time.sleep(0.02)
+            processes[1].send_signal(signal.SIGTERM)
 
-    outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1), meanwhile=stop_one, code=75)
+        return meanwhile
+
+    while_it_saves = stop_one(lambda: log.exists() and len(logged(workdir, "loss")) >= 3)
+    outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1), meanwhile=while_it_saves, code=75)
     assert all("stopped by SIGTERM with everything saved" in stderr for _, stderr in outputs)
     made = len(logged(workdir, "loss"))
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(made)]
-    config.steps = made + 2
-    outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1))
-    assert f"after step {made}" in outputs[0][0] and len(logged(workdir, "loss")) == made + 2
+    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == made
+
+    # Of a run that goes on, the log is written anew just before the first step, which then compiles.
+    before = log.stat().st_ino
+    before_a_step = stop_one(lambda: log.stat().st_ino != before)
+    outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1), meanwhile=before_a_step, code=75)
+    assert f"after step {made}" in outputs[0][0]
+    assert made < len(logged(workdir, "loss")) <= made + 3
+    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == len(logged(workdir, "loss"))
 
 
 def parts_of(topology, sizes, **options):

@@ -4,7 +4,9 @@ A checkpoint has everything that the rest of the run depends on: `state`, the tr
 with the position in the data, the configuration and the version of the code.
 """
 
+import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -17,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from rehyat_jax.errors import InputError
@@ -26,6 +29,10 @@ from rehyat_jax.training.step import State
 
 DAMAGED = "damaged-"
 """What stands before the step in the name of a checkpoint that was set aside."""
+
+
+SAVE_SECONDS = 1200
+"""Until a save counts as failed. Of several processes, those that could write wait as long for one that could not."""
 
 
 class Keep(NamedTuple):
@@ -53,6 +60,13 @@ class Keep(NamedTuple):
         return AnyPreservationPolicy(policies)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves JAX's count of steps alone: `StopSignal` counts, for processes to agree where to stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class RunCheckpoints:
     """Saves and restores checkpoints in one directory, together in all processes of a run.
 
@@ -74,7 +88,7 @@ class RunCheckpoints:
         directory = os.fspath(directory)
         self.directory = epath.Path(directory if "://" in directory else os.path.abspath(directory))
         self._thread = ThreadPoolExecutor(1)
-        self._start: Future | None = None
+        self._saving: Future | None = None
         self._copied_to_host = None
         with reported_write_errors(directory):
             if jax.process_index() == 0:
@@ -92,9 +106,11 @@ class RunCheckpoints:
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     active_processes=set(range(jax.process_count()))
                 ),
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=SAVE_SECONDS, post_finalization_callback=self._write_checksums
+                ),
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
         self._newest = self.latest_step
 
     @property
@@ -136,38 +152,47 @@ class RunCheckpoints:
             self._check_space(state)
         self._newest = step
         if self._copied_to_host is None:
-            on_host = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), state)
-            self._copied_to_host = jax.jit(lambda tree: tree, out_shardings=on_host)
+            self._copied_to_host = jax.jit(lambda tree: tree, out_shardings=_on_host(state))
         args = ocp.args.Composite(state=ocp.args.StandardSave(self._copied_to_host(state)), run=ocp.args.JsonSave(run))
-        metrics = None if loss is None else {"loss": loss}
-        self._start = self._thread.submit(self._manager.save, step, args=args, metrics=metrics, force=True)
+        self._saving = self._thread.submit(self._save, step, args, None if loss is None else {"loss": loss})
 
     def check(self) -> None:
         """Raises InputError if the save under way has failed; does not wait for it."""
-        if self._start is None or self._start.done():
-            with reported_write_errors(self.directory):
-                self._check_start()
-                self._manager.check_for_errors()
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the save under way is on disk. Raises InputError if it fails."""
-        with reported_write_errors(self.directory):
-            self._check_start()
-            self._manager.wait_until_finished()
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with reported_write_errors(self.directory):
+                saving.result()
 
     def close(self) -> None:
-        """Waits until everything is on disk. Raises InputError if that fails."""
+        """Waits until everything is on disk. Raises InputError if that fails, or has failed."""
         with reported_write_errors(self.directory), self._thread:
             try:
-                self._check_start()
+                self.wait()
             finally:
                 self._manager.close()
 
-    def _check_start(self) -> None:
-        """Waits until Orbax has begun, and raises what kept it from that, once."""
-        start, self._start = self._start, None
-        if start:
-            start.result()
+    def _save(self, step: int, args: ocp.args.Composite, metrics: dict[str, float] | None) -> None:
+        """In the thread, to its end: it is here that Orbax's own threads leave their errors."""
+        try:
+            self._manager.save(step, args=args, metrics=metrics, force=True)
+            self._manager.wait_until_finished()
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            first = error
+            while first.__context__ is not None:
+                first = first.__context__
+            if "DEADLINE_EXCEEDED" not in str(first):
+                raise first from error
+            raise InputError(
+                f"{self.directory}: checkpoint {step} was not written within {SAVE_SECONDS} seconds: another process "
+                f"could not write it, and says why, or the disk is too slow; give the same command again"
+            ) from error
 
     def _check_space(self, state: State) -> None:
         """Raises InputError unless there is room: a save that fails half way is a mess to clean up."""
@@ -185,6 +210,23 @@ class RunCheckpoints:
         name = str(self._newest)
         (directory,) = (path for path in self.directory.iterdir() if path.name.partition(".")[0] == name)
         write_checksums(directory)
+
+
+def _on_host(state: State) -> State:
+    """Shardings in the host's memory. What several devices hold is cut among them, so that it is there once."""
+
+    def place(leaf: jax.Array) -> NamedSharding:
+        mesh, axes = leaf.sharding.mesh, [*leaf.sharding.spec] + [None] * (leaf.ndim - len(leaf.sharding.spec))
+        axes = [() if axis is None else axis if isinstance(axis, tuple) else (axis,) for axis in axes]
+        used = set(itertools.chain.from_iterable(axes))
+        for name in mesh.axis_names:
+            parts = [mesh.shape[name] * math.prod(mesh.shape[axis] for axis in cut) for cut in axes]
+            fits = [number for number in range(leaf.ndim) if leaf.shape[number] % parts[number] == 0]
+            if name not in used and fits:
+                axes[fits[0]] = (*axes[fits[0]], name)
+        return NamedSharding(mesh, PartitionSpec(*axes), memory_kind="pinned_host")
+
+    return jax.tree.map(place, state)
 
 
 def _check_writable(directory: epath.Path) -> None:
@@ -229,8 +271,8 @@ def _remove_unreadable_metrics(file: epath.Path) -> None:
     """Orbax would not open the directory for them; the checkpoint is then not among the best."""
     try:
         if file.exists():
-            json.loads(file.read_bytes())
-    except ValueError:
+            float(json.loads(file.read_bytes())["loss"])
+    except (ValueError, TypeError, KeyError):
         file.unlink()
 
 

@@ -16,6 +16,9 @@ NOT_COVERED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
 """At the top of the directory. Orbax writes times into the others when all else is there, and reads no more than that
 they exist."""
 
+MAY_BE_MISSING = ("metrics/metrics",)
+"""By which checkpoints are ranked, no more; it is deleted where Orbax could not read it."""
+
 BLOCK_BYTES = 2**24
 THREADS = 4
 """Enough to keep a disk busy; zlib lets other threads run."""
@@ -51,7 +54,7 @@ def find_damage(directory: epath.Path, *, part: int = 0, parts: int = 1) -> str 
         try:
             found = _checksum(directory / name)
         except FileNotFoundError:
-            return f"{directory / name} is missing"
+            return None if name in MAY_BE_MISSING else f"{directory / name} is missing"
         except OSError as error:
             return f"{directory / name} cannot be read ({error})"
         if found == f"{expected} {size}":

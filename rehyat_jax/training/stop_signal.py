@@ -51,10 +51,13 @@ class StopSignal:
             self._thread.join()
             os.close(self._read)
 
-    def is_requested(self, step: int) -> bool:
-        """Whether the run is to stop after this step; to be asked once after each, by all processes."""
+    def is_requested(self, steps: int) -> bool:
+        """Whether to stop after this step, the `steps`-th of this process; to be asked after each, by all processes.
+
+        (JAX agrees on a number just above the largest that it was asked about, and that one must come.)
+        """
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(steps)
         with self._lock:
             self._has_begun = True
             return self._is_requested
