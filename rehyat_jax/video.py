@@ -17,10 +17,14 @@ _DEMUXERS = "mov,matroska,webm,avi"
 """Theirs; ffmpeg goes by content, and some other formats name further files to open."""
 
 _SECONDS = 600
-"""Until a video counts as unreadable."""
+"""Until ffmpeg is given up."""
 
 _MAX_PIXELS = 2**26
 """Of a frame; 8K has half as many."""
+
+
+class UnreadableVideo(OSError):
+    """A video that ffmpeg cannot read wherever it runs; any other OSError may be the machine's."""
 
 
 def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> None:
@@ -66,12 +70,12 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
 
 
 def frame_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a video as it is shown. Raises OSError if its first frame cannot be read."""
+    """(height, width) of a video as it is shown. Raises what `read_clip` does."""
     picture = _ffmpeg_reads(path, ["-frames:v", "1", "-c:v", "ppm", "-f", "image2pipe", "-"])
     # A PPM begins with "P6", the width, the height and the largest value, each before white space.
     kind, width, height = picture[:50].split(maxsplit=3)[:3] if picture else (b"", b"", b"")
     if kind != b"P6":
-        raise OSError(f"{path}: ffmpeg found no frame in it")
+        raise UnreadableVideo(f"{path}: ffmpeg found no frame in it")
     return int(height), int(width)
 
 
@@ -91,7 +95,8 @@ def read_clip(path: str | Path, *, fps: int, frames: int, height: int, width: in
       [frames or fewer, height, width, 3] uint8; fewer where the video ends before.
 
     Raises:
-      OSError: a frame cannot be read; the message is ffmpeg's.
+      UnreadableVideo: a frame cannot be read; the message is ffmpeg's.
+      OSError: ffmpeg was killed or took too long, or the file itself cannot be read.
     """
     scale = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area+accurate_rnd+bitexact"
     crop = f"crop={width}:{height}"
@@ -111,8 +116,13 @@ def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
         )
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{path}: ffmpeg did not come to an end within {_SECONDS} s") from error
+    if run.returncode < 0:
+        raise OSError(f"{path}: ffmpeg was ended by signal {-run.returncode}; perhaps for lack of memory")
     if run.returncode:
-        raise OSError(f"{path}: ffmpeg could not read the video: {_reason(run.stderr)}")
+        with open(path, "rb") as file:
+            while file.read(2**24):  # a disk that fails does not make the video a bad one
+                pass
+        raise UnreadableVideo(f"{path}: ffmpeg could not read the video: {_reason(run.stderr)}")
     return run.stdout
 
 

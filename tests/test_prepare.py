@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from rehyat_jax.prepare import main
 from rehyat_jax.text_encoders import WordVectors
 from rehyat_jax.train import train
 from rehyat_jax.training.metrics import MetricWriter
-from rehyat_jax.video import frame_size, read_clip, write_mp4
+from rehyat_jax.video import UnreadableVideo, frame_size, read_clip, write_mp4
 from rehyat_jax.weights import load_params, load_wan
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -139,11 +140,11 @@ def test_clips_are_resampled_in_time_and_cut_to_the_middle(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 5000, b"#EXTM3U\n#EXTINF:1,\na.mp4\n", b"ffconcat version 1.0\nfile a.mp4"]
 )
-def test_what_is_not_a_video_is_an_os_error(tmp_path, content):
+def test_what_is_not_a_video_is_unreadable(tmp_path, content):
     write_mp4(tmp_path / "a.mp4", np.zeros((2, 8, 8, 3)))
     (tmp_path / "b.mp4").write_bytes(content)
     for read in (frame_size, lambda path: read_clip(path, fps=16, frames=2, height=8, width=8)):
-        with pytest.raises(OSError, match=r"b\.mp4: ffmpeg"):
+        with pytest.raises(UnreadableVideo, match=r"b\.mp4: ffmpeg"):
             read(tmp_path / "b.mp4")
 
 
@@ -275,6 +276,30 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(videos, prepared, tmp_pa
     assert contents(folder) == contents(prepared)
 
 
+def test_a_video_is_not_rejected_for_what_the_machine_does(videos, prepared, tmp_path, monkeypatch, capsys):
+    folder, killed = tmp_path / "data", tmp_path / "ffmpeg"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(killed))
+        assert main([str(videos), str(folder), *OPTIONS]) == 2
+    assert "cannot be read on this machine now" in capsys.readouterr().err
+    assert main([str(videos), str(folder), *OPTIONS]) == 0
+    assert contents(folder) == contents(prepared)
+
+
+def test_what_is_about_the_whole_is_made_again_where_it_is_damaged(videos, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "data")
+    for damage in (
+        lambda folder: (folder / "dataset.json").write_text("{"),
+        lambda folder: (folder / "null_text.safetensors").unlink(),
+        lambda folder: (folder / "summary.txt").unlink(),
+    ):
+        damage(tmp_path / "data")
+        assert main([str(videos), str(tmp_path / "data"), *OPTIONS]) == 0
+        assert contents(tmp_path / "data") == contents(prepared)
+
+
 def test_hosts_share_the_work_and_the_last_one_completes_it(videos, prepared, tmp_path, capsys):
     folder = tmp_path / "data"
     for host in (1, 0, 2):
@@ -293,7 +318,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(videos, tmp_path, 
         assert main([str(videos), str(folder), *OPTIONS]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "cannot be written: write() failed: File too large" in capsys.readouterr().err
+    assert "cannot be written (File too large); raise the limit on the size of files" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == [".prepare"]
 
 
@@ -436,7 +461,9 @@ def test_kept_steps_are_spread_over_the_trajectory():
 
 def test_stopped_trajectories_go_on_to_the_same_bytes(trajectories, tmp_path, monkeypatch):
     folder, command = trajectories
-    command = [*command[:2], str(tmp_path / "data"), *command[3:]]
+    # As another host may see it.
+    shutil.copytree(command[1], tmp_path / "teacher")
+    command = [command[0], str(tmp_path / "teacher"), str(tmp_path / "data"), *command[3:]]
     report = units._report
 
     def interrupted(folder, number):
@@ -449,6 +476,17 @@ def test_stopped_trajectories_go_on_to_the_same_bytes(trajectories, tmp_path, mo
         main(command)
     assert main(command) == 0
     assert contents(tmp_path / "data") == contents(folder)
+
+
+def test_trajectories_of_two_teachers_are_not_mixed(teacher, trajectories, tmp_path, capsys):
+    _, command = trajectories
+    shutil.copytree(teacher, tmp_path / "teacher")
+    largest = max((tmp_path / "teacher").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[-1] ^= 1
+    largest.write_bytes(content)
+    assert main([command[0], str(tmp_path / "teacher"), *command[2:]]) == 2
+    assert "options was" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -1,6 +1,7 @@
 """A teacher's way from noise to videos, kept at a few steps: what stage 1 can learn from without any video."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 from rehyat_jax.sampling_options import open_model, solver_options
+
+SAMPLED_BYTES = 2**16
+"""Of a model's file at either end, by which it is known; all of it would take minutes."""
 
 
 def prepare_trajectories(
@@ -54,7 +58,7 @@ def prepare_trajectories(
     options = {
         **solver_options(arguments),
         **{"negative_prompt": arguments.negative_prompt, "seed": arguments.seed, "compute_dtype": arguments.dtype},
-        **{"batch": arguments.batch, "keep": keep, "dtype": dtype, "model": str(checkpoint)},
+        **{"batch": arguments.batch, "keep": keep, "dtype": dtype, "model": fingerprint(checkpoint)},
         "latents_shape": opened.latent_shape,
     }
     inputs = lines * noises
@@ -96,6 +100,19 @@ def prepare_trajectories(
 
     with opened.on_mesh():
         return prepare(destination, plan, fill, lambda: null_text, hosts, item="sample")
+
+
+def fingerprint(folder: Path) -> str:
+    """By which the files of a model are known wherever they lie: their names, sizes, beginnings and ends."""
+    digest, files = hashlib.sha256(), sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLED_BYTES))
+            file.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(file.read(SAMPLED_BYTES))
+    return f"{len(files)} files, SHA-256 {digest.hexdigest()}"
 
 
 def read_prompts(file: Path) -> list[str]:

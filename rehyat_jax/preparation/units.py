@@ -20,18 +20,19 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from rehyat_jax.data.manifest import (
-    MANIFEST,
     NULL_TEXT,
     SHARD_SUFFIX,
     BucketFiles,
     Manifest,
     Shard,
     check_shard,
+    read_manifest,
     write_manifest,
 )
+from rehyat_jax.data.prepared import read_null_text
 from rehyat_jax.data.records import pack
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
+from rehyat_jax.files import reported_write_errors, written_whole
 from rehyat_jax.preparation.contact_sheet import write_contact_sheet
 from rehyat_jax.weights.json_files import read_json_object, write_json
 from rehyat_jax.weights.safetensors_file import DTYPES
@@ -93,9 +94,9 @@ class UnitWriter:
             temporary = self._stack.enter_context(written_whole(self._folder / self._file(shape)))
             # One record a chunk, for access in any order; floating-point numbers hardly compress.
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-            self._stack.callback(_written, writer.close)
+            self._stack.callback(writer.close)
             self._writers[shape] = writer
-        _written(self._writers[shape].write, record)
+        self._writers[shape].write(record)
         self._examples[shape] += 1
 
     def reject(self, name: str, reason: str, detail: str = "") -> None:
@@ -121,14 +122,6 @@ class UnitWriter:
                 {"latents_shape": list(shape), "file": file, "examples": self._examples[shape], "bytes": size}
             )
         return {"shards": shards, "rejects": self._rejects}
-
-
-def _written(write: Callable[..., None], *arguments: bytes) -> None:
-    """Calls ArrayRecord, which says in a RuntimeError what the system says."""
-    try:
-        write(*arguments)
-    except RuntimeError as error:
-        raise OSError(str(error).splitlines()[0]) from error
 
 
 Fill = Callable[[UnitWriter, range, tqdm], None]
@@ -162,7 +155,7 @@ def prepare(
     total = sum(len(units[number]) for number in mine)
     with tqdm(total=total, initial=done, desc="preparing", unit=item, dynamic_ncols=True, smoothing=0.05) as progress:
         for number in pending:
-            try:
+            with reported_write_errors(folder):
                 for left in folder.glob(f".{number:06d}-*.partial"):
                     left.unlink()
                 with contextlib.ExitStack() as stack:
@@ -170,44 +163,35 @@ def prepare(
                     fill(writer, units[number], progress)
                 with written_whole(_report(folder, number)) as temporary:
                     write_json(temporary, writer.report())
-            except OSError as error:
-                raise InputError(
-                    f"{folder}: cannot be written: {error}; see to it, and give the same command again to go on"
-                ) from error
     missing = [number for number in range(len(units)) if not _is_done(folder, number)]
     if missing:
         return f"{folder}: {len(missing)} of {len(units)} units are left to other hosts"
-    _complete(folder, plan, null_text, item)
+    with reported_write_errors(folder):
+        _complete(folder, plan, null_text, item)
     return (folder / f"{SUMMARY}.txt").read_text(encoding="utf-8").rstrip()
 
 
 def _open(folder: Path, plan: Plan) -> None:
-    """Writes the plan into a new folder, or checks that an old one has the same."""
+    """Writes the plan into a new folder, and checks that what is there is the same."""
     digest = hashlib.sha256(json.dumps(plan.inputs, sort_keys=True).encode()).hexdigest()
     content = json.loads(json.dumps({**plan._asdict(), "inputs": f"{len(plan.inputs)}, SHA-256 {digest}"}))
     file = folder / PLAN
-    if file.exists():
-        before = read_json_object(file)
-        different = [
-            f"{name} was {before.get(name)}, is {content[name]}"
-            for name in content
-            if before.get(name) != content[name]
-        ]
-        if different:
-            raise InputError(
-                f"{folder}: was begun with other inputs or options: {'; '.join(different)}; give the same, or another "
-                f"destination"
-            )
-        return
-    # Another host may just be writing the plan.
-    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if folder.is_file() or found not in ([], [file.parent.name]):
-        raise InputError(f"{folder}: expected a new or empty folder, found other files; choose another destination")
-    try:
-        with written_whole(file) as temporary:
+    if not file.exists():
+        # Another host may just be writing the plan.
+        found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        if folder.is_file() or found not in ([], [file.parent.name]):
+            raise InputError(f"{folder}: expected a new or empty folder, found other files; choose another destination")
+        with reported_write_errors(folder), written_whole(file) as temporary:
             write_json(temporary, content)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another destination") from error
+    before = read_json_object(file)
+    different = [
+        f"{name} was {before.get(name)}, is {content[name]}" for name in content if before.get(name) != content[name]
+    ]
+    if different:
+        raise InputError(
+            f"{folder}: was begun with other inputs or options: {'; '.join(different)}; give the same, or another "
+            f"destination"
+        )
 
 
 def _report(folder: Path, number: int) -> Path:
@@ -233,14 +217,15 @@ def _shards(report: Path) -> Iterator[tuple[tuple[int, ...], Shard]]:
 
 
 def _complete(folder: Path, plan: Plan, null_text: Callable[[], np.ndarray], item: str) -> None:
-    """Writes what is about the whole, the manifest last."""
-    if (folder / MANIFEST).is_file():
-        return
+    """Writes what is about the whole, the manifest last, unless it is there."""
     reports = [_report(folder, number) for number in range(len(plan.units))]
     shards: dict[tuple[int, ...], list[Shard]] = {}
     for shape, shard in (pair for report in reports for pair in _shards(report)):
         shards.setdefault(shape, []).append(shard)
     buckets = tuple(BucketFiles(shape, tuple(shards[shape])) for shape in sorted(shards))
+    manifest = Manifest(plan.kind, plan.codec, plan.text_encoder, buckets)
+    if _is_complete(folder, manifest):
+        return
     rejects = [reject for report in reports for reject in read_json_object(report)["rejects"]]
     summary = {
         "inputs": len(plan.inputs),
@@ -259,11 +244,18 @@ def _complete(folder: Path, plan: Plan, null_text: Callable[[], np.ndarray], ite
         )
     with written_whole(folder / NULL_TEXT) as temporary:
         temporary.write_bytes(save({"text": null_text()}))
-    manifest = Manifest(plan.kind, plan.codec, plan.text_encoder, buckets)
     sheet = write_contact_sheet(folder, manifest)
     with written_whole(folder / f"{SUMMARY}.txt") as temporary:
         temporary.write_text(_told(folder, summary, item, sheet), encoding="utf-8")
     write_manifest(folder, manifest)
+
+
+def _is_complete(folder: Path, manifest: Manifest) -> bool:
+    try:
+        read_null_text(folder / NULL_TEXT)
+        return read_manifest(folder) == manifest and (folder / f"{SUMMARY}.txt").is_file()
+    except InputError:
+        return False
 
 
 def _counts(rejected: Mapping[str, int]) -> str:

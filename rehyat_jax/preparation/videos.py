@@ -14,7 +14,7 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.preparation.captions import Captioned, captioned_videos
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 from rehyat_jax.text_encoders import get_text_encoder
-from rehyat_jax.video import frame_size, read_clip
+from rehyat_jax.video import UnreadableVideo, frame_size, read_clip
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video."""
@@ -110,8 +110,13 @@ def _clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: int) -> np
             clip = read_clip(path, fps=fps, frames=frames, height=height, width=width)
             if len(clip) == frames:
                 return clip
-    except OSError as error:
+    except UnreadableVideo as error:
         raise Rejected("unreadable", str(error).removeprefix(f"{path}: ")) from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read on this machine now ({error}); give the same command again to go on, or take the "
+            f"video away and begin anew"
+        ) from error
     raise Rejected("too short", f"{len(clip)} frames at {fps} a second, expected at least {min(fitting)[0]}")
 
 

@@ -1,5 +1,6 @@
 """From a configuration to the things a run is made of: data, and the model it starts from."""
 
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from rehyat_jax.parallel.mesh import check_heads
 from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, param_specs, shardings
 from rehyat_jax.training.keys import initialisation_key
 from rehyat_jax.training.run_data import RunData
+from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA
 
@@ -196,7 +198,5 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
 
 def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, jax.Array]:
     """As many examples as go through the model at once, drawn apart from the run's own batches; [1, B, ...]."""
-    data = RunData(source, config, seed=config.seed + 1, accumulation_steps=1)
-    batch = data.on_mesh(next(data))
-    data.close()
-    return batch
+    with closing(RunData(source, config, seed=config.seed + 1, accumulation_steps=1)) as data:
+        return data.on_mesh(next_batch(data))
