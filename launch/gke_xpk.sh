@@ -17,7 +17,9 @@ need IMAGE "an image built from launch/Dockerfile"
 need STORAGE "a storage that all workers mount"
 need_training_arguments "$@"
 
+# 75 is the end of a run that was asked to stop and has saved everything; the seconds are for a step and a save.
 run xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$WORKLOAD" \
   --tpu-type="${TPU_TYPE:-v5litepod-16}" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" \
   --storage="$STORAGE" --max-restarts="${MAX_RESTARTS:-10}" \
+  --restart-on-exit-codes=75 --termination-grace-period-seconds=600 \
   --command="python -m rehyat_jax.train $(shell_words "$@")"

@@ -27,7 +27,11 @@ class Launcher(NamedTuple):
 OPEN_MPI = Launcher("Open MPI", "start the processes with Open MPI 4's mpirun")
 SLURM = Launcher("Slurm", "start the processes with srun")
 CLOUD_TPU = Launcher("Cloud TPU", 'install libtpu on every worker: pip install -e ".[tpu]"')
-KUBERNETES = Launcher("Kubernetes", 'pip install "jax[k8s]" and let the service account read pods, services and jobs')
+KUBERNETES = Launcher(
+    "Kubernetes",
+    'pip install "jax[k8s]" and let the service account read pods, services and jobs; for a Job of one pod alone, '
+    "--coordinator localhost:1234 --num_processes 1 --process_id 0",
+)
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -42,15 +42,21 @@ def plan(request: Request, json_file: Path | None = None) -> int:
     """Plans, reports and returns the exit code. Raises InputError."""
     found = announced_plan(request)
     print(report(found), flush=True)
-    result, code = found.to_json(), 0
-    if not found.fits:
-        remedy, code = smallest_remedy(found, announced_plan), DOES_NOT_FIT
-        result["remedy"] = remedy and str(remedy)
-        print(f"\nwould fit: {remedy}" if remedy else "\nno change of those known here would fit")
+    result = found.to_json()
     if json_file is not None:
-        with written_whole(json_file) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
-    return code
+        _write(json_file, result)
+    if found.fits:
+        return 0
+    remedy = smallest_remedy(found, announced_plan)
+    print(f"\nwould fit: {remedy}" if remedy else "\nno change of those known here would fit")
+    if json_file is not None:
+        _write(json_file, {**result, "remedy": remedy and str(remedy)})
+    return DOES_NOT_FIT
+
+
+def _write(json_file: Path, result: dict[str, Any]) -> None:
+    with written_whole(json_file) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def announced_plan(request: Request) -> Plan:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rehyat_jax.errors import InputError, RunDivergedError, RunStoppedError
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
@@ -184,6 +186,7 @@ def test_xpk_trains_on_slices(path):
         "num-slices": "2",
         "storage": "shared",
         "cluster": "cluster",
+        "restart-on-exit-codes": str(RunStoppedError.exit_code),
     }.items():
         assert option(command, name) == value
     assert shlex.split(option(command, "command")) == ["python", "-m", "rehyat_jax.train", *AWKWARD]
@@ -200,9 +203,18 @@ def test_jobset_runs_a_pod_on_every_host_of_every_slice(path):
     assert slices["replicas"] == 2
     job = slices["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["completionMode"]) == (4, 4, "Indexed")
+    # What a restart cannot mend ends the whole; everything else begins it again.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["values"] == [InputError.exit_code, RunDivergedError.exit_code]
+    assert jobset["spec"]["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
     pod = job["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 600 and pod["restartPolicy"] == "Never"
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
     (container,) = pod["containers"]
+    assert container["name"] == rule["onExitCodes"]["containerName"]
     assert container["image"] == "registry/image:1"
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["command"] == ["python", "-m", "rehyat_jax.train"]

@@ -303,7 +303,11 @@ def test_one_axis_takes_what_is_left(sizes, devices, expected):
     "sizes, message",
     [
         ((1, 3, 1, 1), r"does not make 8 devices; .* these would fit: mesh\.fsdp=8"),
-        ((1, -1, 3, 1), r"context 3 x tensor 1 does not make 8 devices"),
+        (
+            (1, -1, 3, 1),
+            r"context 3 x tensor 1 does not make 8 devices; .* would fit: mesh\.context=1, mesh\.context=2,",
+        ),
+        ((1, -1, 3, 3), r"no size of one axis would fit: change two"),
         ((-1, -1, 1, 1), r"only one axis can be -1, found \['data', 'fsdp'\]"),
         ((0, 8, 1, 1), r"mesh\.data must be at least 1, or -1"),
         ((8, 1, 1, 1), r"data 8 x fsdp 1 must divide the 4 examples .*; data x fsdp of 1, 2, 4 would fit"),

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rehyat_jax.attention.feature_map_config import FeatureMapConfig
 from rehyat_jax.benchmarks.hlo_branches import branch_shares, weighted
 from rehyat_jax.benchmarks.hlo_operations import Branch, Operation, executed_operations
-from rehyat_jax.benchmarks.tpu_compile import topology_devices
+from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, topology_devices
+from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, forward_flops, step_flops
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
@@ -129,6 +130,8 @@ HLO = """HloModule example
   %fusion.2 = bf16[64,8]{1,0} fusion(%p), kind=kCustom, calls=%beside.2
   %fusion.3 = f32[16,8]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
   %permute = (f32[32]{0}, f32[32]{0}, u32[], u32[]) collective-permute-start(%r), channel_id=3
+  %part = ((f32[64,8]{1,0}), f32[16,8]{1,0}, u32[]) reduce-scatter-start(%r), channel_id=4, to_apply=%sum
+  %whole = f32[12]{0} all-reduce-start(%r), channel_id=6, to_apply=%sum
   ROOT %result = (u32[], f32[64,8]{1,0}) tuple(%next, %x)
 }
 
@@ -161,8 +164,8 @@ def test_collectives_are_counted_once_each_and_as_often_as_loops_run():
     trips = 4  # 1, 3, 5 and 7, below 9
     assert collective_bytes(executed_operations(HLO, of_fusions=True), 4) == {
         "all-gather": trips * 64 * 8 * 2 * 3 // 4,
-        "reduce-scatter": trips * 64 * 8 * 4 * 3 // 4,
-        "all-reduce": 2 * 100 * 4 * 3 // 4,
+        "reduce-scatter": 2 * trips * 64 * 8 * 4 * 3 // 4,
+        "all-reduce": 2 * (100 + trips * 12) * 4 * 3 // 4,
         "all-to-all": 8 * 4 // 2,
         "collective-permute": trips * 32 * 4,
     }
@@ -354,7 +357,7 @@ def too_large(request: Request, peak: float) -> Plan:
 
 
 def test_the_smallest_change_that_fits_is_found_by_compiling_at_most_twice():
-    plan = too_large(small_request(batch_size=16), peak=20)
+    plan = too_large(small_request(batch_size=16, **{"mesh.data": 2}), peak=20)
     asked = []
 
     def compile_plan(request):
@@ -369,9 +372,30 @@ def test_the_smallest_change_that_fits_is_found_by_compiling_at_most_twice():
 
 
 def test_beyond_two_compilations_a_remedy_says_that_it_is_arithmetic():
-    plan = too_large(small_request(batch_size=4, remat="block", stage="distill", **{"hybrid.blocks": "all"}), peak=60)
+    request = small_request(batch_size=4, remat="block", **{"mesh.data": 2})
+    request = dataclasses.replace(request, wan=request.wan.replace(text_dim=64), latents=(24, 8, 16))
+    plan = too_large(request, peak=60)
     remedy = smallest_remedy(plan, lambda request: plan)
-    assert remedy.topology == "v5e:8x8" and "by arithmetic, 3.6 GiB a device; not compiled" in str(remedy)
+    # Eight chunks of three frames: 4x4 and 4x8 are compiled, and among 16 devices half would have nothing to do.
+    options = "--topology v5e:8x8 --config.mesh.data=1 --config.mesh.context=16"
+    assert str(remedy).startswith(f"{options} (by arithmetic, 6.9 GiB a device; not compiled)")
+    # The first compilation may say what rematerialisation leaves.
+    request = small_request(batch_size=16, **{"mesh.data": 2})
+    rematerialised = too_large(request.changed({"remat": "block"}), peak=40)
+    remedy = smallest_remedy(too_large(request, peak=60), lambda request: rematerialised)
+    assert remedy.changes == {"remat": "block", "accumulation_steps": 4, "mesh.data": 1} and not remedy.verified
+
+
+def test_a_video_of_two_chunks_cannot_be_cut_among_more_than_two_devices():
+    plan = too_large(small_request(batch_size=4, remat="block", **{"mesh.data": 2}), peak=60)
+    assert smallest_remedy(plan, lambda request: plan) is None
+
+
+def test_what_the_mesh_cannot_cut_is_no_remedy():
+    request = small_request(batch_size=4, remat="block", **{"mesh.data": 2})
+    # Text embeddings of 48 cannot be cut in 64.
+    plan = too_large(dataclasses.replace(request, latents=(24, 8, 16)), peak=60)
+    assert smallest_remedy(plan, lambda request: plan) is None
 
 
 def test_a_run_that_does_not_fit_ends_with_code_3(monkeypatch, capsys, tmp_path):
@@ -388,10 +412,19 @@ def test_a_run_that_does_not_fit_ends_with_code_3(monkeypatch, capsys, tmp_path)
 
 def test_what_the_compiler_says_of_memory_is_read():
     said = "RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded ..."
-    assert bytes_asked_for(said) == int(20.5 * 2**30)
+    assert bytes_asked_for(said, 2**30) == int(20.5 * 2**30)
     said = "the total memory required for HLO temporaries (468.75G) exceeds available HBM (15.75G)."
-    assert bytes_asked_for(said) == int(468.75 * 2**30)
-    assert bytes_asked_for("no idea") is None
+    assert bytes_asked_for(said, 2**30) == int(469.75 * 2**30)
+    assert bytes_asked_for("no idea", 2**30) is None
+
+
+def test_a_kernel_that_does_not_fit_vmem_is_no_matter_of_hbm(monkeypatch):
+    def compiled_for_tpu(*_, **__):
+        raise DoesNotFitError("Ran out of memory in memory space vmem. Used 130.50M of 128.00M vmem.")
+
+    monkeypatch.setattr("rehyat_jax.planning.planner.compiled_for_tpu", compiled_for_tpu)
+    with pytest.raises(InputError, match="a kernel does not fit the chip's VMEM"):
+        make_plan(small_request())
 
 
 @pytest.mark.parametrize(

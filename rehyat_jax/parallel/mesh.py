@@ -45,12 +45,14 @@ def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def _one_axis_changed(sizes: Mapping[str, int], devices: int) -> str:
-    """The sizes of a single axis that would use all devices, in words."""
+    """The sizes of a single axis that would use all devices, in words; one that takes what is left stays."""
     fits = []
     for axis in AXES:
         others = math.prod(size for name, size in sizes.items() if name != axis and size != -1)
-        if devices % others == 0 and -1 not in (size for name, size in sizes.items() if name != axis):
-            fits.append(f"mesh.{axis}={devices // others}")
+        if -1 not in sizes.values():
+            fits += [f"mesh.{axis}={devices // others}"] if devices % others == 0 else []
+        elif sizes[axis] > 1 and devices % others == 0:
+            fits += [f"mesh.{axis}={size}" for size in _divisors(devices // others)]
     return f"these would fit: {', '.join(fits)}" if fits else "no size of one axis would fit: change two"
 
 
@@ -103,8 +105,8 @@ def check_batch(mesh: Mesh, examples: int) -> None:
     if examples % parts:
         raise InputError(
             f"mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} must divide the {examples} examples that go "
-            f"through the model at once; data x fsdp of {_divisors(examples)} would fit, or a multiple of {parts} "
-            f"examples"
+            f"through the model at once; data x fsdp of {_listed(_divisors(examples))} would fit, or a multiple of "
+            f"{parts} examples"
         )
 
 
@@ -113,7 +115,7 @@ def check_heads(mesh: Mesh, model: WanConfig) -> None:
     if model.num_heads % mesh.shape["tensor"]:
         raise InputError(
             f"mesh.tensor must divide the model's {model.num_heads} heads, found {mesh.shape['tensor']}; "
-            f"{_divisors(model.num_heads)} would fit"
+            f"{_listed(_divisors(model.num_heads))} would fit"
         )
 
 
@@ -137,9 +139,13 @@ def part_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     return mine[0] // count, len(rows) // count
 
 
-def _divisors(number: int) -> str:
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    return ", ".join(map(str, divisors[:16]))
+def _divisors(number: int) -> list[int]:
+    """The smallest sixteen."""
+    return [n for n in range(1, number + 1) if number % n == 0][:16]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def is_cut() -> bool:

@@ -57,13 +57,13 @@ def _chain(operation: Operation) -> str:
 
 
 def _size(operation: Operation) -> int:
-    """Bytes of the result. What a -start returns names its operands too, first; and flags."""
+    """Bytes of the result. What a -start returns names its operands too, first, but for all-reduce; and flags."""
     arrays = [
         math.prod(int(n) for n in shape.split(",") if n) * (8 if kind == "pred" else int(bits)) // 8
         for kind, bits, shape in _ARRAY.findall(operation.result)
         if shape
     ]
-    has_operands = operation.kind in ("all-gather-start", "collective-permute-start")
+    has_operands = operation.kind.endswith("-start") and operation.kind != "all-reduce-start"
     return sum(arrays[len(arrays) // 2 :] if has_operands else arrays)
 
 

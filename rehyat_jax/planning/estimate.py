@@ -1,7 +1,6 @@
 """From a compiled train step to memory, cycles, bytes moved and seconds."""
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -132,10 +131,16 @@ def memory_by_kind(program: CompiledProgram, arguments: dict[str, int]) -> dict[
     return {kind: size for kind, size in {**arguments, **rest}.items() if size}
 
 
-def bytes_asked_for(error: DoesNotFitError) -> int | None:
-    """What a program would have needed, of the compiler's message; None if it does not say."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\)", str(error))
-    if found is None:
-        return None
-    number, unit = itertools.compress(found.groups(), found.groups())
-    return int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
+def bytes_asked_for(error: DoesNotFitError, arguments: int) -> int | None:
+    """What a program would have needed of HBM, of the compiler's message; None if it does not say.
+
+    Args:
+      arguments: bytes that it is given, which one of the messages leaves out.
+    """
+    size = r"([\d.]+)([KMG])"
+    bytes_of = lambda found: int(float(found.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30}[found.group(2)])
+    if found := re.search(rf"Used {size} of \S+ hbm", str(error)):
+        return bytes_of(found)
+    if found := re.search(rf"temporaries \({size}\)", str(error)):
+        return bytes_of(found) + arguments
+    return None

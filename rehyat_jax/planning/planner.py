@@ -4,12 +4,13 @@ import dataclasses
 import importlib.metadata
 import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
 from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, compiled_for_tpu, topology_devices
+from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import step_flops
 from rehyat_jax.parallel.mesh import make_mesh
@@ -124,30 +125,53 @@ class Plan:
         }
 
 
-def make_plan(request: Request) -> Plan:
-    """Compiles the train step and costs it; minutes.
+class Placement(NamedTuple):
+    """What a run's step is given, before anything is compiled.
 
-    Raises:
-      InputError: libtpu is missing or does not know the topology; the mesh cannot cut the model or the batch.
+    Attributes:
+      mesh: the resolved sizes of its axes.
+      arguments: bytes on a device by kind.
     """
+
+    devices: int
+    mesh: dict[str, int]
+    arguments: dict[str, int]
+
+
+def placement(request: Request) -> Placement:
+    """Raises InputError if libtpu is missing or does not know the topology, or the mesh cannot cut model or batch."""
     devices = topology_devices(request.topology)
     mesh = make_mesh(request.config.mesh, devices)
     with jax.set_mesh(mesh):
         arguments = abstract_step(request.config, request.wan, request.latents).memory
-    chip = chip_of(request.topology)
-    common = dict(request=request, devices=len(devices), mesh=dict(mesh.shape), arguments=arguments)
-    start = time.monotonic()
+    return Placement(len(devices), dict(mesh.shape), arguments)
+
+
+def make_plan(request: Request) -> Plan:
+    """Compiles the train step and costs it; minutes.
+
+    Raises:
+      InputError: see `placement`; or a kernel needs more VMEM than the chip has.
+    """
+    placed = placement(request)
+    common = dict(request=request, **placed._asdict())
+    chip, start = chip_of(request.topology), time.monotonic()
     try:
         with compiled_for_tpu(
             "rehyat_jax.planning.train_step:lowered", request.case(), request.topology, for_all_devices=True
         ) as program:
             seconds = time.monotonic() - start
-            cost = step_cost(program, chip, len(devices), request.wan)
+            cost = step_cost(program, chip, placed.devices, request.wan)
     except DoesNotFitError as error:
-        return Plan(
-            **common, memory={}, peak=bytes_asked_for(error), cost=None, compile_seconds=time.monotonic() - start
-        )
-    memory = memory_by_kind(program, arguments)
+        seconds = time.monotonic() - start
+        if "vmem" in str(error).lower():
+            raise InputError(
+                f"--topology {request.topology}: a kernel does not fit the chip's VMEM ({error}); choose another "
+                f"config.attention_implementation or another form of config.hybrid"
+            ) from error
+        peak = bytes_asked_for(error, sum(placed.arguments.values()))
+        return Plan(**common, memory={}, peak=peak, cost=None, compile_seconds=seconds)
+    memory = memory_by_kind(program, placed.arguments)
     peak = sum(memory.values())
     fits = peak <= chip.hbm_bytes
     return Plan(**common, memory=memory, peak=peak, cost=cost if fits else None, compile_seconds=seconds)

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rehyat_jax.attention.context_parallel import padded_frames
+from rehyat_jax.errors import InputError
 from rehyat_jax.planning.chips import chip_of, device_count, larger_topology
-from rehyat_jax.planning.planner import Plan, Request
+from rehyat_jax.planning.planner import Plan, Request, placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,70 +32,82 @@ class Remedy:
         return f"{' '.join(options)} (by arithmetic{told}; not compiled)"
 
 
-def remedies(plan: Plan) -> Iterator[Remedy]:
-    """Candidates in the order in which they should be tried; later ones include earlier ones.
-
-    Arithmetic: what a step is given is cut as its axes say; temporaries are in proportion to the examples that are on a
-    device at a time, gradients apart, and a part of a video is a part of an example.
-    """
+def smallest_remedy(plan: Plan, compile_plan: Callable[[Request], Plan], *, compilations: int = 2) -> Remedy | None:
+    """The first change that fits, by the compiler while it may be asked, then by arithmetic; None if none does."""
     config, topology = plan.request.config, plan.request.topology
-    changes: dict[str, Any] = {}
-    given = sum(plan.arguments.values())
-    gradients = plan.arguments["parameters"]
-    temporary = (plan.peak or 0) - given if plan.peak else None
-
-    def estimate(at_a_time: float, fixed: float = 1.0) -> int | None:
-        """With this share of the examples on a device at a time, and that of what a step is given."""
-        if temporary is None or "remat" in changes:
-            return None
-        return round(fixed * (given + 2 * gradients) + at_a_time * max(temporary - gradients, 0))
-
+    remat = {}
     if config.stage != "distill" and config.remat != "block":
-        changes |= {"remat": "block"}
-        yield Remedy(dict(changes), topology, None)
+        # What this saves only the compiler can say; what comes after starts from its answer.
+        remat, compilations = {"remat": "block"}, compilations - 1
+        plan = compile_plan(plan.request.changed(remat))
+        if plan.fits:
+            return Remedy(remat, topology, None, verified=True)
+    for changes, topology in candidates(plan):
+        request = plan.request.changed(changes, topology)
+        try:
+            remedy = Remedy(remat | changes, topology, estimated_peak(plan, request))
+            if remedy.estimate is not None and remedy.estimate > chip_of(topology).hbm_bytes:
+                continue
+            if compilations:
+                compilations -= 1
+                if compile_plan(request).fits:
+                    return dataclasses.replace(remedy, verified=True)
+            elif remedy.estimate is not None:
+                return remedy
+        except InputError:  # the mesh cannot cut the model
+            continue
+    return None
 
-    # What a step is given is cut along all axes but "data" and, in part, "tensor".
-    rows, given_share = plan.mesh["data"] * plan.mesh["fsdp"], 1 / plan.mesh["data"]
-    share, steps = 1.0, config.accumulation_steps
+
+def candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes of the configuration, and a topology, in the order in which to try them; later ones go further."""
+    config, topology = plan.request.config, plan.request.topology
+    steps, context, rows = config.accumulation_steps, plan.mesh["context"], plan.mesh["data"] * plan.mesh["fsdp"]
+
+    def changes(steps: int, data: int, fsdp: int, context: int) -> dict[str, Any]:
+        wanted = {"accumulation_steps": steps, "mesh.data": data, "mesh.fsdp": fsdp, "mesh.context": context}
+        before = {"accumulation_steps": config.accumulation_steps}
+        before |= {f"mesh.{axis}": size for axis, size in config.mesh.items()}
+        # -1 is what the other axes leave.
+        return {name: value for name, value in wanted.items() if before[name] not in (value, -1)}
+
     while config.batch_size % (2 * steps * rows) == 0:
-        share, steps = share / 2, 2 * steps
-        changes |= {"accumulation_steps": steps}
-        yield Remedy(dict(changes), topology, estimate(share))
-
+        steps *= 2
+        yield changes(steps, plan.mesh["data"], plan.mesh["fsdp"], context), topology
     if plan.mesh["data"] > 1:
-        changes |= {"mesh.data": 1, "mesh.fsdp": rows}
-        yield Remedy(dict(changes), topology, estimate(share, given_share))
-
-    if rows > 1 and rows % 2 == 0 and config.batch_size % (2 * steps) == 0:
+        yield changes(steps, 1, rows, context), topology
+    if rows % 2 == 0:
         # Half of every video on a device, and half as many at a time in all.
-        cut = changes | {
-            "mesh.context": 2 * plan.mesh["context"],
-            "mesh.data": 1,
-            "mesh.fsdp": rows // 2,
-            "accumulation_steps": 2 * steps,
-        }
-        yield Remedy(cut, topology, estimate(share / 2, given_share))
-
+        yield changes(2 * steps, 1, rows // 2, 2 * context), topology
     while topology := larger_topology(topology):
         times = device_count(topology) // plan.devices
-        fsdp = times * rows
-        if (config.batch_size // steps) % fsdp == 0:
-            grown = changes | {"mesh.data": 1, "mesh.fsdp": fsdp}
+        fitting = [n for n in range(1, steps + 1) if config.batch_size % (n * times * rows) == 0]
+        if fitting:
+            yield changes(fitting[-1], 1, times * rows, context), topology
         else:
-            grown = changes | {"mesh.context": times * plan.mesh["context"], "mesh.data": 1, "mesh.fsdp": rows}
-        yield Remedy(grown, topology, estimate(share / times, given_share / times))
+            yield changes(steps, 1, rows, times * context), topology
 
 
-def smallest_remedy(plan: Plan, compile_plan: Callable[[Request], Plan], *, compilations: int = 2) -> Remedy | None:
-    """The first candidate that fits, by the compiler while it may be asked, then by arithmetic; None if none does."""
-    for remedy in remedies(plan):
-        limit = chip_of(remedy.topology).hbm_bytes
-        if remedy.estimate is not None and remedy.estimate > limit:
-            continue
-        if compilations:
-            compilations -= 1
-            if compile_plan(plan.request.changed(remedy.changes, remedy.topology)).fits:
-                return dataclasses.replace(remedy, verified=True)
-        elif remedy.estimate is not None:
-            return remedy
-    return None
+def estimated_peak(plan: Plan, request: Request) -> int | None:
+    """Bytes on a device of another run than the plan's; None where its plan does not know its own.
+
+    What a step is given is what it is; temporaries are in proportion to the tokens that are on a device at a time,
+    gradients apart.
+
+    Raises:
+      InputError: the mesh cannot cut the model or the batch.
+    """
+    placed = placement(request)
+    if plan.peak is None:
+        return None
+    tokens = _tokens(request, placed.mesh) / _tokens(plan.request, plan.mesh)
+    temporary = plan.peak - sum(plan.arguments.values()) - plan.arguments["parameters"]
+    return round(sum(placed.arguments.values()) + 2 * placed.arguments["parameters"] + tokens * max(temporary, 0))
+
+
+def _tokens(request: Request, mesh: dict[str, int]) -> float:
+    """On a device at a time, as frames of videos."""
+    config, wan = request.config, request.wan
+    frames = request.latents[0] // wan.patch_size[0]
+    videos = config.batch_size / (config.accumulation_steps * mesh["data"] * mesh["fsdp"])
+    return videos * padded_frames(frames, wan.hybrid.chunk_frames, mesh["context"]) / mesh["context"]
