@@ -20,9 +20,10 @@ from safetensors.numpy import load_file
 from tiny_runs import digits_config
 
 from rehyat_jax.errors import InputError, RunDivergedError
+from rehyat_jax.parallel.sharding import host_shardings
 from rehyat_jax.train import train
 from rehyat_jax.training import step as training_step
-from rehyat_jax.training.checkpoints import Keep, RunCheckpoints, _on_host
+from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.checksums import CHECKSUMS, MAY_BE_MISSING, NOT_COVERED
 from rehyat_jax.training.config import default_config
 from rehyat_jax.training.continuation import CHANGED, REFUSED, SAME, check_continuation, describe_run
@@ -111,7 +112,7 @@ def checkpoints_with(folder, *steps, keep=Keep(2)):  # noqa: B008
 
 
 def test_what_several_devices_hold_is_copied_to_the_host_once():
-    on_host = jax.jit(lambda state: state, out_shardings=_on_host(STATE))(STATE)
+    on_host = jax.jit(lambda state: state, out_shardings=host_shardings(STATE))(STATE)
     chex.assert_trees_all_equal(on_host, STATE)
     params = on_host["params"]
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(on_host)} == {"pinned_host"}

@@ -126,6 +126,29 @@ def abstract_arrays(shapes: Any, placed: Any) -> Any:
     return jax.tree.map(place, shapes, placed)
 
 
+def host_shardings(arrays: Any) -> Any:
+    """For copies in the hosts' memory: NamedShardings of a tree of arrays on a mesh.
+
+    What several devices hold is cut among them too, where its shape allows it, for a host to have it once.
+    """
+
+    def place(array: jax.Array) -> NamedSharding:
+        mesh, spec = array.sharding.mesh, array.sharding.spec
+        cuts = [cut if isinstance(cut, tuple) else (cut,) if cut else () for cut in spec]
+        cuts += [()] * (array.ndim - len(cuts))
+        for axis in mesh.axis_names:
+            if any(axis in cut for cut in cuts):
+                continue
+            for dimension, cut in enumerate(cuts):
+                parts = mesh.shape[axis] * math.prod(mesh.shape[name] for name in cut)
+                if array.shape[dimension] % parts == 0:
+                    cuts[dimension] = (*cut, axis)
+                    break
+        return NamedSharding(mesh, PartitionSpec(*cuts), memory_kind="pinned_host")
+
+    return jax.tree.map(place, arrays)
+
+
 def global_batches(part: dict[str, np.ndarray], parts: int) -> dict[str, jax.Array]:
     """Batches on the mesh in use, of which each process has one of `parts` equal parts (`mesh.part_of_process`)."""
     sharding = shardings(BATCHES)

@@ -4,9 +4,7 @@ A checkpoint has everything that the rest of the run depends on: `state`, the tr
 with the position in the data, the configuration and the version of the code.
 """
 
-import itertools
 import json
-import math
 import os
 import shutil
 import sys
@@ -19,11 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files import reported_write_errors
+from rehyat_jax.parallel.sharding import host_shardings
 from rehyat_jax.training.checksums import find_damage, write_checksums
 from rehyat_jax.training.step import State
 
@@ -152,7 +150,7 @@ class RunCheckpoints:
             self._check_space(state)
         self._newest = step
         if self._copied_to_host is None:
-            self._copied_to_host = jax.jit(lambda tree: tree, out_shardings=_on_host(state))
+            self._copied_to_host = jax.jit(lambda tree: tree, out_shardings=host_shardings(state))
         args = ocp.args.Composite(state=ocp.args.StandardSave(self._copied_to_host(state)), run=ocp.args.JsonSave(run))
         self._saving = self._thread.submit(self._save, step, args, None if loss is None else {"loss": loss})
 
@@ -210,23 +208,6 @@ class RunCheckpoints:
         name = str(self._newest)
         (directory,) = (path for path in self.directory.iterdir() if path.name.partition(".")[0] == name)
         write_checksums(directory)
-
-
-def _on_host(state: State) -> State:
-    """Shardings in the host's memory. What several devices hold is cut among them, so that it is there once."""
-
-    def place(leaf: jax.Array) -> NamedSharding:
-        mesh, axes = leaf.sharding.mesh, [*leaf.sharding.spec] + [None] * (leaf.ndim - len(leaf.sharding.spec))
-        axes = [() if axis is None else axis if isinstance(axis, tuple) else (axis,) for axis in axes]
-        used = set(itertools.chain.from_iterable(axes))
-        for name in mesh.axis_names:
-            parts = [mesh.shape[name] * math.prod(mesh.shape[axis] for axis in cut) for cut in axes]
-            fits = [number for number in range(leaf.ndim) if leaf.shape[number] % parts[number] == 0]
-            if name not in used and fits:
-                axes[fits[0]] = (*axes[fits[0]], name)
-        return NamedSharding(mesh, PartitionSpec(*axes), memory_kind="pinned_host")
-
-    return jax.tree.map(place, state)
 
 
 def _check_writable(directory: epath.Path) -> None:
