@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rehyat_jax.attention.geometry import ChunkGeometry
-from rehyat_jax.benchmarks import gpu, gpu_compile
+from rehyat_jax.benchmarks import gpu, gpu_compile, gpu_target
 
 TINY = ["--device=cpu", "--implementations=scan", "--heads=1", "--frames=4", "--tokens-per-frame=2", "--repeats=1"]
 
@@ -95,6 +95,6 @@ def test_without_the_cuda_plugin_the_error_says_what_to_do(monkeypatch, capsys):
     def missing(*_, **__):
         raise NotImplementedError("topology not implemented for cuda")
 
-    monkeypatch.setattr(gpu_compile.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(gpu_target.topologies, "get_topology_desc", missing)
     assert gpu_compile.main([]) == 2
     assert "expected JAX's CUDA plugin, found none; run `pip install" in capsys.readouterr().err

@@ -25,10 +25,11 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.plan import main, parse_arguments
 from rehyat_jax.planning.chips import CHIPS, chip_of, device_count, larger_topology
 from rehyat_jax.planning.collectives import collective_bytes
-from rehyat_jax.planning.estimate import Cost, bytes_asked_for, shares_of_blocks
+from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, shares_of_blocks
 from rehyat_jax.planning.memory_bound import memory_bytes
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
+from rehyat_jax.planning.report import report
 from rehyat_jax.training.config import default_config
 
 SMALL = WanConfig(num_heads=2, head_dim=64, ffn_dim=320, num_layers=2, text_dim=48, text_length=16)
@@ -309,16 +310,23 @@ def test_topologies_have_the_devices_of_jax(topology, devices):
 
 def test_clocks_are_those_of_the_chips():
     # Google's own figures, in GHz, where there are any: 1.5 for v5e and 1.75 for v5p (the JAX scaling book).
-    assert [round(chip.clock / 1e9, 2) for chip in CHIPS.values()] == [1.5, 1.75, 1.75, 2.2]
+    assert [round(chip.clock / 1e9, 2) for chip in CHIPS.values() if not chip.is_gpu] == [1.5, 1.75, 1.75, 2.2]
 
 
 def test_a_step_takes_as_long_as_its_slowest_resource_at_least():
     chip = chip_of("v5e:2x2")
     sent = {"all-gather": int(chip.ici_bandwidth)}
-    cost = Cost(cycles=0, least_cycles=0, kernel_cycles=0, collective_bytes=sent, hbm_traffic=0, chip=chip)
+    cost = TpuCost(cycles=0, least_cycles=0, kernel_cycles=0, collective_bytes=sent, hbm_traffic=0, chip=chip)
     assert cost.step_seconds == (1.0, 2.0)
     cost = dataclasses.replace(cost, cycles=int(3 * chip.clock), least_cycles=int(2 * chip.clock))
     assert cost.step_seconds == pytest.approx((2.0, 6.5))
+
+
+def test_of_a_gpu_arithmetic_alone_is_known():
+    chip = chip_of("h100:8")
+    assert device_count("h100:8") == 8 and larger_topology("h100:8") is None and larger_topology("h200:4") == "h200:8"
+    cost = GpuCost(flops=0.3 * chip.peak_flops, collective_bytes={"all-gather": 0}, hbm_traffic=0, chip=chip)
+    assert cost.step_seconds == pytest.approx((0.4, 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------- whole plans
@@ -348,6 +356,19 @@ def test_a_small_run_is_planned_from_end_to_end():
         data["flops_per_step"] / (4 * 197e12)
     )
     assert data["hours"]["low"] == pytest.approx(1000 * data["step_seconds_low"] / 3600)
+
+
+def test_a_small_run_is_planned_for_gpus(monkeypatch):
+    # CI has no CUDA plugin; the program is then made for as many CPU devices.
+    monkeypatch.setattr("rehyat_jax.planning.planner.devices_of", lambda topology: jax.devices())
+    plan = make_plan(dataclasses.replace(small_request(batch_size=8), topology="h100:8"))
+    data = json.loads(json.dumps(plan.to_json()))
+    assert data["fits"] and data["devices"] == data["chips"] == 8 and data["mesh"]["fsdp"] == 8
+    assert data["static_cycles"] is None and data["collective_bytes"]["all-gather"] > 0
+    assert data["hbm_bytes_peak"] == sum(data["memory"].values()) and data["memory"]["temporaries"] > 0
+    assert 0 < data["step_seconds_low"] < data["step_seconds_high"]
+    told = report(plan)
+    assert "arithmetic at 75% of the peak" in told and "static cycles" not in told
 
 
 def too_large(request: Request, peak: float) -> Plan:
@@ -432,7 +453,7 @@ def test_a_kernel_that_does_not_fit_vmem_is_no_matter_of_hbm(monkeypatch):
     [
         (["--config=configs/demo_teacher.py"], "--topology is required: python -m rehyat_jax.plan"),
         (["--config=configs/demo_teacher.py", "--topology=v9:2x2"], "v5e, v5p, v6e, tpu7x"),
-        (["--config=configs/demo_teacher.py", "--topology=v5e:big"], "expected GENERATION:SIZE, as v5e:4x4"),
+        (["--config=configs/demo_teacher.py", "--topology=v5e:big"], "expected NAME:SIZE, as v5e:4x4"),
         (["--config=configs/wan_1_3b_distill.py", "--topology=v5e:4x4", "--frames=80"], "nearest below are 77 frames"),
         (["--config=configs/demo_finetune.py", "--topology=v5e:2x2", "--config.init_from=nowhere"], "hybrid.blocks"),
         (["--config=configs/demo_teacher.py", "--topology=v5e:2x2", "--config.batch=3"], "unknown field"),

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from rehyat_jax.attention import HybridState
@@ -28,40 +27,12 @@ from rehyat_jax.attention.cudnn import hybrid_attention_cudnn
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.pallas_gpu import hybrid_attention_pallas_gpu
 from rehyat_jax.benchmarks.gpu import CHUNK_FRAMES, FEATURES, HEAD_DIM, OVERLAP_FRAMES, output_and_gradients
+from rehyat_jax.benchmarks.gpu_target import gpu_devices
 from rehyat_jax.cli import report_input_errors
-from rehyat_jax.errors import InputError
 
 IMPLEMENTATIONS = {"cudnn": hybrid_attention_cudnn, "pallas_gpu": hybrid_attention_pallas_gpu}
 
 BYTES_A_SECOND = 3.35e12
-
-# XLA's GpuTargetConfigProto of an H100 SXM.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84978434048
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA"
-runtime_version { major: 12 minor: 9 }
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _OPERATION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)")
@@ -99,17 +70,6 @@ def _array_bytes(shapes: str) -> int:
     return sum(_ITEM_BYTES[dtype] * math.prod(map(int, filter(None, sizes.split(",")))) for dtype, sizes in arrays)
 
 
-def h100() -> SingleDeviceSharding:
-    """Where the arguments of a program lie that is to be compiled for an H100."""
-    try:
-        topology = topologies.get_topology_desc("", "cuda", target_config=_H100, topology="1x1x1")
-    except NotImplementedError as error:
-        raise InputError(
-            'expected JAX\'s CUDA plugin, found none; run `pip install "jax[cuda12]"` (no GPU is needed)'
-        ) from error
-    return SingleDeviceSharding(topology.devices[0])
-
-
 def compile_attention(
     implementation: str, stabilizer: str, *, backward: bool, heads: int, frames: int, tokens_per_frame: int = 1560
 ) -> Compiled:
@@ -122,7 +82,7 @@ def compile_attention(
         attend = IMPLEMENTATIONS[implementation]
         return attend(*arrays, geometry, causal=True, stabilizer=stabilizer, initial_state=start)[0]
 
-    sharding = h100()
+    sharding = SingleDeviceSharding(gpu_devices("h100", 1)[0])
     shape = lambda width: (1, frames * tokens_per_frame, heads, width)
     array = lambda width: jax.ShapeDtypeStruct(shape(width), jnp.bfloat16, sharding=sharding)
     inputs = [array(HEAD_DIM)] * 3 + [array(FEATURES)] * 2
@@ -170,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def run():
-        h100()
+        gpu_devices("h100", 1)
         print(
             "| implementation | stabilizer | direction | attention kernels "
             "| beside them, GB | ms | temporary, GB | ptxas |"

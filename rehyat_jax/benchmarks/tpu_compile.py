@@ -46,7 +46,7 @@ class CompiledProgram:
     """What the compiler left: `hlo` is the optimised module's text; sizes are bytes of HBM on one device.
 
     `result_bytes` counts all results, `output_bytes` those that do not take the place of arguments. `peak_bytes` is
-    the most that is in use at a time, without the program itself.
+    the most that is in use at a time, without the program itself. `directory` has the compiler's listings.
     """
 
     generation: str
@@ -57,7 +57,7 @@ class CompiledProgram:
     result_bytes: int
     peak_bytes: int
     code_bytes: int
-    directory: Path
+    directory: Path | None
 
     @property
     def total_bytes(self) -> int:
@@ -148,17 +148,27 @@ def _compile(case: str, arguments: dict, topology: str, directory: Path, *, for_
     compiled = (
         make_case(devices, **arguments) if for_all_devices else _for_one(devices[0], make_case, arguments)
     ).compile()
-    memory = compiled.memory_analysis()
-    result = {
-        "hlo": compiled.as_text(),
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "result_bytes": memory.output_size_in_bytes,
-        "peak_bytes": memory.peak_memory_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
-    }
+    result = dataclasses.asdict(compiled_program(compiled, topology))
+    del result["directory"], result["generation"]
     directory.joinpath("result.json").write_text(json.dumps(result))
+
+
+def compiled_program(compiled: jax.stages.Compiled, topology: str) -> CompiledProgram:
+    """What a program says of itself, without listings."""
+    memory = compiled.memory_analysis()
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return CompiledProgram(
+        generation=topology.split(":")[0],
+        hlo=compiled.as_text(),
+        temporary_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=output,
+        result_bytes=memory.output_size_in_bytes,
+        # XLA's GPU compiler counts no peak.
+        peak_bytes=memory.peak_memory_in_bytes or memory.argument_size_in_bytes + memory.temp_size_in_bytes + output,
+        code_bytes=memory.generated_code_size_in_bytes,
+        directory=None,
+    )
 
 
 def _for_one(device: jax.Device, make_case: Callable, arguments: dict) -> jax.stages.Lowered:

@@ -19,42 +19,32 @@ STALLS = 1.5
 """What the slow end of a step's time multiplies the static cycles by, which know of no stalls. An assumption: nothing
 here has run on a TPU."""
 
+GPU_USE = 0.75, 0.3
+"""Shares of a GPU's peak at which its arithmetic runs, at the fast and at the slow end. An assumption: a GPU's kernels
+have no static cycles, and training reaches a third to a half."""
+
 LINKS_IN_USE = 0.5
 """The share of a chip's links that collectives use at the slow end: a ring along one axis of a torus leaves others
 idle."""
 
-ASSUMPTIONS = (
-    f"low: the largest of the least cycles, least HBM traffic, and collectives on all links, all overlapped; "
-    f"high: {STALLS} x static cycles (stalls), then collectives on {LINKS_IN_USE:.0%} of the links, nothing overlapped"
-)
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one step on one device; seconds are of each of three resources alone.
+    """Of one step on one device.
 
     Attributes:
-      cycles: static, of kernels and of what XLA made, collectives aside.
-      least_cycles: the same, with what holds no matrix product as fast as memory allows, where that is faster than the
-        compiler's estimate.
       collective_bytes: sent, by kind.
       hbm_traffic: bytes, the least: arguments and temporaries read and results and temporaries written, once each.
     """
 
-    cycles: int
-    least_cycles: int
-    kernel_cycles: int
     collective_bytes: dict[str, int]
     hbm_traffic: int
     chip: Chip
 
     @property
-    def compute_seconds(self) -> float:
-        return self.cycles / self.chip.clock
-
-    @property
-    def least_compute_seconds(self) -> float:
-        return self.least_cycles / self.chip.clock
+    def compute_seconds(self) -> tuple[float, float]:
+        """(low, high), of arithmetic and whatever else kernels do."""
+        raise NotImplementedError
 
     @property
     def hbm_seconds(self) -> float:
@@ -67,24 +57,75 @@ class Cost:
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        """(low, high), see ASSUMPTIONS."""
+        """(low, high), see `assumptions`."""
+        low, high = self.compute_seconds
         return (
-            max(self.least_compute_seconds, self.hbm_seconds, self.collective_seconds),
-            max(STALLS * self.compute_seconds, self.hbm_seconds) + self.collective_seconds / LINKS_IN_USE,
+            max(low, self.hbm_seconds, self.collective_seconds),
+            max(high, self.hbm_seconds) + self.collective_seconds / LINKS_IN_USE,
+        )
+
+    @property
+    def assumptions(self) -> str:
+        fast, slow = self._of_compute
+        return (
+            f"low: the largest of {fast}, least HBM traffic, and collectives on all links, all overlapped; high: "
+            f"{slow}, then collectives on {LINKS_IN_USE:.0%} of the links, nothing overlapped"
         )
 
 
-def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig) -> Cost:
-    """Costs a compiled program of the model `wan` on one of its devices."""
-    static = program_cost(program, wan)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuCost(Cost):
+    """From the compiler's listings.
+
+    Attributes:
+      cycles: static, of kernels and of what XLA made, collectives aside.
+      least_cycles: the same, with what holds no matrix product as fast as memory allows, where that is faster than the
+        compiler's estimate.
+      kernel_cycles: of Pallas kernels.
+    """
+
+    cycles: int
+    least_cycles: int
+    kernel_cycles: int
+
+    _of_compute = "the least cycles", f"{STALLS} x static cycles (stalls)"
+
+    @property
+    def compute_seconds(self) -> tuple[float, float]:
+        return self.least_cycles / self.chip.clock, STALLS * self.cycles / self.chip.clock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuCost(Cost):
+    """From arithmetic alone.
+
+    Attributes:
+      flops: of one device, with what is recomputed.
+    """
+
+    flops: float
+
+    _of_compute = tuple(f"arithmetic at {share:.0%} of the peak" for share in GPU_USE)
+
+    @property
+    def compute_seconds(self) -> tuple[float, float]:
+        low, high = (self.flops / share / self.chip.peak_flops for share in GPU_USE)
+        return low, high
+
+
+def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig, flops: float) -> Cost:
+    """Costs a compiled program of the model `wan`, which takes so many FLOPs on one of its devices."""
     operations = list(executed_operations(program.hlo, of_fusions=True))
-    return Cost(
+    common = dict(hbm_traffic=program.argument_bytes + program.result_bytes + 2 * program.temporary_bytes, chip=chip)
+    if chip.is_gpu:
+        return GpuCost(flops=flops, collective_bytes=collective_bytes(operations, devices), **common)
+    static = program_cost(program, wan)
+    return TpuCost(
         cycles=static.cycles,
         least_cycles=static.cycles - _cycles_above_least(static, memory_bytes(operations), chip),
         kernel_cycles=static.kernel_cycles,
         collective_bytes=collective_bytes(operations, devices, static.shares),
-        hbm_traffic=program.argument_bytes + program.result_bytes + 2 * program.temporary_bytes,
-        chip=chip,
+        **common,
     )
 
 

@@ -1,5 +1,6 @@
 """One run on one topology: compiled, and put into figures."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -9,14 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, compiled_for_tpu, topology_devices
+from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.models.wan.flops import step_flops
+from rehyat_jax.models.wan.flops import StepFlops, step_flops
 from rehyat_jax.parallel.mesh import make_mesh
-from rehyat_jax.planning.chips import chip_of
-from rehyat_jax.planning.estimate import Cost, bytes_asked_for, memory_by_kind, step_cost
-from rehyat_jax.planning.train_step import abstract_step
+from rehyat_jax.planning import train_step
+from rehyat_jax.planning.chips import chip_of, devices_of
+from rehyat_jax.planning.estimate import Cost, TpuCost, bytes_asked_for, memory_by_kind, step_cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Request:
         """What `train_step.lowered` is to be called with, JSON-ready."""
         config = json.loads(self.config.to_json())
         return {"config": config, "model": self.wan.to_dict(), "latents": list(self.latents)}
+
+    @property
+    def flops(self) -> StepFlops:
+        """Of one example of a step."""
+        return step_flops(self.wan, self.latents, stage=self.config.stage, remat=self.config.remat)
 
     def changed(self, changes: dict[str, Any], topology: str | None = None) -> "Request":
         """The same with other values of the configuration's fields, perhaps on another topology."""
@@ -73,17 +79,16 @@ class Plan:
     @property
     def model_flops(self) -> int:
         """Of a step, all devices together; see `models.wan.flops`."""
-        return self._flops.model * self.request.config.batch_size
+        return self.request.flops.model * self.request.config.batch_size
 
     @property
     def recomputed_flops(self) -> int:
         """What the hardware does again in a step, for want of memory."""
-        return self._flops.recomputed * self.request.config.batch_size
+        return self.request.flops.recomputed * self.request.config.batch_size
 
     @property
-    def _flops(self):
-        config = self.request.config
-        return step_flops(self.request.wan, self.request.latents, stage=config.stage, remat=config.remat)
+    def _compiler(self) -> str:
+        return "jaxlib" if chip_of(self.request.topology).is_gpu else "libtpu"
 
     def utilization(self, step_seconds: float) -> float:
         """Model FLOPs use: of the peak of all chips, at so many seconds a step."""
@@ -103,19 +108,20 @@ class Plan:
             "flops_per_step": self.model_flops,
             "recomputed_flops_per_step": self.recomputed_flops,
             "compile_seconds": round(self.compile_seconds, 1),
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", self._compiler)},
         }
         if self.cost is None:
             return plan
         low, high = self.cost.step_seconds
         hours = {"low": low * self.request.config.steps / 3600, "high": high * self.request.config.steps / 3600}
+        of_kernels = isinstance(self.cost, TpuCost)
         return plan | {
-            "static_cycles": self.cost.cycles,
-            "least_cycles": self.cost.least_cycles,
-            "static_cycles_of_kernels": self.cost.kernel_cycles,
+            "static_cycles": self.cost.cycles if of_kernels else None,
+            "least_cycles": self.cost.least_cycles if of_kernels else None,
+            "static_cycles_of_kernels": self.cost.kernel_cycles if of_kernels else None,
             "collective_bytes": self.cost.collective_bytes,
             "hbm_traffic_bytes": self.cost.hbm_traffic,
-            "compute_seconds": self.cost.compute_seconds,
+            "compute_seconds": dict(zip(("low", "high"), self.cost.compute_seconds, strict=True)),
             "collective_seconds": self.cost.collective_seconds,
             "step_seconds_low": low,
             "step_seconds_high": high,
@@ -123,6 +129,15 @@ class Plan:
             "hours": hours,
             "chip_hours": {end: value * self.chips for end, value in hours.items()},
         }
+
+
+def _compiled(request: Request) -> contextlib.AbstractContextManager[CompiledProgram]:
+    """The step for all devices; its listings last as long as the context."""
+    if chip_of(request.topology).is_gpu:
+        compiled = train_step.lowered(devices_of(request.topology), **request.case()).compile()
+        return contextlib.nullcontext(compiled_program(compiled, request.topology))
+    case = f"{train_step.__name__}:lowered"
+    return compiled_for_tpu(case, request.case(), request.topology, for_all_devices=True)
 
 
 class Placement(NamedTuple):
@@ -140,10 +155,10 @@ class Placement(NamedTuple):
 
 def placement(request: Request) -> Placement:
     """Raises InputError if libtpu is missing or does not know the topology, or the mesh cannot cut model or batch."""
-    devices = topology_devices(request.topology)
+    devices = devices_of(request.topology)
     mesh = make_mesh(request.config.mesh, devices)
     with jax.set_mesh(mesh):
-        arguments = abstract_step(request.config, request.wan, request.latents).memory
+        arguments = train_step.abstract_step(request.config, request.wan, request.latents).memory
     return Placement(len(devices), dict(mesh.shape), arguments)
 
 
@@ -157,11 +172,12 @@ def make_plan(request: Request) -> Plan:
     common = dict(request=request, **placed._asdict())
     chip, start = chip_of(request.topology), time.monotonic()
     try:
-        with compiled_for_tpu(
-            "rehyat_jax.planning.train_step:lowered", request.case(), request.topology, for_all_devices=True
-        ) as program:
+        with _compiled(request) as program:
             seconds = time.monotonic() - start
-            cost = step_cost(program, chip, placed.devices, request.wan)
+            flops = request.flops.model + request.flops.recomputed
+            cost = step_cost(
+                program, chip, placed.devices, request.wan, flops * request.config.batch_size / placed.devices
+            )
     except DoesNotFitError as error:
         seconds = time.monotonic() - start
         if "vmem" in str(error).lower():

@@ -1,7 +1,7 @@
 """A plan as a table for people."""
 
 from rehyat_jax.planning.chips import chip_of
-from rehyat_jax.planning.estimate import ASSUMPTIONS
+from rehyat_jax.planning.estimate import TpuCost
 from rehyat_jax.planning.planner import Plan
 
 
@@ -29,7 +29,7 @@ def report(plan: Plan) -> str:
         rows += _cost_rows(plan)
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
-    return "\n".join([*lines, *(["", f"Nothing was run. Step time, {ASSUMPTIONS}."] if plan.fits else [])])
+    return "\n".join([*lines, *(["", f"Nothing was run. Step time, {plan.cost.assumptions}."] if plan.fits else [])])
 
 
 def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -37,19 +37,23 @@ def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     low, high = cost.step_seconds
     span = lambda values, form: f"{values['low']:{form}} to {values['high']:{form}}"
     use, recomputed = data["model_flops_utilization"], plan.recomputed_flops
-    return [
+    rows = [
         ("", ""),
         ("model FLOPs a step", f"{plan.model_flops / 1e12:,.3g} T, and {recomputed / 1e12:,.3g} T recomputed"),
-        (
-            "static cycles",
+    ]
+    if isinstance(cost, TpuCost):
+        cycles = (
             f"{cost.cycles / 1e6:,.0f} M, {cost.kernel_cycles / 1e6:,.0f} M of them in kernels; at least "
-            f"{cost.least_cycles / 1e6:,.0f} M",
-        ),
+            f"{cost.least_cycles / 1e6:,.0f} M"
+        )
+        rows.append(("static cycles", cycles))
+    return [
+        *rows,
         *((kind, f"{size / 1e6:,.3g} MB") for kind, size in cost.collective_bytes.items() if size),
         (
             "seconds, each alone",
-            f"compute {cost.least_compute_seconds:.3g} to {cost.compute_seconds:.3g}, HBM {cost.hbm_seconds:.3g}, "
-            f"links {cost.collective_seconds:.3g}",
+            f"compute {span(data['compute_seconds'], '.3g')}, HBM {cost.hbm_seconds:.3g}, links "
+            f"{cost.collective_seconds:.3g}",
         ),
         ("step, seconds", f"{low:.3g} to {high:.3g}"),
         ("model FLOPs use", span(use, ".1%")),
