@@ -3,9 +3,12 @@
     python -m rehyat_jax.train --config configs/wan_14b_distill.py --workdir runs/wan_14b/distill \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
-Hardware: meant for 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video a chip; not planned yet, which is
+Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video a chip; planned, not run (docs/plan.md):
 
     python -m rehyat_jax.plan --config configs/wan_14b_distill.py --topology v5p:4x4x4
+
+4.3 of 95.74 GiB a chip, 5.3 to 9.2 seconds a step, 189 to 328 chip-hours; on v6e 4.3 of 31.25 GiB, 5.4 to 9.7 seconds,
+193 to 345 chip-hours.
 """
 
 from configs import wan_1_3b_distill

@@ -3,10 +3,13 @@
     python -m rehyat_jax.train --config configs/wan_14b_finetune_720p.py --workdir runs/wan_14b/finetune_720p \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
-Hardware: meant for 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 16 videos at a time; not
-planned yet, which is
+Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 16 videos at a time; planned, not run
+(docs/plan.md):
 
     python -m rehyat_jax.plan --config configs/wan_14b_finetune_720p.py --topology v5p:4x4x4 --height 720 --width 1280
+
+24.5 of 95.74 GiB a chip, 18.7 to 33.1 seconds a step, 332 to 588 chip-hours; on v6e 24.7 of 31.25 GiB, 15.8 to 29.7
+seconds, 282 to 528 chip-hours.
 """
 
 from configs import wan_14b_finetune

@@ -10,9 +10,11 @@ Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip; all of this planned, none of
 
     python -m rehyat_jax.plan --config configs/wan_1_3b_finetune.py --topology v5e:4x4
 
-7.9 of 15.75 GiB a chip; 7.1 to 10.8 seconds a step, 32 to 48 chip-hours.
-With all blocks hybrid (--config.hybrid.blocks=all) 7.8 of 15.75 GiB a chip, 4.2 to 6.5 seconds a step, 19 to 29
-chip-hours; with --config.remat=attention too 13.7 GiB, 4.1 to 6.4 seconds, 18 to 28 chip-hours.
+7.9 of 15.75 GiB a chip; 5.7 to 10.7 seconds a step, 25 to 48 chip-hours.
+With all blocks hybrid (--config.hybrid.blocks=all) 7.7 of 15.75 GiB a chip, 3.6 to 6.6 seconds a step, 16 to 29
+chip-hours; with --config.remat=attention too 13.7 GiB, 3.4 to 6.3 seconds, 15 to 28 chip-hours.
+On v5p-8 (`v5p:2x2x1`) 32.2 of 95.74 GiB, 13.9 to 23.9 seconds (all hybrid: 6.0 to 10.6); on 8 H100 or H200 (`h100:8`)
+28.1 GiB of the 59 that JAX takes of an H100, 2.2 to 5.6 seconds (all hybrid: 1.4 to 3.4).
 """
 
 from rehyat_jax.training.config import default_config

@@ -1,8 +1,9 @@
-"""Plans a training run on TPUs, none needed: python -m rehyat_jax.plan --config configs/NAME.py --topology v5e:4x4.
+"""Plans a training run on TPUs or GPUs, none needed: python -m rehyat_jax.plan --config FILE --topology v5e:4x4.
 
 The train step of the configuration is compiled for the topology, as `train` would, and its memory, arithmetic,
-communication and time are told. [--config.field=value ...] as for `train`; [--frames N --height H --width W] of a video
-in pixels, 81 x 480 x 832 by default; [--json FILE] also writes all figures. docs/plan.md says how they are formed.
+communication and time are told. Topologies are slices of TPUs or the GPUs of a host, h100:8. [--config.field=value ...]
+as for `train`; [--frames N --height H --width W] of a video in pixels, 81 x 480 x 832 by default; [--json FILE] also
+writes all figures. docs/plan.md says how they are formed.
 
 Exit code 0 where the run fits into the chips' memory, 3 where it does not: then the smallest change that would fit is
 looked for. 2 where the user's input is wrong.
@@ -138,7 +139,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
     """
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
-    topology = flags.DEFINE_string("topology", None, "GENERATION:SIZE of the TPU slice", flag_values=values)
+    topology = flags.DEFINE_string(
+        "topology", None, "a slice of TPUs, v5e:4x4, or the GPUs of a host, h100:8", flag_values=values
+    )
     json_file = flags.DEFINE_string("json", None, "file for all figures", flag_values=values)
     size = [
         flags.DEFINE_integer(axis, None, "of a video, in pixels", flag_values=values)
