@@ -26,11 +26,13 @@ from rehyat_jax.models.wan.config import WanConfig
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-    """Of one video through the model: embeddings and head, and of one block each: all but self-attention's inner part,
-    softmax attention, and hybrid attention's window, readout with sums, and feature maps."""
+    """Of one video through the model: embeddings and head, and of one block each: all but self-attention's inner part
+    (of which the last product, down from the feed-forward width), softmax attention, and hybrid attention's window,
+    readout with sums, and feature maps."""
 
     outside: int
     block: int
+    last_product: int
     softmax: int
     window: int
     linear: int
@@ -61,6 +63,7 @@ def forward_flops(config: WanConfig, latents: tuple[int, int, int]) -> ForwardFl
     return ForwardFlops(
         outside=embed_text + embed_time + in_and_out,
         block=8 * tokens * width**2 + cross + 4 * tokens * width * config.ffn_dim,
+        last_product=2 * tokens * width * config.ffn_dim,
         softmax=4 * tokens**2 * width,
         window=4 * width * per_frame**2 * int(window.sum()),
         linear=2 * ends * maps.features * (width + config.num_heads),
@@ -90,6 +93,8 @@ def step_flops(config: WanConfig, latents: tuple[int, int, int], *, stage: str, 
         return StepFlops(teacher + hybrid * (count.hybrid + gradients), 0)
     blocks = config.num_layers * count.block + hybrid * count.hybrid + (config.num_layers - hybrid) * count.softmax
     # "dots" keeps what the weights' products return, "attention" what attention does; others a block's input alone.
-    products = config.num_layers * count.block
-    recomputed = {"none": 0, "dots": blocks - products, "attention": products}.get(remat, blocks)
-    return StepFlops(3 * (count.outside + blocks), recomputed)
+    # Nothing's gradient needs what a block ends with (see `linear.Linear.gated`).
+    products, last = config.num_layers * count.block, config.num_layers * count.last_product
+    attention = blocks - products
+    recomputed = {"none": 0, "dots": attention, "attention": products - last}
+    return StepFlops(3 * (count.outside + blocks), recomputed.get(remat, blocks - last))

@@ -21,8 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rehyat_jax.attention import FeatureMap, InlineFeatures
 from rehyat_jax.attention.context_parallel import padded_frames
+from rehyat_jax.attention.flat_tokens import flat, with_heads
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.linear import linear
 from rehyat_jax.models.wan.rope import rope_table, rotate
 from rehyat_jax.parallel.attention import (
     cross_attention_on_mesh,
@@ -98,18 +100,6 @@ def timestep_embedding(timestep: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def linear(in_features: int, out_features: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
-    """A linear layer whose kernel [in, out] is cut along these mesh axes (see `parallel.sharding`)."""
-    return nnx.Linear(
-        in_features, out_features, kernel_metadata={"axes": axes}, bias_metadata={"axes": _bias(axes)}, **options
-    )
-
-
-def _bias(axes: tuple[str | None, str | None]) -> tuple[str | None]:
-    """Along fsdp, what is small is whole everywhere."""
-    return (None if axes[1] == "fsdp" else axes[1],)
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the model's whole width, before the split into heads; float32 inside."""
 
@@ -137,14 +127,19 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries of x [B, N, D] and keys and values of context [B, M, D], each [B, tokens, H, d]."""
-        heads = lambda y: rearrange(y, "b n (h d) -> b n h d", h=self.num_heads)
-        query = heads(self.query_norm(self.query(x)))
-        key = heads(self.key_norm(self.key(context)))
-        return query, key, heads(self.value(context))
+        query, key = self.query_norm(self.query(x)), self.key_norm(self.key(context))
+        return self._heads(query), self._heads(key), self._heads(self.value(context))
 
     def merge(self, y: jax.Array) -> jax.Array:
         """Output projection of y [B, N, H, d]; [B, N, D]."""
-        return self.output(rearrange(y, "b n h d -> b n (h d)"))
+        return self.output(flat(y))
+
+    def gated_merge(self, y: jax.Array, gate: jax.Array) -> jax.Array:
+        """`merge` times a gate [B, 1, D]; float32."""
+        return self.output.gated(flat(y), gate)
+
+    def _heads(self, y: jax.Array) -> jax.Array:
+        return with_heads(y, self.num_heads)
 
 
 class FeedForward(nnx.Module):
@@ -155,8 +150,9 @@ class FeedForward(nnx.Module):
         self.up = linear(config.width, config.ffn_dim, ("fsdp", "tensor"), **options)
         self.down = linear(config.ffn_dim, config.width, ("tensor", "fsdp"), **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.gelu(constrain(self.up(x), HIDDEN), approximate=True))
+    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        """Of x [B, N, D], times a gate [B, 1, D]; float32."""
+        return self.down.gated(nnx.gelu(constrain(self.up(x), HIDDEN), approximate=True), gate)
 
 
 class WanBlock(nnx.Module):
@@ -203,14 +199,14 @@ class WanBlock(nnx.Module):
         unrotated_query, unrotated_key, value = self.self_attention.project(normed, normed)
         query, key = rotate(unrotated_query, rope), rotate(unrotated_key, rope)
         y, aux = attend(AttentionInputs(query, key, value, unrotated_query, unrotated_key, *frames))
-        x = (x.astype(jnp.float32) + self.self_attention.merge(y) * gate).astype(dtype)
+        x = (x.astype(jnp.float32) + self.self_attention.gated_merge(y, gate)).astype(dtype)
 
         normed = self.cross_attention_norm(x).astype(dtype)
         y = cross_attention_on_mesh(*self.cross_attention.project(normed, text))
         x = x + self.cross_attention.merge(y)
 
         normed = (layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
-        x = (x.astype(jnp.float32) + self.feed_forward(normed) * ffn_gate).astype(dtype)
+        x = (x.astype(jnp.float32) + self.feed_forward(normed, ffn_gate)).astype(dtype)
         return constrain(x, RESIDUAL), aux
 
 
