@@ -25,7 +25,7 @@ from rehyat_jax.attention.flat_tokens import flat, with_heads
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.linear import linear
-from rehyat_jax.models.wan.rope import rope_table, rotate
+from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
 from rehyat_jax.parallel.attention import (
     cross_attention_on_mesh,
     hybrid_attention_on_mesh,
@@ -108,9 +108,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...]).astype(x.dtype)
+        return (x.astype(jnp.float32) * self.of_rows(x) * self.scale[...]).astype(x.dtype)
+
+    def of_rows(self, x: jax.Array) -> jax.Array:
+        """1 / RMS of every row, float32 [..., 1]."""
+        return jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + self.eps)
 
 
 class Attention(nnx.Module):
@@ -129,6 +131,15 @@ class Attention(nnx.Module):
         """Queries of x [B, N, D] and keys and values of context [B, M, D], each [B, tokens, H, d]."""
         query, key = self.query_norm(self.query(x)), self.key_norm(self.key(context))
         return self._heads(query), self._heads(key), self._heads(self.value(context))
+
+    def project_rotated(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        """Queries, keys and values of x [B, N, D] as `AttentionInputs` has them, each [B, N, H, d]."""
+        projected = {}
+        for name, layer, norm in (("query", self.query, self.query_norm), ("key", self.key, self.key_norm)):
+            y = layer(x)
+            rotated = scaled_and_rotated(y, norm.of_rows(y), norm.scale[...], rope)
+            projected |= {name: self._heads(rotated), f"unrotated_{name}": self._heads(norm(y))}
+        return projected | {"value": self._heads(self.value(x))}
 
     def merge(self, y: jax.Array) -> jax.Array:
         """Output projection of y [B, N, H, d]; [B, N, D]."""
@@ -196,9 +207,9 @@ class WanBlock(nnx.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[:, i, None] for i in range(6))
 
         normed = (layer_norm(x, self.eps) * (1 + scale) + shift).astype(dtype)
-        unrotated_query, unrotated_key, value = self.self_attention.project(normed, normed)
-        query, key = rotate(unrotated_query, rope), rotate(unrotated_key, rope)
-        y, aux = attend(AttentionInputs(query, key, value, unrotated_query, unrotated_key, *frames))
+        tokens_per_frame, num_frames = frames
+        inputs = self.self_attention.project_rotated(normed, rope)
+        y, aux = attend(AttentionInputs(**inputs, tokens_per_frame=tokens_per_frame, num_frames=num_frames))
         x = (x.astype(jnp.float32) + self.self_attention.gated_merge(y, gate)).astype(dtype)
 
         normed = self.cross_attention_norm(x).astype(dtype)

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from rehyat_jax.attention.flat_tokens import flat, with_heads
 from rehyat_jax.attention.platform import target_platform
-from rehyat_jax.parallel.attention import CONTEXT, TOKENS
+from rehyat_jax.models.wan import rope_tpu
 from rehyat_jax.parallel.mesh import is_cut
+from rehyat_jax.parallel.sharding import HIDDEN
 
-_TABLE = PartitionSpec(CONTEXT)
+_TOKENS = PartitionSpec(*HIDDEN)
+_TABLE = PartitionSpec("context")
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -53,45 +56,31 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     Args:
       table: cosines and sines [N, d], those of every pair twice.
     """
-    if target_platform() == "tpu":
-        # XLA would not see that a part of the heads is on a device whole.
-        on_mesh = jax.shard_map(rotate_by_heads, in_specs=(TOKENS, (_TABLE, _TABLE)), out_specs=TOKENS, check_vma=False)
-        return (on_mesh if is_cut() else rotate_by_heads)(x, table)
     x32 = x.astype(jnp.float32)
     turned = jnp.stack([-x32[..., 1::2], x32[..., 0::2]], axis=-1).reshape(x.shape)
     cos, sin = (jnp.asarray(part)[:, None, :] for part in table)
     return (x32 * cos + turned * sin).astype(x.dtype)
 
 
-@jax.custom_vjp
-def rotate_by_heads(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`rotate` for TPUs, head by head. Pairs of lanes are turned by a product with a matrix of signs, which is exact.
+def scaled_and_rotated(
+    x: jax.Array, row_scale: jax.Array, column_scale: jax.Array, table: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """`rotate` of the heads of x * row_scale * column_scale (an RMS norm, say), which is rounded to x's dtype before.
 
-    Strided lanes, and an axis of heads beside that of lanes, make XLA copy everything from layout to layout. By its
-    own estimates for 1.3B at 480p and 81 frames on v5e, the queries of one block take 6.4 million cycles more so than
-    without rotation, and 17.5 backward; here 1.4 either way, of some 280 for the whole block.
+    Args:
+      x: [B, N, H * d].
+      row_scale, column_scale: float32 [B, N, 1] and [H * d].
+      table: cosines and sines [N, d].
+
+    Returns: [B, N, H * d] in x's dtype.
     """
-    batch, tokens, heads, head_dim = x.shape
-    even = np.arange(0, head_dim, 2)
-    signs = np.zeros((head_dim, head_dim), np.float32)
-    signs[even + 1, even], signs[even, even + 1] = -1, 1
-    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     cos, sin = table
-
-    def rotate_head(head: jax.Array, flat: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(flat, head * head_dim, head_dim, axis=-1)
-        turned = jnp.dot(part, jnp.asarray(signs, x.dtype), precision=exact)
-        rotated = (part.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(flat, rotated, head * head_dim, axis=-1)
-
-    # A loop, not `heads` copies of its body: of 40 the compiler makes code for a minute, to save 8% of the cycles.
-    flat = x.reshape(batch, tokens, heads * head_dim)
-    return jax.lax.fori_loop(0, heads, rotate_head, flat).reshape(x.shape)
-
-
-def _rotate_by_heads_backward(table: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
-    cos, sin = table
-    return rotate_by_heads(cotangent, (cos, -sin)), None
-
-
-rotate_by_heads.defvjp(lambda x, table: (rotate_by_heads(x, table), table), _rotate_by_heads_backward)
+    if target_platform() == "tpu" and cos.shape[-1] == rope_tpu.HEAD_DIM:
+        run = rope_tpu.scale_and_rotate
+        if is_cut():
+            # XLA cannot cut a kernel by itself.
+            specs = (_TOKENS, PartitionSpec(*_TOKENS[:2]), PartitionSpec("tensor"), _TABLE, _TABLE)
+            run = jax.shard_map(run, in_specs=specs, out_specs=_TOKENS, check_vma=False)
+        return run(x, row_scale, column_scale, cos, sin)
+    scaled = (x.astype(jnp.float32) * row_scale * column_scale).astype(x.dtype)
+    return flat(rotate(with_heads(scaled, x.shape[-1] // cos.shape[-1]), table))

@@ -1,0 +1,66 @@
+"""RMS norm and rotation in one TPU kernel against the model's form for other platforms, which is held to diffusers'."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tpu_interpreter import interpreted_tpu
+from tpu_topologies import TOPOLOGIES, compiled_for_tpu
+
+from rehyat_jax.models.wan import rope
+from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
+from rehyat_jax.models.wan.rope_tpu import scale_and_rotate
+from rehyat_jax.parallel.mesh import AXES, make_mesh
+
+
+def make_arrays(grid, heads, dtype=jnp.float32):
+    """((x, row_scale, column_scale), cotangent)."""
+    tokens, keys = math.prod(grid), jax.random.split(jax.random.key(0), 4)
+    x, cotangent = (jax.random.normal(key, (2, tokens, heads * 128), dtype) for key in keys[:2])
+    row_scale = jax.random.uniform(keys[2], (2, tokens, 1), minval=0.5, maxval=2)
+    return (x, row_scale, jax.random.normal(keys[3], (heads * 128,))), cotangent
+
+
+def results(function, arrays, cotangent):
+    output, pullback = jax.vjp(function, *arrays)
+    return output, *pullback(cotangent)
+
+
+def assert_same(found, expected, dtype=jnp.float32):
+    for one, other in zip(found, expected, strict=True):
+        one, other = (np.asarray(array, np.float64) for array in (one, other))
+        # The one rounds what the other does not.
+        assert np.linalg.norm(one - other) < 4 * float(jnp.finfo(dtype).eps) * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("grid", [(3, 4, 5), (7, 13, 13)], ids=["one block", "several, the last not full"])
+def test_the_kernels_give_the_same_outputs_and_gradients(dtype, grid):
+    arrays, cotangent = make_arrays(grid, 10, dtype)
+    table = rope_table(grid, 128)
+    expected = results(lambda *arrays: scaled_and_rotated(*arrays, table), arrays, cotangent)
+    with interpreted_tpu():
+        found = results(lambda *arrays: scale_and_rotate(*arrays, *table), arrays, cotangent)
+    assert_same(found, expected, dtype)
+
+
+def test_the_kernels_work_inside_the_mesh(monkeypatch):
+    arrays, cotangent = make_arrays((4, 2, 3), 4)
+    table = rope_table((4, 2, 3), 128)
+    run = lambda: jax.jit(lambda *arrays: results(lambda *a: scaled_and_rotated(*a, table), *arrays))(arrays, cotangent)
+    expected = run()
+    monkeypatch.setattr(rope, "target_platform", lambda: "tpu")
+    mesh = make_mesh(dict(zip(AXES, (2, 1, 2, 2), strict=True)), jax.devices())
+    with jax.set_mesh(mesh), interpreted_tpu():
+        assert_same(run(), expected)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("heads", "dtype"), [(12, jnp.float32), (40, jnp.bfloat16)])
+def test_the_kernels_compile_for_every_generation(topology, heads, dtype):
+    arrays, cotangent = make_arrays((1, 30, 52), heads, dtype)
+    table = rope_table((1, 30, 52), 128)
+    run = lambda arrays, cotangent: results(lambda *a: scaled_and_rotated(*a, table), arrays, cotangent)
+    assert compiled_for_tpu(topology, run, arrays, cotangent).as_text().count("scale_and_rotate") >= 2
