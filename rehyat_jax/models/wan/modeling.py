@@ -87,10 +87,14 @@ Attend = Callable[[AttentionInputs, Any], tuple[jax.Array, Any]]
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm without parameters over the last axis, in float32 with the biased variance."""
+    """LayerNorm without parameters over the last axis, in float32 with the biased variance.
+
+    Mean and mean of squares are taken together, as Flax's LayerNorm takes them: one pass over memory less than the mean
+    of squared distances, for an error of 1e-7 times mean^2 / variance.
+    """
     x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    mean, squares = x.mean(-1, keepdims=True), jnp.square(x).mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(jnp.maximum(squares - jnp.square(mean), 0) + eps)
 
 
 def timestep_embedding(timestep: jax.Array, dim: int) -> jax.Array:
@@ -174,9 +178,7 @@ class WanBlock(nnx.Module):
         self.modulation = nnx.Param(jnp.zeros((6, config.width)))
         self.self_attention = Attention(config, dtype=dtype, rngs=rngs)
         self.cross_attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.cross_attention_norm = nnx.LayerNorm(
-            config.width, epsilon=config.eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
-        )
+        self.cross_attention_norm = nnx.LayerNorm(config.width, epsilon=config.eps, dtype=jnp.float32, rngs=rngs)
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
         self.eps = config.eps
 
