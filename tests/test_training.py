@@ -105,12 +105,13 @@ def test_remat_saves_less_and_changes_no_gradient():
     assert results["block"][1] < results["dots"][1] < results["none"][1]
 
 
-def test_offloaded_block_inputs_are_in_the_host_s_memory_alone():
+@pytest.mark.parametrize("remat", ["offload", "attention_offload"])
+def test_offloaded_block_inputs_are_in_the_host_s_memory_alone(remat):
     wan = WAN_PRESETS["tiny"].replace(num_heads=1, ffn_dim=128, in_channels=4, out_channels=4)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(1, 16, 32, 32, 4), (1,), (1, 8, 64)]]
 
     def memory(num_layers):
-        graphdef, params = tiny_model(wan.replace(num_layers=num_layers), remat="offload", dtype=jnp.bfloat16)
+        graphdef, params = tiny_model(wan.replace(num_layers=num_layers), remat=remat, dtype=jnp.bfloat16)
         loss = lambda *arguments: jnp.square(apply_model(graphdef)(*arguments)).mean()
         return compiled_for_tpu("v5e:2x2", jax.grad(loss), params, *inputs).memory_analysis()
 
@@ -132,6 +133,7 @@ def test_attention_that_is_kept_is_not_computed_twice(hybrid_blocks, forward_ker
         return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
     assert kernels("block") - kernels("attention") == forward_kernels
+    assert kernels("offload") - kernels("attention_offload") == forward_kernels
 
 
 # ------------------------------------------------------------------------------------------------------------ distil

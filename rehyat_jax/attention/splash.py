@@ -41,7 +41,8 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, inte
         block_sizes=_block_sizes(query_block, key_block, one_pass_backward=dq_copies_bytes <= _MOST_DQ_COPIES_BYTES),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=ATTENTION_RESIDUALS,
+        # Attention to a text is soon made again, for a result as large as that of a video's attention to itself.
+        residual_checkpoint_name=ATTENTION_RESIDUALS if keys >= queries else None,
         interpret=interpret,
     )
     segments = None

@@ -96,5 +96,5 @@ def step_flops(config: WanConfig, latents: tuple[int, int, int], *, stage: str, 
     # Nothing's gradient needs what a block ends with (see `linear.Linear.gated`).
     products, last = config.num_layers * count.block, config.num_layers * count.last_product
     attention = blocks - products
-    recomputed = {"none": 0, "dots": attention, "attention": products - last}
+    recomputed = {"none": 0, "dots": attention, "attention": products - last, "attention_offload": products - last}
     return StepFlops(3 * (count.outside + blocks), recomputed.get(remat, blocks - last))

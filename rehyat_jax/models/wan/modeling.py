@@ -36,20 +36,28 @@ from rehyat_jax.parallel.sharding import HIDDEN, RESIDUAL, constrain, gathered
 
 _BLOCK_INPUT = "block_input"
 
+
+def _input_on_host(*saved: str) -> Callable[..., Any]:
+    """Keeps a block's input in the host's memory, and what bears these names on the device."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved,
+        names_which_can_be_offloaded=[_BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[_BLOCK_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "offload": _input_on_host(),
+    "attention_offload": _input_on_host(ATTENTION_RESIDUALS),
 }
 """What a block keeps for the backward pass: everything; only its input; what fused attention kernels keep of their
-results too; or the outputs of its weight products too; or its input alone, in the host's memory."""
+results too; or the outputs of its weight products too; or as "block" and "attention" with the input in the host's
+memory."""
 
 
 @dataclasses.dataclass(frozen=True)
