@@ -8,6 +8,7 @@ import ml_collections
 import optax
 from jax.sharding import PartitionSpec
 
+from rehyat_jax.attention.platform import compiler_options
 from rehyat_jax.parallel.sharding import BATCHES, shardings
 from rehyat_jax.training.step import Context, GradFn, Params, State, init_state, make_step, state_specs
 
@@ -58,6 +59,7 @@ def make_sharded_step(
             in_shardings=(state_shardings, context_shardings, shardings(BATCHES)),
             out_shardings=(state_shardings, shardings(PartitionSpec())),
             donate_argnums=0,
+            compiler_options=compiler_options(),
         ),
         jax.jit(init, out_shardings=state_shardings, donate_argnums=0),
         state_shardings,
