@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import jax
 import jax.extend
@@ -25,7 +26,7 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.plan import main, parse_arguments
 from rehyat_jax.planning.chips import CHIPS, chip_of, device_count, larger_topology
 from rehyat_jax.planning.collectives import collective_bytes
-from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, shares_of_blocks
+from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, cycles_of_kernels, shares_of_blocks
 from rehyat_jax.planning.memory_bound import memory_bytes
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
@@ -313,10 +314,19 @@ def test_clocks_are_those_of_the_chips():
     assert [round(chip.clock / 1e9, 2) for chip in CHIPS.values() if not chip.is_gpu] == [1.5, 1.75, 1.75, 2.2]
 
 
+def test_a_kernel_takes_as_long_as_its_memory_at_least():
+    chip = chip_of("v5e:2x2")
+    kernels = [SimpleNamespace(name=name, calls=3, cycles=600) for name in ("computes", "copies")]
+    moved = {"computes": 100, "copies": int(1000 / chip.clock * chip.hbm_bandwidth)}
+    assert cycles_of_kernels(SimpleNamespace(kernels=kernels), moved, chip) == 600 + 3 * 1000
+
+
 def test_a_step_takes_as_long_as_its_slowest_resource_at_least():
     chip = chip_of("v5e:2x2")
     sent = {"all-gather": int(chip.ici_bandwidth)}
-    cost = TpuCost(cycles=0, least_cycles=0, kernel_cycles=0, collective_bytes=sent, hbm_traffic=0, chip=chip)
+    cost = TpuCost(
+        cycles=0, least_cycles=0, kernel_cycles=0, collective_bytes=sent, hbm_traffic=0, host_bytes=0, chip=chip
+    )
     assert cost.step_seconds == (1.0, 2.0)
     cost = dataclasses.replace(cost, cycles=int(3 * chip.clock), least_cycles=int(2 * chip.clock))
     assert cost.step_seconds == pytest.approx((2.0, 6.5))
@@ -325,7 +335,9 @@ def test_a_step_takes_as_long_as_its_slowest_resource_at_least():
 def test_of_a_gpu_arithmetic_alone_is_known():
     chip = chip_of("h100:8")
     assert device_count("h100:8") == 8 and larger_topology("h100:8") is None and larger_topology("h200:4") == "h200:8"
-    cost = GpuCost(flops=0.3 * chip.peak_flops, collective_bytes={"all-gather": 0}, hbm_traffic=0, chip=chip)
+    cost = GpuCost(
+        flops=0.3 * chip.peak_flops, collective_bytes={"all-gather": 0}, hbm_traffic=0, host_bytes=0, chip=chip
+    )
     assert cost.step_seconds == pytest.approx((0.4, 1.0))
 
 

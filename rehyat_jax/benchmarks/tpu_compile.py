@@ -46,7 +46,8 @@ class CompiledProgram:
     """What the compiler left: `hlo` is the optimised module's text; sizes are bytes of HBM on one device.
 
     `result_bytes` counts all results, `output_bytes` those that do not take the place of arguments. `peak_bytes` is
-    the most that is in use at a time, without the program itself. `directory` has the compiler's listings.
+    the most that is in use at a time, without the program itself. `host_bytes` is what it keeps in the host's memory
+    for one device while it runs. `directory` has the compiler's listings.
     """
 
     generation: str
@@ -57,6 +58,7 @@ class CompiledProgram:
     result_bytes: int
     peak_bytes: int
     code_bytes: int
+    host_bytes: int
     directory: Path | None
 
     @property
@@ -167,6 +169,7 @@ def compiled_program(compiled: jax.stages.Compiled, topology: str) -> CompiledPr
         # XLA's GPU compiler counts no peak.
         peak_bytes=memory.peak_memory_in_bytes or memory.argument_size_in_bytes + memory.temp_size_in_bytes + output,
         code_bytes=memory.generated_code_size_in_bytes,
+        host_bytes=memory.host_temp_size_in_bytes,
         directory=None,
     )
 

@@ -35,10 +35,13 @@ class Cost:
     Attributes:
       collective_bytes: sent, by kind.
       hbm_traffic: bytes, the least: arguments and temporaries read and results and temporaries written, once each.
+      host_bytes: kept in the host's memory for the backward pass, so moved there and back once each; no time of it is
+        in the estimates, as what links to hosts carry is not published.
     """
 
     collective_bytes: dict[str, int]
     hbm_traffic: int
+    host_bytes: int
     chip: Chip
 
     @property
@@ -78,7 +81,7 @@ class TpuCost(Cost):
     """From the compiler's listings.
 
     Attributes:
-      cycles: static, of kernels and of what XLA made, collectives aside.
+      cycles: static, of kernels and of what XLA made, collectives aside; of a kernel at least what memory needs.
       least_cycles: the same, with what holds no matrix product as fast as memory allows, where that is faster than the
         compiler's estimate.
       kernel_cycles: of Pallas kernels.
@@ -116,14 +119,20 @@ class GpuCost(Cost):
 def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig, flops: float) -> Cost:
     """Costs a compiled program of the model `wan`, which takes so many FLOPs on one of its devices."""
     operations = list(executed_operations(program.hlo, of_fusions=True))
-    common = dict(hbm_traffic=program.argument_bytes + program.result_bytes + 2 * program.temporary_bytes, chip=chip)
+    common = dict(
+        hbm_traffic=program.argument_bytes + program.result_bytes + 2 * program.temporary_bytes,
+        host_bytes=program.host_bytes,
+        chip=chip,
+    )
     if chip.is_gpu:
         return GpuCost(flops=flops, collective_bytes=collective_bytes(operations, devices), **common)
-    static = program_cost(program, wan)
+    static, moved = program_cost(program, wan), memory_bytes(operations)
+    kernel_cycles = cycles_of_kernels(static, moved, chip)
+    cycles = kernel_cycles + static.xla_cycles
     return TpuCost(
-        cycles=static.cycles,
-        least_cycles=static.cycles - _cycles_above_least(static, memory_bytes(operations), chip),
-        kernel_cycles=static.kernel_cycles,
+        cycles=cycles,
+        least_cycles=cycles - _cycles_above_least(static, moved, chip),
+        kernel_cycles=kernel_cycles,
         collective_bytes=collective_bytes(operations, devices, static.shares),
         **common,
     )
@@ -136,6 +145,14 @@ def _cycles_above_least(static: ProgramCost, moved: Mapping[str, int], chip: Chi
         operation.executions * max(0, operation.estimated_cycles - round(moved[operation.name] * cycles_per_byte))
         for operation in static.xla
         if operation.name in moved
+    )
+
+
+def cycles_of_kernels(static: ProgramCost, moved: Mapping[str, int], chip: Chip) -> int:
+    """Those in which kernels issue their instructions, or which memory needs for the bytes that they move, if more."""
+    cycles_per_byte = chip.clock / chip.hbm_bandwidth
+    return sum(
+        max(kernel.cycles, round(kernel.calls * moved[kernel.name] * cycles_per_byte)) for kernel in static.kernels
     )
 
 

@@ -121,6 +121,7 @@ class Plan:
             "static_cycles_of_kernels": self.cost.kernel_cycles if of_kernels else None,
             "collective_bytes": self.cost.collective_bytes,
             "hbm_traffic_bytes": self.cost.hbm_traffic,
+            "host_bytes": self.cost.host_bytes,
             "compute_seconds": dict(zip(("low", "high"), self.cost.compute_seconds, strict=True)),
             "collective_seconds": self.cost.collective_seconds,
             "step_seconds_low": low,

@@ -50,6 +50,7 @@ def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         *rows,
         *((kind, f"{size / 1e6:,.3g} MB") for kind, size in cost.collective_bytes.items() if size),
+        *([("to the host and back", f"{gib(cost.host_bytes)} each, in none of the times")] if cost.host_bytes else []),
         (
             "seconds, each alone",
             f"compute {span(data['compute_seconds'], '.3g')}, HBM {cost.hbm_seconds:.3g}, links "
