@@ -22,4 +22,5 @@ def get_config():
     config.hybrid.blocks = "all"
     config.batch_size = 64
     config.accumulation_steps = 1
+    config.remat = "attention"
     return config

@@ -21,4 +21,5 @@ def get_config():
     config.batch_size = 32
     config.accumulation_steps = 2
     config.mesh.context = 4
+    config.remat = "block"
     return config
