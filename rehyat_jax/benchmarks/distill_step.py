@@ -12,14 +12,15 @@ from rehyat_jax.benchmarks.tpu_compile import compiled_for_tpu
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.plan import parse_arguments, progress
-from rehyat_jax.planning.estimate import program_cost
+from rehyat_jax.planning.chips import chip_of, device_count
+from rehyat_jax.planning.estimate import step_cost
 from rehyat_jax.planning.planner import Request
 
 DEFAULT = ["--config", "configs/wan_1_3b_distill.py", "--topology", "v5e:4x4"]
 
 
 def cycles(request: Request, program: str) -> int:
-    """Static cycles of a function of `planning.train_step` that lowers for a mesh."""
+    """Static cycles, as `plan` has them, of a function of `planning.train_step` that lowers for a mesh."""
     with (
         progress(f"compiling {program}; this takes minutes"),
         compiled_for_tpu(
@@ -27,7 +28,8 @@ def cycles(request: Request, program: str) -> int:
         ) as compiled,
     ):
         wan = request.wan.replace(hybrid_blocks=()) if program == "lowered_teacher" else request.wan
-        return program_cost(compiled, wan).cycles
+        chip, devices = chip_of(request.topology), device_count(request.topology)
+        return step_cost(compiled, chip, devices, wan, flops=0).cycles
 
 
 def compare(request: Request) -> None:

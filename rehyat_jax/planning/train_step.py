@@ -13,6 +13,7 @@ from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import BATCH, check_batch, check_heads, make_mesh
 from rehyat_jax.parallel.sharding import BATCHES, abstract_arrays, check_divisible, shardings
 from rehyat_jax.training import distill, finetune
+from rehyat_jax.training.compiler_options import compiler_options
 from rehyat_jax.training.config import config_from_json
 from rehyat_jax.training.optimizer import make_optimizer
 from rehyat_jax.training.setup import abstract_model
@@ -108,4 +109,4 @@ def lowered_teacher(
             (examples, *shape), jnp.float32, sharding=shardings(PartitionSpec(BATCH))
         )
         arguments = (array(*latents, wan.in_channels), array(), array(wan.text_length, wan.text_dim))
-        return jax.jit(apply_model(model_def)).lower(params, *arguments)
+        return jax.jit(apply_model(model_def), compiler_options=compiler_options()).lower(params, *arguments)

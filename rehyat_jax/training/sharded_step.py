@@ -8,8 +8,8 @@ import ml_collections
 import optax
 from jax.sharding import PartitionSpec
 
-from rehyat_jax.attention.platform import compiler_options
 from rehyat_jax.parallel.sharding import BATCHES, shardings
+from rehyat_jax.training.compiler_options import compiler_options
 from rehyat_jax.training.step import Context, GradFn, Params, State, init_state, make_step, state_specs
 
 
