@@ -24,8 +24,8 @@ from rehyat_jax.attention.tpu.kernel_call import call_kernel
 HEAD_DIM = LANES
 """Columns of a head, one row of lanes: the only width that the kernels take."""
 
-# Of a block of x; backward three such blocks, twice each, fit into 16 MiB.
-_BLOCK_BYTES = 2**21
+# Of all that a step of the backward kernel reads and writes, twice, of the 16 MiB that a kernel has by default.
+_VMEM_BYTES = 12 * 2**20
 
 # Rows of a block that are worked on at a time, few enough for cosines and sines to stay in registers.
 _ROWS = 32
@@ -140,8 +140,10 @@ class _Blocks(NamedTuple):
     @classmethod
     def of(cls, x: jax.Array) -> "_Blocks":
         batch, tokens, width = x.shape
-        at_most = max(_BLOCK_BYTES // (width * x.dtype.itemsize), _ROWS)
-        return cls(batch, tokens, 1 << at_most.bit_length() - 1)
+        # x and two like it, two tables, and two values of a row, which take up a row of lanes each.
+        row_bytes = 3 * width * x.dtype.itemsize + 4 * LANES * 4
+        at_most = min(_VMEM_BYTES // (2 * row_bytes), pl.cdiv(tokens, _ROWS) * _ROWS)
+        return cls(batch, tokens, max(1 << at_most.bit_length() - 1, _ROWS))
 
     @property
     def grid(self) -> tuple[int, int]:
