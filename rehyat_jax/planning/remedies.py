@@ -32,13 +32,17 @@ class Remedy:
         return f"{' '.join(options)} (by arithmetic{told}; not compiled)"
 
 
+_KEEPS_LESS = dict.fromkeys(("none", "dots", "attention"), "block") | {"attention_offload": "offload"}
+"""remat -> the one that keeps least on the device, in the same place."""
+
+
 def smallest_remedy(plan: Plan, compile_plan: Callable[[Request], Plan], *, compilations: int = 2) -> Remedy | None:
     """The first change that fits, by the compiler while it may be asked, then by arithmetic; None if none does."""
     config, topology = plan.request.config, plan.request.topology
     remat = {}
-    if config.stage != "distill" and config.remat != "block":
+    if config.stage != "distill" and config.remat in _KEEPS_LESS:
         # What this saves only the compiler can say; what comes after starts from its answer.
-        remat, compilations = {"remat": "block"}, compilations - 1
+        remat, compilations = {"remat": _KEEPS_LESS[config.remat]}, compilations - 1
         plan = compile_plan(plan.request.changed(remat))
         if plan.fits:
             return Remedy(remat, topology, None, verified=True)
