@@ -6,8 +6,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 ATTENTION_RESIDUALS = "attention_residuals"
-"""For `jax.checkpoint_policies.save_only_these_names` and its like: then no forward kernel runs twice. About as large
-as the attention's output."""
+"""For `jax.checkpoint_policies.save_only_these_names` and its like: then no forward kernel of a video's attention to
+itself runs twice. About as large as the attention's output."""
 
 
 def kept(results: Any) -> Any:

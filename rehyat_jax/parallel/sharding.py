@@ -27,7 +27,7 @@ RESIDUAL: Axes = (BATCH, "context", None)
 """Activations [batch, tokens, width] between blocks."""
 
 HIDDEN: Axes = (BATCH, "context", "tensor")
-"""Activations [batch, tokens, columns] within a feed-forward layer."""
+"""Activations [batch, tokens, columns] within a block: heads, or a feed-forward layer's columns."""
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:

@@ -84,7 +84,7 @@ class TpuCost(Cost):
       cycles: static, of kernels and of what XLA made, collectives aside; of a kernel at least what memory needs.
       least_cycles: the same, with what holds no matrix product as fast as memory allows, where that is faster than the
         compiler's estimate.
-      kernel_cycles: of Pallas kernels.
+      kernel_cycles: of Pallas kernels, at memory's speed at least as in `cycles`.
     """
 
     cycles: int

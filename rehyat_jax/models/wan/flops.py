@@ -93,8 +93,10 @@ def step_flops(config: WanConfig, latents: tuple[int, int, int], *, stage: str, 
         return StepFlops(teacher + hybrid * (count.hybrid + gradients), 0)
     blocks = config.num_layers * count.block + hybrid * count.hybrid + (config.num_layers - hybrid) * count.softmax
     # "dots" keeps what the weights' products return, "attention" what attention does; others a block's input alone.
-    # Nothing's gradient needs what a block ends with (see `linear.Linear.gated`).
-    products, last = config.num_layers * count.block, config.num_layers * count.last_product
+    # No gradient needs what a block ends with, where that is worth it (see `linear.Linear.gated`).
+    tokens = math.prod(length // patch for length, patch in zip(latents, config.patch_size, strict=True))
+    last = config.num_layers * count.last_product if tokens >= config.ffn_dim else 0
+    products = config.num_layers * count.block
     attention = blocks - products
     recomputed = {"none": 0, "dots": attention, "attention": products - last, "attention_offload": products - last}
     return StepFlops(3 * (count.outside + blocks), recomputed.get(remat, blocks - last))

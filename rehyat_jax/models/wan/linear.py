@@ -1,5 +1,6 @@
 """The transformer's linear layers: cut over the mesh, with sums over tokens in float32, and gated at a block's end."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,71 +15,101 @@ class Linear(nnx.Linear):
     """x W + b, whose bias gets its gradient from a sum over tokens in float32, which is not rounded then.
 
     Differentiated by JAX, a bias that was cast to bfloat16 is summed in bfloat16, by however many partial sums the
-    compiler makes.
+    compiler makes. Of `nnx.Linear`'s options those of `linear` are there.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, kernel = self._operands(x)
-        return _plus(jnp.dot(x, kernel, precision=self.precision), self.bias[...])
+        return _add_bias(jnp.dot(x, kernel, precision=self.precision), self.bias[...])
 
     def gated(self, x: jax.Array, gate: jax.Array) -> jax.Array:
         """The result, rounded to the compute dtype, times a gate: [B, N, in] and [B, 1, out] -> float32 [B, N, out]."""
-        return _gated(*self._operands(x), self.bias[...], gate)
+        if x.shape[1] < self.in_features * axis_size("context"):
+            # A product [in, out] of every video would be more than is spared.
+            return self(x).astype(gate.dtype) * gate
+        return _gated(*self._operands(x), self.bias[...], gate, self.precision)
 
     def _operands(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
 
 
-def linear(in_features: int, out_features: int, axes: tuple[str | None, str | None], **options: Any) -> Linear:
-    """A linear layer whose kernel [in, out] is cut along these mesh axes (see `parallel.sharding`)."""
+def linear(
+    in_features: int,
+    out_features: int,
+    axes: tuple[str | None, str | None],
+    *,
+    kernel_init: nnx.Initializer = nnx.initializers.xavier_uniform(),  # noqa: B008
+    bias_init: nnx.Initializer = nnx.initializers.zeros,
+    dtype: jnp.dtype | None = None,
+    precision: jax.lax.Precision | None = None,
+    rngs: nnx.Rngs,
+) -> Linear:
+    """A linear layer whose kernel [in, out] is cut along these mesh axes (see `parallel.sharding`).
+
+    Args:
+      dtype: in which it computes; None is that of its input.
+    """
     # Along fsdp, what is small is whole everywhere.
     bias_axes = (None if axes[1] == "fsdp" else axes[1],)
     return Linear(
-        in_features, out_features, kernel_metadata={"axes": axes}, bias_metadata={"axes": bias_axes}, **options
+        in_features,
+        out_features,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        precision=precision,
+        rngs=rngs,
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": bias_axes},
     )
 
 
 @jax.custom_vjp
-def _plus(x: jax.Array, bias: jax.Array) -> jax.Array:
+def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias.astype(x.dtype)
 
 
-def _plus_forward(x, bias):
-    return _plus(x, bias), bias
+def _add_bias_forward(x, bias):
+    return _add_bias(x, bias), bias
 
 
-def _plus_backward(bias, cotangent):
+def _add_bias_backward(bias, cotangent):
     return cotangent, cotangent.sum(range(cotangent.ndim - 1), dtype=bias.dtype)
 
 
-_plus.defvjp(_plus_forward, _plus_backward)
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
-@jax.custom_vjp
-def _gated(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _gated(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Array, precision: Any) -> jax.Array:
     """(x W + b) * gate, differentiated without making x W + b again.
 
     As it stands the gate's gradient is a sum of dy * (x W + b) over tokens, for which a block that keeps only its input
-    would make that whole product once more, one in ten of its forward pass's. With G = x^T dy, of each video,
+    would make that whole product once more: a fifth of a hybrid block's forward pass. With G = x^T dy, of each video,
 
         dW = sum over videos of G * gate      dgate = sum over rows of G * W, + b * (sum of dy over tokens)
 
     so the product that W's gradient takes anyway gives the gate's as well.
     """
-    return (x @ kernel + bias.astype(x.dtype)).astype(gate.dtype) * gate
+    product = jnp.dot(x, kernel, precision=precision)
+    return (product + bias.astype(x.dtype)).astype(gate.dtype) * gate
 
 
-def _gated_forward(x, kernel, bias, gate):
-    return _gated(x, kernel, bias, gate), (x, kernel, bias, gate)
+def _gated_forward(x, kernel, bias, gate, precision):
+    return _gated(x, kernel, bias, gate, precision), (x, kernel, bias, gate)
 
 
-def _gated_backward(kept, cotangent):
+def _gated_backward(precision, kept, cotangent):
     x, kernel, bias, gate = kept
-    dx = (cotangent * gate).astype(x.dtype) @ kernel.T
+    dx = jnp.dot((cotangent * gate).astype(x.dtype), kernel.T, precision=precision)
     # Parts of a video on several devices count as videos: their products are summed once, with the gate in them.
     parts = lambda y: rearrange(y, "b (part n) d -> b part n d", part=axis_size("context"))
     products = jnp.einsum(
-        "bpni,bpno->bpio", parts(x), parts(cotangent).astype(x.dtype), preferred_element_type=gate.dtype
+        "bpni,bpno->bpio",
+        parts(x),
+        parts(cotangent).astype(x.dtype),
+        precision=precision,
+        preferred_element_type=gate.dtype,
     )
     sums = cotangent.sum(1)
     dkernel = (products * gate[:, None]).sum((0, 1)).astype(kernel.dtype)

@@ -55,7 +55,7 @@ REMAT_POLICIES = {
     "offload": _input_on_host(),
     "attention_offload": _input_on_host(ATTENTION_RESIDUALS),
 }
-"""What a block keeps for the backward pass: everything; only its input; what fused attention kernels keep of their
+"""What a block keeps for the backward pass: everything; only its input; what fused kernels keep of self-attention's
 results too; or the outputs of its weight products too; or as "block" and "attention" with the input in the host's
 memory."""
 
@@ -120,9 +120,9 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (x.astype(jnp.float32) * self.of_rows(x) * self.scale[...]).astype(x.dtype)
+        return (x.astype(jnp.float32) * self.inverse_rms(x) * self.scale[...]).astype(x.dtype)
 
-    def of_rows(self, x: jax.Array) -> jax.Array:
+    def inverse_rms(self, x: jax.Array) -> jax.Array:
         """1 / RMS of every row, float32 [..., 1]."""
         return jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + self.eps)
 
@@ -132,7 +132,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = config.width
-        options = dict(dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        options = dict(dtype=dtype, rngs=rngs)
         self.query, self.key, self.value = (linear(width, width, ("fsdp", "tensor"), **options) for _ in range(3))
         self.output = linear(width, width, ("tensor", "fsdp"), **options)
         self.query_norm = RMSNorm(width, eps=config.eps)
@@ -149,7 +149,7 @@ class Attention(nnx.Module):
         projected = {}
         for name, layer, norm in (("query", self.query, self.query_norm), ("key", self.key, self.key_norm)):
             y = layer(x)
-            rotated = scaled_and_rotated(y, norm.of_rows(y), norm.scale[...], rope)
+            rotated = scaled_and_rotated(y, norm.inverse_rms(y), norm.scale[...], rope)
             projected |= {name: self._heads(rotated), f"unrotated_{name}": self._heads(norm(y))}
         return projected | {"value": self._heads(self.value(x))}
 
@@ -169,7 +169,7 @@ class FeedForward(nnx.Module):
     """Two linear layers around a tanh-GELU."""
 
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        options = dict(dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        options = dict(dtype=dtype, rngs=rngs)
         self.up = linear(config.width, config.ffn_dim, ("fsdp", "tensor"), **options)
         self.down = linear(config.ffn_dim, config.width, ("tensor", "fsdp"), **options)
 
