@@ -44,7 +44,7 @@ class Case(NamedTuple):
 CASES = {
     "demo": Case((21, 6, 6, 16), (8, 64), 2048, 6, 0.18, "the demo's distillation, measured on two cores"),
     "1.3B": Case(
-        (21, 60, 104, 16), (512, 4096), 48, 8, 2.17, "1.3B's distillation on v5e-16, planned, a host of 8 chips"
+        (21, 60, 104, 16), (512, 4096), 48, 8, 2.04, "1.3B's distillation on v5e-16, planned, a host of 8 chips"
     ),
 }
 
