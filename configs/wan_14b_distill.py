@@ -7,8 +7,8 @@ Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video a chip; planned
 
     python -m rehyat_jax.plan --config configs/wan_14b_distill.py --topology v5p:4x4x4
 
-4.3 of 95.74 GiB a chip, 5.2 to 8.4 seconds a step, 184 to 299 chip-hours; on v6e 4.3 of 31.25 GiB, 5.2 to 8.4 seconds,
-185 to 298 chip-hours.
+4.3 of 95.74 GiB a chip, 4.9 to 7.9 seconds a step, 175 to 279 chip-hours; on v6e 4.3 of 31.25 GiB, 5.0 to 7.8 seconds,
+177 to 277 chip-hours.
 """
 
 from configs import wan_1_3b_distill

@@ -7,8 +7,8 @@ Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on two chips; p
 
     python -m rehyat_jax.plan --config configs/wan_14b_distill_720p.py --topology v5p:4x4x4 --height 720 --width 1280
 
-5.3 of 95.74 GiB a chip, 11.2 to 19.1 seconds a step, 399 to 680 chip-hours; on v6e 5.2 of 31.25 GiB, 12.4 to 21.9
-seconds, 442 to 777 chip-hours.
+5.3 of 95.74 GiB a chip, 10.8 to 18.1 seconds a step, 384 to 642 chip-hours; on v6e 5.2 of 31.25 GiB, 12.1 to 20.6
+seconds, 429 to 732 chip-hours.
 """
 
 from configs import wan_14b_distill

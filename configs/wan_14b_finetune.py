@@ -7,9 +7,13 @@ Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video a chip; planned
 
     python -m rehyat_jax.plan --config configs/wan_14b_finetune.py --topology v5p:4x4x4
 
-28.1 of 95.74 GiB a chip, 10.9 to 18.3 seconds a step, 194 to 325 chip-hours; on v6e 28.0 of 31.25 GiB, 8.1 to 14.2
-seconds, 144 to 253 chip-hours. Where memory is left, as on v5p, --config.remat=attention spares the attention kernels'
-second forward pass.
+42.0 of 95.74 GiB a chip, 9.0 to 14.9 seconds a step, 160 to 266 chip-hours. A v6e has no room for what remat
+"attention" keeps beside the blocks' inputs, unless these go to the host's memory:
+
+    python -m rehyat_jax.plan --config configs/wan_14b_finetune.py --topology v6e:8x8 --config.remat=attention_offload
+
+28.4 of 31.25 GiB, and 12.5 of the host's for every chip; 6.3 to 11.1 seconds, 113 to 197 chip-hours, if 12.5 GiB go
+there and back beside the arithmetic. --config.remat=block needs neither, and computes attention twice.
 """
 
 from configs import wan_1_3b_finetune

@@ -8,8 +8,8 @@ Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 
 
     python -m rehyat_jax.plan --config configs/wan_14b_finetune_720p.py --topology v5p:4x4x4 --height 720 --width 1280
 
-22.6 of 95.74 GiB a chip, 18.3 to 31.3 seconds a step, 326 to 556 chip-hours; on v6e 22.6 of 31.25 GiB, 15.3 to 27.0
-seconds, 271 to 479 chip-hours.
+22.7 of 95.74 GiB a chip, 16.3 to 27.6 seconds a step, 290 to 490 chip-hours; on v6e 22.7 of 31.25 GiB, 13.4 to 23.3
+seconds, 238 to 415 chip-hours.
 """
 
 from configs import wan_14b_finetune

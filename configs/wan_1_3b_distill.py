@@ -10,8 +10,8 @@ Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip; all of this planned, none of
 
     python -m rehyat_jax.plan --config configs/wan_1_3b_distill.py --topology v5e:4x4
 
-1.4 of 15.75 GiB a chip; 2.2 to 3.5 seconds a step, 1.2 times the teacher's forward pass; 19 to 31 chip-hours. On v5p-8
-(`v5p:2x2x1`) 5.6 of 95.74 GiB, 3.6 to 5.7 seconds; on 8 H100 or H200 (`h100:8`) 9.1 GiB of the 59 that JAX takes of an
+1.4 of 15.75 GiB a chip; 2.0 to 3.2 seconds a step, 1.2 times the teacher's forward pass; 18 to 28 chip-hours. On v5p-8
+(`v5p:2x2x1`) 5.4 of 95.74 GiB, 3.7 to 5.6 seconds; on 8 H100 or H200 (`h100:8`) 9.1 GiB of the 59 that JAX takes of an
 H100, 0.9 to 2.3 seconds.
 """
 

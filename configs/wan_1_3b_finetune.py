@@ -10,10 +10,10 @@ Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip; all of this planned, none of
 
     python -m rehyat_jax.plan --config configs/wan_1_3b_finetune.py --topology v5e:4x4
 
-7.9 of 15.75 GiB a chip; 5.6 to 10.1 seconds a step, 25 to 45 chip-hours.
-With all blocks hybrid (--config.hybrid.blocks=all) 7.7 of 15.75 GiB a chip, 3.5 to 6.2 seconds a step, 16 to 28
-chip-hours; with --config.remat=attention too 13.7 GiB, 3.3 to 5.9 seconds, 15 to 26 chip-hours.
-On v5p-8 (`v5p:2x2x1`) 32.2 of 95.74 GiB, 13.7 to 22.5 seconds (all hybrid: 5.9 to 9.8); on 8 H100 or H200 (`h100:8`)
+8.0 of 15.75 GiB a chip; 5.2 to 9.3 seconds a step, 23 to 41 chip-hours.
+With all blocks hybrid (--config.hybrid.blocks=all) 8.0 of 15.75 GiB a chip, 3.0 to 5.0 seconds a step, 13 to 22
+chip-hours; with --config.remat=attention too 11.2 GiB, 2.8 to 4.7 seconds, 12 to 21 chip-hours.
+On v5p-8 (`v5p:2x2x1`) 28.9 of 95.74 GiB, 13.0 to 21.2 seconds (all hybrid: 5.2 to 8.4); on 8 H100 or H200 (`h100:8`)
 28.1 GiB of the 59 that JAX takes of an H100, 2.2 to 5.6 seconds (all hybrid: 1.4 to 3.4).
 """
 

@@ -9,7 +9,7 @@ Hardware: 16 TPU v6e (`v6e:4x4`), one video on four chips; all of this planned, 
 
     python -m rehyat_jax.plan --config configs/wan_1_3b_long.py --topology v6e:4x4 --frames 641
 
-13.1 of 31.25 GiB a chip; 2.8 to 5.1 seconds a step, 12 to 22 chip-hours.
+13.0 of 31.25 GiB a chip; 2.5 to 4.3 seconds a step, 11 to 19 chip-hours.
 """
 
 from configs import wan_1_3b_finetune
