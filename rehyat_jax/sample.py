@@ -1,7 +1,8 @@
 """Samples videos: python -m rehyat_jax.sample --checkpoint DIR --prompt TEXT --out FILE.mp4 [options].
 
 The checkpoint, a model checkpoint or a PyTorch folder, names its codec and text encoder. Defaults are those of Wan2.1
-text to video: 50 UniPC steps, flow shift 5, guidance 5, and the size that the codec's models were made for.
+text to video: 50 UniPC steps, flow shift 5, guidance 5, and the size that the codec's models were made for. Without an
+ffmpeg program, the frames are written to FILE.npy.
 """
 
 import argparse
@@ -15,14 +16,14 @@ from rehyat_jax.cli import report_input_errors
 from rehyat_jax.diffusion.generate import generate, initial_noise
 from rehyat_jax.errors import InputError
 from rehyat_jax.sampling_options import add_sampling_options, open_model, solver_options
-from rehyat_jax.video import write_mp4
+from rehyat_jax.video import write_video
 
 WATCHABLE_HEIGHT = 240
 """Smaller videos are enlarged a whole number of times, to at most this many pixels."""
 
 
 def sample(arguments: argparse.Namespace) -> list[Path]:
-    """Samples and writes what the command line asks for; returns the files.
+    """Samples and writes what the command line asks for; returns the files, .npy in place of .mp4 without ffmpeg.
 
     Raises:
       InputError: the checkpoint, the size, the prompt or the output's place is wrong.
@@ -49,10 +50,12 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
         )
 
     scale = max(1, WATCHABLE_HEIGHT // videos.shape[2])
+    written = []
     for file, video in zip(files, videos, strict=True):
-        write_mp4(file, video, fps=opened.codec.fps, scale=scale)
-        print(f"wrote {file}: {len(video)} frames of {video.shape[1]}x{video.shape[2]}, enlarged {scale} times")
-    return files
+        written.append(write_video(file, video, fps=opened.codec.fps, scale=scale))
+        enlarged = f", enlarged {scale} times" if written[-1] == file else ""
+        print(f"wrote {written[-1]}: {len(video)} frames of {video.shape[1]}x{video.shape[2]}{enlarged}")
+    return written
 
 
 def output_files(out: Path, batch: int) -> list[Path]:

@@ -1,14 +1,16 @@
-"""Writing videos to MP4 files and reading video files, with the ffmpeg program that imageio-ffmpeg brings."""
+"""Writing videos to MP4 files and reading video files, with the ffmpeg program of imageio-ffmpeg or of the machine."""
 
 import math
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 
-from rehyat_jax.files import written_whole
+from rehyat_jax.errors import InputError
+from rehyat_jax.files import reported_write_errors, written_whole
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 """Names of the files that `frame_size` and `read_clip` can read."""
@@ -27,6 +29,50 @@ class UnreadableVideo(OSError):
     """A video that ffmpeg cannot read wherever it runs; any other OSError may be the machine's."""
 
 
+class NoFfmpeg(InputError):
+    """This machine has no ffmpeg program."""
+
+
+def find_ffmpeg() -> str:
+    """The ffmpeg program: imageio-ffmpeg's, or else the one on PATH. Raises NoFfmpeg if there is neither."""
+    try:
+        import imageio_ffmpeg  # not at the top: commands that handle no videos do without it
+
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        program = shutil.which("ffmpeg")
+        if program is None:
+            raise NoFfmpeg(
+                f"videos need the ffmpeg program: expected the package imageio-ffmpeg or ffmpeg on PATH, found neither "
+                f"({error}); `pip install imageio-ffmpeg`, or install ffmpeg"
+            ) from error
+        return program
+
+
+def write_video(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> Path:
+    """Writes an MP4 file with `write_mp4`, or where ffmpeg is missing or fails, the frames as a NumPy array.
+
+    The array is uint8 [frames, height, width, 3], not enlarged. A warning on stderr gives the reason.
+
+    Returns:
+      The file: `path`, or the array's, which has the suffix .npy.
+
+    Raises:
+      ValueError: as `write_mp4` does.
+      InputError: neither file can be written.
+    """
+    try:
+        write_mp4(path, video, fps=fps, scale=scale)
+        return Path(path)
+    except (NoFfmpeg, OSError) as error:
+        array = Path(path).with_suffix(".npy")
+        with reported_write_errors(array), written_whole(array) as temporary, temporary.open("wb") as file:
+            np.save(file, _as_bytes(np.asarray(video)))
+        print(f"warning: {error}", file=sys.stderr)
+        print(f"warning: {array} has the frames instead: uint8 [frames, height, width, 3]", file=sys.stderr)
+        return array
+
+
 def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> None:
     """Writes an H.264 file that every player understands (yuv420p). A file already at `path` is replaced at the end.
 
@@ -39,6 +85,7 @@ def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int 
 
     Raises:
       ValueError: another shape or type, a value that is not finite, or a scale below 1.
+      NoFfmpeg: there is no ffmpeg program.
       OSError: ffmpeg failed; the message is its own.
     """
     if scale < 1:
@@ -52,7 +99,7 @@ def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int 
     encoding = ["-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p", "-f", "mp4"]
     with written_whole(path) as temporary:
         # imageio-ffmpeg brings the program, but its own writer forks this process, which JAX's threads make unsafe.
-        ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y"]
+        ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-y"]
         run = subprocess.run(
             [*ffmpeg, *source, "-i", "-", *encoding, temporary], input=pixels.tobytes(), stderr=subprocess.PIPE
         )
@@ -61,7 +108,12 @@ def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int 
 
 
 def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
-    """([frames, height, width, 3] uint8, frames per second). Raises OSError if `path` is not a readable video."""
+    """([frames, height, width, 3] uint8, frames per second). Raises OSError if `path` is not a readable video.
+
+    Only tests call it: it needs the package imageio-ffmpeg.
+    """
+    import imageio_ffmpeg
+
     reader = imageio_ffmpeg.read_frames(str(path))
     metadata = next(reader)
     width, height = metadata["size"]
@@ -95,6 +147,7 @@ def read_clip(path: str | Path, *, fps: int, frames: int, height: int, width: in
       [frames or fewer, height, width, 3] uint8; fewer where the video ends before.
 
     Raises:
+      NoFfmpeg: there is no ffmpeg program.
       UnreadableVideo: a frame cannot be read; the message is ffmpeg's.
       OSError: ffmpeg was killed or took too long, or the file itself cannot be read.
     """
@@ -109,7 +162,7 @@ def read_clip(path: str | Path, *, fps: int, frames: int, height: int, width: in
 def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
     """What ffmpeg writes of a file's first video stream. The file may be anybody's: nothing else is opened."""
     safely = ["-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS, "-max_pixels", str(_MAX_PIXELS)]
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-nostdin", "-xerror", *safely]
+    ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-nostdin", "-xerror", *safely]
     try:
         run = subprocess.run(
             [*ffmpeg, "-i", f"file:{path}", "-map", "0:v:0", *options], capture_output=True, timeout=_SECONDS

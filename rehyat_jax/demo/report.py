@@ -18,7 +18,7 @@ from rehyat_jax.demo.plots import save_block_errors, save_losses
 from rehyat_jax.files import written_whole
 from rehyat_jax.pictures import save_frames
 from rehyat_jax.training.config import load_config
-from rehyat_jax.video import write_mp4
+from rehyat_jax.video import write_video
 from rehyat_jax.weights import load_wan
 
 NUM_VIDEOS = 160
@@ -68,7 +68,7 @@ def report(runs: Path) -> dict[str, float]:
         metrics |= {f"{field}_{name}": value for field, value in score._asdict().items()}
         # Every caption once, four rows of five.
         sheet = rearrange(videos[name][:20], "(r c) t h w rgb -> t (r h) (c w) rgb", r=4)
-        write_mp4(runs / f"{name}.mp4", sheet, fps=8, scale=6)
+        write_video(runs / f"{name}.mp4", sheet, fps=8, scale=6)
     shown = (1, 6, 14, 15)
     rows = {f"{captions[i]}\n{name}": videos[name][i] for i in shown for name in ("teacher", "student")}
     save_frames(pictures / "samples.png", rows, frames=range(0, 21, 2))

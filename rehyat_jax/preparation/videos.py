@@ -14,7 +14,7 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.preparation.captions import Captioned, captioned_videos
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 from rehyat_jax.text_encoders import get_text_encoder
-from rehyat_jax.video import UnreadableVideo, frame_size, read_clip
+from rehyat_jax.video import UnreadableVideo, find_ffmpeg, frame_size, read_clip
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video."""
@@ -50,7 +50,9 @@ def prepare_videos(
     Raises:
       InputError: the videos, their captions, a size or the destination is wrong. A single video that is not gives no
         example, and is named in the summary.
+      NoFfmpeg: there is no ffmpeg program.
     """
+    find_ffmpeg()  # raises here, before the destination is made
     the_codec, the_encoder = get_codec(codec), get_text_encoder(text_encoder)
     sizes = sorted(set(sizes or [the_codec.default_size]), reverse=True)
     for size in sizes:
