@@ -15,7 +15,8 @@ from rehyat_jax.errors import InputError, RunDivergedError, RunStoppedError
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
+NO_LAUNCHERS = {"common.sh", "offline_wheels.sh"}
+SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name not in NO_LAUNCHERS)
 YAMLS = sorted(path.name for path in LAUNCH.glob("*.yaml"))
 TOOL = Path(sys.executable).parent
 
