@@ -16,12 +16,13 @@ def test_tables_and_file_hold_every_case_and_size(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("| scan |") == 4
     assert printed.count("| yes |") == 4
-    for attention in ("full, xla", "hybrid, scan, row_max", "hybrid, scan, joint", "feature maps of query and key"):
+    attentions = ("full, xla", "full, PyTorch", "layer, scan, row_max", "hybrid, scan, row_max", "hybrid, scan, joint")
+    for attention in (*attentions, "feature maps of query and key"):
         assert f"| 1 | 4 | {attention} |" in printed
 
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     assert [case["right"] for case in result["correctness"]] == [True] * 4
-    assert len(result["measurements"]) == 4
+    assert len(result["measurements"]) == 6
     assert all(row["forward_ms"] > 0 and row["both_ms"] > 0 for row in result["measurements"])
 
 

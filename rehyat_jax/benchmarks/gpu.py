@@ -2,19 +2,22 @@
 
 First compares outputs and gradients on this GPU with the float64 reference, then times forward and forward + backward
 in bfloat16 at the sizes of Wan2.1 (12 heads: 1.3B, 40 heads: 14B; 1560 tokens a frame are 480 x 832 pixels), Tc = 3,
-To = 1, 256 features. Features are given: what it takes to make them is a row of its own. Prints markdown tables; ends
-with exit code 1 if something failed or was wrong.
+To = 1, 256 features. "layer" computes its feature maps, "hybrid" is given their features. Prints markdown tables; ends
+with exit code 1 if something failed or was wrong. `benchmarks.gpu_run` runs this and everything else in one command.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +33,10 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.files import written_whole
 
 HEAD_DIM, FEATURES, CHUNK_FRAMES, OVERLAP_FRAMES = 128, 256, 3, 1
+KINDS = ("full", "torch", "layer", *(f"hybrid, {stabilizer}" for stabilizer in STABILIZERS), "maps")
+"""What can be timed: full attention here and in PyTorch; the whole hybrid layer; hybrid attention with its features
+given; feature maps by themselves."""
+
 NAMES = ("query", "key", "value", "phi_query", "phi_key")
 
 # Dense bfloat16 TFLOP/s of the data sheets, by what JAX calls the device.
@@ -44,6 +51,13 @@ PEAK_TFLOPS = {
 
 # Weights, states, cotangents and results are each rounded to bfloat16's 8 bits: a few times 2**-9 of the largest.
 TOLERANCE = 2.0**-6
+
+
+QUEUED_SECONDS = 0.05
+"""Calls are queued for about so long."""
+
+MOST_SECONDS = 3.0
+"""A function is not called again once its timed calls took so long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +107,47 @@ def output_and_gradients(attend: Callable) -> Callable:
 
 def errors(implementation: str, stabilizer: str, causal: bool) -> dict[str, float]:
     """Largest error over largest value of the output and each gradient, at 7 frames (a ragged chunk) of 60 tokens."""
-    inputs = random_inputs(7, 60, 2)
-    cotangent = jax.random.normal(jax.random.key(1), inputs[0].shape, jnp.bfloat16)
+    inputs, cotangent = _checked_inputs(7)
     found = jax.jit(output_and_gradients(hybrid(implementation, stabilizer, 60, causal)))(inputs, cotangent)
+    expected = _expected(stabilizer, causal, 7)
+    values = [error_ratio(*pair) for pair in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
+    return dict(zip(("output", *NAMES), values, strict=True))
+
+
+def state_errors(implementation: str, stabilizer: str) -> dict[str, float]:
+    """As `errors`, of a video of 6 frames in two parts: the whole output, and the sums that the state carries on."""
+    inputs, _ = _checked_inputs(6)
+    run = functools.partial(hybrid(implementation, stabilizer, 60), return_state=True)
+    half = 3 * 60
+    first, rest = ([array[:, part] for array in inputs] for part in (slice(half), slice(half, None)))
+    start, state = jax.jit(run)(*first)
+    end, state = jax.jit(run)(*rest, initial_state=state)
+    expected, _ = _expected(stabilizer, True, 6)
+    phi_key, value = (np.asarray(inputs[i], np.float64)[0] for i in (4, 2))
+    # The frames before the overlap have left the window.
+    left = slice(6 * 60 - 60)
+    sums = np.einsum("nhf,nhd->hfd", phi_key[left], value[left])
+    return {
+        "output": error_ratio(np.concatenate([start, end], axis=1), expected),
+        "state": error_ratio(state.past.state[0], sums),
+        "normalizer": error_ratio(state.past.normalizer[0], phi_key[left].sum(0)),
+    }
+
+
+def _checked_inputs(frames: int) -> tuple[list[jax.Array], jax.Array]:
+    """Inputs and cotangent of 2 heads and 60 tokens a frame."""
+    inputs = random_inputs(frames, 60, 2)
+    return inputs, jax.random.normal(jax.random.key(1), inputs[0].shape, jnp.bfloat16)
+
+
+@functools.cache
+def _expected(stabilizer: str, causal: bool, frames: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Output and gradients in float64."""
+    arguments = _checked_inputs(frames)
     with jax.enable_x64(True):
         reference = output_and_gradients(hybrid("reference", stabilizer, 60, causal))
-        expected = jax.jit(reference)(*jax.tree.map(lambda array: array.astype(jnp.float64), (inputs, cotangent)))
-        values = [error_ratio(*pair) for pair in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
-    return dict(zip(("output", *NAMES), values, strict=True))
+        arguments = jax.tree.map(lambda array: array.astype(jnp.float64), arguments)
+        return jax.tree.map(np.asarray, jax.jit(reference)(*arguments))
 
 
 def error_ratio(found: jax.Array, expected: jax.Array) -> float:
@@ -109,30 +156,59 @@ def error_ratio(found: jax.Array, expected: jax.Array) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def check(implementations: list[str]) -> Iterator[dict]:
+def check(implementations: Sequence[str]) -> Iterator[dict]:
     """Compares each implementation with the reference, in both stabilizers and directions of time."""
-    for implementation in implementations:
-        for stabilizer in STABILIZERS:
-            for causal in (True, False):
-                case = dict(implementation=implementation, stabilizer=stabilizer, causal=causal)
-                try:
-                    found = errors(**case)
-                except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-                    report_failure(case, error)
-                    found = None
-                right = found is not None and all(error < TOLERANCE for error in found.values())
-                yield case | {"errors": found, "right": right}
+    names = ("implementation", "stabilizer", "causal")
+    cases = itertools.product(implementations, STABILIZERS, (True, False))
+    yield from _judged(errors, [dict(zip(names, case, strict=True)) for case in cases])
 
 
-def milliseconds(function: Callable, *arguments, repeats: int) -> float:
-    """Median time of a call, the device idle before and after it."""
-    function = jax.jit(function)
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
+def check_states(implementations: Sequence[str]) -> Iterator[dict]:
+    """Compares each implementation with the reference on a video that is given in two parts."""
+    cases = itertools.product(implementations, STABILIZERS)
+    yield from _judged(state_errors, [dict(implementation=name, stabilizer=stabilizer) for name, stabilizer in cases])
+
+
+def _judged(find_errors: Callable[..., dict[str, float]], cases: list[dict]) -> Iterator[dict]:
+    """Each case with its errors, None where it failed. Cases run side by side: most of the time is compilation."""
+
+    def judged(case: dict) -> dict:
+        try:
+            found = find_errors(**case)
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            report_failure(case, error)
+            found = None
+        return case | {"errors": found, "right": found is not None and all(x < TOLERANCE for x in found.values())}
+
+    with ThreadPoolExecutor() as threads:
+        yield from threads.map(judged, cases)
+
+
+def milliseconds(function: Callable, *arguments, repeats: int, jit: bool = True) -> float:
+    """Median time of a call; short calls are queued, so that the host's part in them is hidden.
+
+    Args:
+      function: to be compiled, unless `jit` is False; then it may also wait for its own results.
+      arguments: of the function.
+      repeats: how often it is timed, where that takes no longer than `MOST_SECONDS`.
+      jit: whether to compile it.
+    """
+    if jit:
+        function = jax.jit(function)
+
+    def seconds(calls: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
+        for _ in range(calls):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / calls
+
+    seconds(1)  # compiles
+    first = seconds(1)
+    calls = max(1, min(20, round(QUEUED_SECONDS / first)))
+    times = [first] if calls == 1 else []
+    while len(times) < repeats and sum(times) * calls < MOST_SECONDS:
+        times.append(seconds(calls))
     return statistics.median(times) * 1e3
 
 
@@ -147,13 +223,35 @@ def linear_tflop(tokens: int, heads: int, *, products: int) -> float:
 
 
 def measure(
-    heads: int, frames: int, tokens_per_frame: int, implementations: list[str], *, full_by: str, repeats: int
+    heads: int,
+    frames: int,
+    tokens_per_frame: int,
+    implementations: Sequence[str],
+    *,
+    full_by: str,
+    repeats: int,
+    kinds: Sequence[str] = KINDS,
 ) -> Iterator[Measurement]:
-    """Times full attention by `full_by`, then each hybrid implementation and stabilizer, then the feature maps."""
+    """Times attention at one size.
+
+    Args:
+      heads, frames, tokens_per_frame: the size; frames are latent.
+      implementations: of hybrid attention.
+      full_by: the implementation of full attention.
+      repeats: timed calls; the median counts.
+      kinds: which of `KINDS`, in that order.
+    """
     tokens = frames * tokens_per_frame
     geometry = ChunkGeometry(frames, tokens_per_frame, CHUNK_FRAMES, OVERLAP_FRAMES)
     window_pairs = int(geometry.key_masks(causal=True)[0].sum()) * tokens_per_frame**2
     *qkv, phi_query, phi_key = random_inputs(frames, tokens_per_frame, heads)
+    full, window, linear, maps = (
+        functools.partial(softmax_tflop, tokens**2, heads),
+        functools.partial(softmax_tflop, window_pairs, heads),
+        functools.partial(linear_tflop, tokens, heads),
+        2 * 2 * tokens * heads * (HEAD_DIM * FEATURES + FEATURES**2) / 1e12,
+    )
+    forward, both = window(products=2) + linear(products=2), window(products=7) + linear(products=6)
 
     def measurement(name, attend, inputs, forward_tflop, both_tflop):
         cotangent = jnp.ones_like(inputs[0])
@@ -161,42 +259,88 @@ def measure(
         try:
             forward_ms = milliseconds(attend, *inputs, repeats=repeats)
             both_ms = milliseconds(output_and_gradients(attend), inputs, cotangent, repeats=repeats)
-        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        except (RuntimeError, NotImplementedError, ValueError) as error:
             report_failure(dict(attention=name, heads=heads, frames=frames), error)
         return Measurement(heads, frames, name, forward_tflop, both_tflop, forward_ms, both_ms)
 
-    full = functools.partial(softmax_attention, implementation=full_by)
-    full_tflop = functools.partial(softmax_tflop, tokens**2, heads)
-    yield measurement(f"full, {full_by}", full, qkv, full_tflop(products=2), full_tflop(products=7))
+    if "full" in kinds:
+        attend = functools.partial(softmax_attention, implementation=full_by)
+        yield measurement(f"full, {full_by}", attend, qkv, full(products=2), full(products=7))
+    if "torch" in kinds:
+        yield torch_measurement(heads, frames, qkv[0].shape, full, repeats)
+    if "layer" in kinds:
+        for implementation in implementations:
+            attend, params = whole_layer(implementation, STABILIZERS[0], tokens_per_frame, heads)
+            name = f"layer, {implementation}, {STABILIZERS[0]}"
+            yield measurement(name, attend, [*qkv, params], forward + maps, both + 3 * maps)
+    for stabilizer in STABILIZERS:
+        if f"hybrid, {stabilizer}" in kinds:
+            for implementation in implementations:
+                attend = hybrid(implementation, stabilizer, tokens_per_frame)
+                name = f"hybrid, {implementation}, {stabilizer}"
+                yield measurement(name, attend, [*qkv, phi_query, phi_key], forward, both)
+    if "maps" in kinds:
+        attend, params = feature_maps(heads)
+        yield measurement("feature maps of query and key", attend, [qkv[0], params], maps, 3 * maps)
 
-    softmax, linear = (
-        functools.partial(softmax_tflop, window_pairs, heads),
-        functools.partial(linear_tflop, tokens, heads),
-    )
-    for implementation in implementations:
-        for stabilizer in STABILIZERS:
-            yield measurement(
-                f"hybrid, {implementation}, {stabilizer}",
-                hybrid(implementation, stabilizer, tokens_per_frame),
-                [*qkv, phi_query, phi_key],
-                softmax(products=2) + linear(products=2),
-                softmax(products=7) + linear(products=6),
-            )
-    yield feature_maps_measurement(measurement, qkv[0], heads, tokens)
+
+def torch_measurement(heads: int, frames: int, shape: tuple[int, ...], flops: Callable, repeats: int) -> Measurement:
+    """Full attention by PyTorch's `scaled_dot_product_attention`, with the kernel that it picks itself."""
+    import torch
+
+    name, (batch, tokens, _, head_dim) = "full, PyTorch", shape
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    arrays = [torch.randn(batch, heads, tokens, head_dim, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    cotangent = torch.ones_like(arrays[0])
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def waited_for(run):
+        def call():
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return milliseconds(call, repeats=repeats, jit=False)
+
+    def forward():
+        with torch.no_grad():
+            attend(*arrays)
+
+    def forward_and_backward():
+        inputs = [array.detach().requires_grad_() for array in arrays]
+        torch.autograd.grad(attend(*inputs), inputs, cotangent)
+
+    times = waited_for(forward), waited_for(forward_and_backward)
+    return Measurement(heads, frames, name, flops(products=2), flops(products=7), *times)
 
 
-def feature_maps_measurement(measurement: Callable, query: jax.Array, heads: int, tokens: int) -> Measurement:
-    """Both maps, of the query and of the key, as one row."""
-    maps = [FeatureMap(FeatureMapConfig(), heads=heads, head_dim=HEAD_DIM, rngs=nnx.Rngs(seed)) for seed in (0, 1)]
-    graphs, params = zip(*map(nnx.split, maps), strict=True)
+def whole_layer(implementation: str, stabilizer: str, tokens_per_frame: int, heads: int) -> tuple[Callable, Any]:
+    """(hybrid attention of (query, key, value, parameters) with its feature maps, their parameters)."""
+    graphs, params = _random_maps(heads)
+    attend = hybrid(implementation, stabilizer, tokens_per_frame)
+
+    def layer(query, key, value, params):
+        return attend(query, key, value, *(nnx.merge(*pair) for pair in zip(graphs, params, strict=True)))
+
+    return layer, params
+
+
+def feature_maps(heads: int) -> tuple[Callable, Any]:
+    """(both maps, of the query and of the key, as one function of (query, parameters), their parameters)."""
+    graphs, params = _random_maps(heads)
 
     def attend(query, params):
         phi_query, phi_key = (nnx.merge(*pair)(query) for pair in zip(graphs, params, strict=True))
         # A cotangent in the shape of the query reaches every feature of both.
         return (phi_query + phi_key)[..., :HEAD_DIM] + (phi_query + phi_key)[..., HEAD_DIM:]
 
-    forward = 2 * 2 * tokens * heads * (HEAD_DIM * FEATURES + FEATURES**2) / 1e12
-    return measurement("feature maps of query and key", attend, (query, params), forward, 3 * forward)
+    return attend, params
+
+
+def _random_maps(heads: int) -> tuple[tuple, tuple]:
+    """(graph definitions, parameters) of the query's and the key's map."""
+    maps = [FeatureMap(FeatureMapConfig(), heads=heads, head_dim=HEAD_DIM, rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+    return tuple(zip(*map(nnx.split, maps), strict=True))
 
 
 def report_failure(case: dict, error: Exception) -> None:

@@ -1,0 +1,28 @@
+"""Sections "attention_*": one layer's hybrid attention beside full softmax attention."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from rehyat_jax.benchmarks.gpu import KINDS, measure
+from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
+
+
+def rows(sizes: Sizes, heads: str, implementations: str) -> Iterator[Row]:
+    """A `benchmarks.gpu.Measurement` a row.
+
+    Args:
+      sizes: lengths of videos.
+      heads, implementations: the fields of `sizes` that have the number of heads and the hybrid implementations.
+    """
+    for number, frames in enumerate(sizes.frames):
+        measured = measure(
+            getattr(sizes, heads),
+            frames,
+            sizes.tokens_per_frame,
+            getattr(sizes, implementations),
+            full_by="cudnn" if sizes.device == "gpu" else "xla",
+            repeats=sizes.repeats,
+            # Compilation takes longer than the calls.
+            kinds=KINDS if number == 0 else ("full", "torch", "layer"),
+        )
+        yield from map(dataclasses.asdict, measured)

@@ -1,0 +1,52 @@
+"""The train steps that are measured and planned: the configurations in `configs/`, with one video on one device."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS, Sizes
+from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
+from rehyat_jax.training.setup import student_config
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def read_config(name: str) -> ml_collections.ConfigDict:
+    """The configuration that a file in `configs/` describes."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, CONFIGS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def train_cases() -> dict[str, dict[str, Any]]:
+    """Arguments of `train_case` by the name of their section."""
+    return {name: section.arguments for name, section in SECTIONS.items() if section.module == "train_step"}
+
+
+def train_case(
+    sizes: Sizes, *, stage: str, hybrid: float, remat: str, implementation: str
+) -> tuple[ml_collections.ConfigDict, WanConfig, tuple[int, int, int]]:
+    """(configuration, architecture, latents' size) of a step.
+
+    Args:
+      sizes: model and video.
+      stage: "distill" or "finetune", as configs/wan_1_3b_*.py have them.
+      hybrid: the share of blocks that are hybrid, spread evenly over the depth.
+      remat: when finetuning.
+      implementation: the field of `sizes` that names the attention's implementation; empty for the platform's best.
+    """
+    config = read_config(f"wan_1_3b_{stage}.py")
+    layers = WAN_PRESETS[sizes.preset].num_layers
+    count = round(hybrid * layers)
+    config.preset, config.batch_size = sizes.preset, 1
+    config.hybrid.blocks = tuple(i * layers // count for i in range(count)) if count else None
+    if stage == "finetune":
+        config.remat = remat
+    if implementation:
+        config.attention_implementation = getattr(sizes, implementation)[0]
+    if not count:
+        config.stage = "pretrain"  # the same step, of a model that has no hybrid blocks to load
+    return config, student_config(WAN_PRESETS[sizes.preset], config), sizes.latents

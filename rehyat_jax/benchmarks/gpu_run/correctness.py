@@ -1,0 +1,17 @@
+"""Sections "correctness*": hybrid attention on this device against the float64 reference."""
+
+from collections.abc import Iterator
+
+from rehyat_jax.benchmarks.gpu import check, check_states
+from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
+
+
+def rows(sizes: Sizes, implementations: str) -> Iterator[Row]:
+    """One row for every implementation, stabilizer and direction of time, then those of a video in two parts.
+
+    Args:
+      sizes: which implementations there are.
+      implementations: the field of `sizes` that names those to check.
+    """
+    yield from check(getattr(sizes, implementations))
+    yield from check_states(getattr(sizes, implementations))

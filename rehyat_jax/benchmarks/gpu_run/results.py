@@ -1,0 +1,57 @@
+"""The results file: a JSON object with a key for each section, complete at any moment."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.files import written_whole
+from rehyat_jax.weights.json_files import read_json_object
+
+COMPLETE, RUNNING, CUT_OFF, FAILED, SKIPPED = "complete", "running", "cut off", "failed", "skipped"
+
+
+class Results:
+    """Sections by name: {"status", "date", "environment", "seconds", "rows", "error"}; the file is always up to date.
+
+    Args:
+      path: an existing file's other sections stay in it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sections = read_results(path) if path.exists() else {}
+        self._lock = threading.Lock()
+
+    def update(self, name: str, **fields: Any) -> None:
+        """Sets fields of a section and rewrites the file."""
+        with self._lock:
+            self.sections.setdefault(name, {}).update(fields)
+            self._write()
+
+    def add_row(self, name: str, row: Any) -> None:
+        """Appends a row to a section and rewrites the file."""
+        with self._lock:
+            self.sections[name]["rows"].append(row)
+            self._write()
+
+    def _write(self) -> None:
+        with written_whole(self.path) as temporary:
+            temporary.write_text(json.dumps(self.sections, indent=1) + "\n")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The sections of a file. Raises InputError unless it is one of `Results`."""
+    if not path.exists():
+        raise InputError(f"{path}: expected a file of results, found none; give the FILE of an earlier --json FILE")
+    sections = read_json_object(path)
+    for name, section in sections.items():
+        if not isinstance(section, dict) or not isinstance(section.get("rows"), list) or "status" not in section:
+            raise InputError(f"{path}: section {name!r} should have a status and rows; give another file")
+    return sections
+
+
+def is_right(section: dict[str, Any]) -> bool:
+    """Whether a section is complete and none of its rows says that something is wrong."""
+    return section["status"] == COMPLETE and all(row.get("right", True) for row in section["rows"])

@@ -1,0 +1,112 @@
+"""Section "sampling": one guided step, softmax against all-hybrid, beside diffusers with the same weights."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rehyat_jax.benchmarks.gpu_run.random_arrays import filled
+from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
+from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
+from rehyat_jax.models.wan.flops import forward_flops
+from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+
+GUIDED = 2
+"""The batch of a step with guidance: with the prompt, and without."""
+
+
+def rows(sizes: Sizes) -> Iterator[Row]:
+    """The short video by all three, then the long one by both of ours; times are of one evaluation of the model."""
+    softmax = WAN_PRESETS[sizes.preset]
+    hybrid = softmax.replace(hybrid_blocks="all")
+    params = filled(_on_device(_abstract(hybrid)))
+    # A softmax model has the same parameters but for the feature maps.
+    without_maps = {name: tree for name, tree in params.items() if name != "feature_maps"}
+    inputs = _inputs(sizes, softmax, sizes.latents[0])
+    velocity, row = _step(hybrid, params, inputs, sizes.repeats)
+    yield row
+    velocity, row = _step(softmax, without_maps, inputs, sizes.repeats)
+    yield row
+    yield _diffusers_step(softmax, without_maps, inputs, velocity, sizes)
+    long = _inputs(sizes, softmax, sizes.long_frames)
+    yield _step(hybrid, params, long, sizes.repeats)[1]
+    yield _step(softmax, without_maps, long, 1)[1]
+
+
+def _abstract(config: WanConfig) -> Any:
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))))
+
+
+def _on_device(abstract: Any) -> Any:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract)
+
+
+def _inputs(sizes: Sizes, config: WanConfig, frames: int) -> dict[str, jax.Array]:
+    """Latents, timestep and text of a guided step: both halves see the same latents."""
+    latents = jax.random.normal(jax.random.key(1), (1, frames, *sizes.latents[1:], config.in_channels))
+    text = jax.random.normal(jax.random.key(2), (GUIDED, config.text_length, config.text_dim))
+    return dict(latents=jnp.repeat(latents, GUIDED, axis=0), timestep=jnp.full(GUIDED, 737.0), text=text)
+
+
+def _step(config: WanConfig, params: Any, inputs: dict[str, jax.Array], repeats: int) -> tuple[np.ndarray, Row]:
+    """(velocity, row) of our model in bfloat16."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    start = time.perf_counter()
+    run = jax.jit(apply_model(graphdef)).lower(params, **inputs).compile()
+    compile_seconds = time.perf_counter() - start
+    velocity = np.asarray(run(params, **inputs))  # and warms up
+    model = "all hybrid" if config.hybrid_blocks else "softmax"
+    took = _milliseconds(lambda: jax.block_until_ready(run(params, **inputs)), repeats)
+    row = _row(model, config, inputs, took) | {"compile_seconds": compile_seconds}
+    return velocity, row | {"temporary_bytes": run.memory_analysis().temp_size_in_bytes}
+
+
+def _milliseconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median time of a call that waits for its results; it has run before."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _row(model: str, config: WanConfig, inputs: dict[str, jax.Array], took: float) -> Row:
+    latents = inputs["latents"].shape[1:4]
+    flops = dataclasses.asdict(forward_flops(config, latents))
+    attention = flops["window"] + flops["linear"] + flops["feature_maps"] if config.hybrid_blocks else flops["softmax"]
+    total = flops["outside"] + config.num_layers * (flops["block"] + attention)
+    return {"model": model, "frames": latents[0], "milliseconds": took, "tflop": GUIDED * total / 1e12}
+
+
+def _diffusers_step(
+    config: WanConfig, params: Any, inputs: dict[str, jax.Array], velocity: np.ndarray, sizes: Sizes
+) -> Row:
+    import torch
+
+    from rehyat_jax.benchmarks.gpu_run.torch_weights import diffusers_transformer
+
+    device = "cuda" if sizes.device == "gpu" else "cpu"
+    transformer = diffusers_transformer(config, params, torch.bfloat16, device)
+    as_tensor = lambda array: torch.from_dlpack(jax.block_until_ready(array)).to(device)
+    latents = as_tensor(inputs["latents"]).permute(0, 4, 1, 2, 3).bfloat16()
+    timestep, text = as_tensor(inputs["timestep"]), as_tensor(inputs["text"]).bfloat16()
+
+    def run():
+        with torch.no_grad():
+            result = transformer(latents, timestep, text).sample
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    theirs = run().permute(0, 2, 3, 4, 1).float().cpu().numpy()
+    took = _milliseconds(run, sizes.repeats)
+    difference = np.sqrt(np.mean((theirs - velocity) ** 2) / np.mean(theirs**2))
+    return _row("diffusers", config, inputs, took) | {"rms_difference_from_ours": float(difference)}

@@ -1,0 +1,202 @@
+"""The one command for all GPU figures: run on a CPU at tiny sizes, cut off, out of budget, rendered."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rehyat_jax.benchmarks.gpu_run import __main__ as gpu_run
+from rehyat_jax.benchmarks.gpu_run import runner
+from rehyat_jax.benchmarks.gpu_run.report import render
+from rehyat_jax.benchmarks.gpu_run.results import Results, read_results
+from rehyat_jax.benchmarks.gpu_run.runner import run_sections
+from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS
+from rehyat_jax.benchmarks.gpu_run.targets import targets
+
+# One of each kind: other sections are the same code at other sizes.
+KINDS = {
+    "machine": 1,
+    "plan": 1,
+    "correctness": 6,
+    "attention_1.3b": 6,
+    "train_distill": 2,
+    "train_15_of_30": 2,
+    "sampling": 5,
+    "student": 2,
+    "demo": 4,
+}
+
+
+def test_the_sections_tried_are_one_of_each_kind():
+    kinds = lambda names: {SECTIONS[name].module for name in names}
+    assert kinds(KINDS) == kinds(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("machine", "plan", "correctness", "attention_1.3b", "student"),
+        ("train_distill", "train_15_of_30", "sampling", "demo"),
+    ],
+    ids=["attention", "model"],
+)
+def test_everything_runs_on_a_cpu(names, tmp_path, capfd):
+    file = tmp_path / "run.json"
+    arguments = ["--json", str(file), "--device", "cpu", "--tiny", "--budget", "3000", "--only", *names]
+    assert gpu_run.main(arguments) == 0, capfd.readouterr()
+    sections = json.loads(file.read_text())
+    assert sections.keys() == set(names)
+    for name, section in sections.items():
+        assert section["status"] == "complete"
+        assert len(section["rows"]) >= KINDS[name], name
+        assert "jax" in section["environment"]
+    report = (tmp_path / "run.md").read_text()
+    assert all(f"| {name} | complete |" in report for name in names)
+    assert "nan" not in report
+
+
+def fake(monkeypatch, script):
+    """Every section runs this Python code instead."""
+    monkeypatch.setattr(runner, "command", lambda name, section, arguments: [sys.executable, "-c", script])
+
+
+ROWS = """
+import json, sys, time
+print(json.dumps("a machine"), flush=True)
+print(json.dumps({"figure": 1}), flush=True)
+"""
+
+
+def test_a_section_that_is_cut_off_keeps_its_rows(monkeypatch, tmp_path):
+    fake(monkeypatch, ROWS + "print('{\"half\"', end='', flush=True); time.sleep(600)")
+    monkeypatch.setitem(runner.SECTIONS, "machine", runner.Section("machine", 3))
+    run_sections(["machine"], Results(tmp_path / "run.json"), budget=100, device="cpu", tiny=True)
+    section = json.loads((tmp_path / "run.json").read_text())["machine"]
+    assert (section["status"], section["rows"], section["environment"]) == ("cut off", [{"figure": 1}], "a machine")
+
+
+def test_a_section_that_fails_keeps_its_rows_and_says_why(monkeypatch, tmp_path, capfd):
+    fake(monkeypatch, ROWS + "raise MemoryError('no more of it')")
+    run_sections(["machine", "student"], Results(tmp_path / "run.json"), budget=100, device="cpu", tiny=True)
+    sections = json.loads((tmp_path / "run.json").read_text())
+    for name in ("machine", "student"):
+        assert (sections[name]["status"], sections[name]["rows"]) == ("failed", [{"figure": 1}])
+        assert "no more of it" in sections[name]["error"]
+    assert "no more of it" in capfd.readouterr().err
+
+
+def test_sections_beyond_the_budget_are_skipped(monkeypatch, tmp_path):
+    fake(monkeypatch, ROWS + "time.sleep(6)")
+    names = ["machine", "student"]
+    run_sections(names, Results(tmp_path / "run.json"), budget=runner.LEAST_SECONDS + 2, device="cpu", tiny=True)
+    sections = json.loads((tmp_path / "run.json").read_text())
+    assert [sections[name]["status"] for name in names] == ["complete", "skipped"]
+
+
+def test_what_an_earlier_run_measured_stays_in_the_file(monkeypatch, tmp_path):
+    fake(monkeypatch, ROWS)
+    for name in ("machine", "student"):
+        run_sections([name], Results(tmp_path / "run.json"), budget=100, device="cpu", tiny=True)
+    assert read_results(tmp_path / "run.json").keys() == {"machine", "student"}
+
+
+def test_a_run_that_is_stopped_leaves_its_file_and_no_process(tmp_path):
+    file, running = tmp_path / "run.json", tmp_path / "running"
+    script = f"""
+import sys
+from pathlib import Path
+from rehyat_jax.benchmarks.gpu_run import runner
+from rehyat_jax.benchmarks.gpu_run.results import Results
+section = {ROWS!r} + "import os; open({str(running)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+runner.command = lambda *_: [sys.executable, "-c", section]
+runner.run_sections(["machine"], Results(Path({str(file)!r})), budget=500, device="cpu", tiny=True)
+"""
+    run = subprocess.Popen([sys.executable, "-c", script])
+    for _ in range(600):
+        if running.exists() and running.read_text():
+            break
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 128 + signal.SIGTERM
+    section = json.loads(file.read_text())["machine"]
+    assert (section["status"], section["rows"]) == ("running", [{"figure": 1}])
+    assert "| machine | cut off with the run |" in render({"machine": section | {"rows": []}}, {})
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # the system takes a moment
+            os.kill(int(running.read_text()), 0)
+            time.sleep(0.1)
+
+
+def results(**sections):
+    return {name: {"status": "complete", "rows": rows} for name, rows in sections.items()}
+
+
+def train_row(milliseconds, **changes):
+    row = dict(stage="finetune", hybrid_blocks=30, blocks=30, remat="block", implementation="", peak_bytes=100)
+    row |= dict(milliseconds=milliseconds, compile_seconds=1.0, model_tflop=400.0, recomputed_tflop=100.0)
+    return row | changes
+
+
+def test_targets_are_ratios_of_the_run_itself():
+    layer = dict(heads=12, frames=21, forward_tflop=1.0, both_tflop=3.0)
+    sections = results(
+        machine=[{"peak_tflops": 800.0}],
+        correctness=[{"right": True}, {"right": False}],
+        train_softmax=[train_row(2400.0)],
+        train_all_hybrid=[train_row(1000.0)],
+        plan=[{"section": "train_all_hybrid", "peak_bytes": 120}],
+    )
+    sections["attention_1.3b"] = results(
+        a=[
+            layer | dict(attention="full, cudnn", forward_ms=8.0, both_ms=30.0),
+            layer | dict(attention="full, PyTorch", forward_ms=9.0, both_ms=40.0),
+            layer | dict(attention="layer, cudnn, row_max", forward_ms=2.0, both_ms=10.0),
+            layer | dict(attention="hybrid, cudnn, row_max", forward_ms=1.0, both_ms=5.0),
+        ]
+    )["a"]
+    found = {target.name: (target.value, target.met) for target in targets(sections)}
+    assert found["cases of attention that are right, share"] == (0.5, False)
+    assert found["full attention's time / whole hybrid layer's, 21 frames, forward"] == (4.0, True)
+    assert found["full attention's time / whole hybrid layer's, 21 frames, forward + backward"] == (3.0, False)
+    assert found["softmax step's time / all-hybrid step's, stage 2"] == (2.4, True)
+    assert found["model FLOPs use of the measured peak, all hybrid"] == (0.5, True)
+    assert found["planned memory's distance from the measured peak, train_all_hybrid"] == (pytest.approx(0.2), False)
+    assert not any("81 frames" in name for name in found)
+
+
+def test_the_report_sets_the_demo_beside_a_cpu(tmp_path, capsys):
+    demo = [{"part": "distill", "steps": 300, "seconds": 12.3}, {"metrics": {"digit_accuracy_student": 0.98}}]
+    for name, seconds in (("gpu", 12.3), ("cpu", 61.0)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results(demo=[demo[0] | {"seconds": seconds}, demo[1]])))
+    arguments = ["--render", str(tmp_path / "gpu.json"), "--cpu-results", str(tmp_path / "cpu.json")]
+    assert gpu_run.main([*arguments, "--out", str(tmp_path / "page.md")]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "| distill | 300 | 12 | 61 |" in page
+    assert "| `digit_accuracy_student` | 0.98 | 0.98 |" in page
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"machine": {}}', '{"machine": {"status": "complete", "rows": 3}}', "not JSON"]
+)
+def test_a_file_of_something_else_is_refused(text, tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    assert gpu_run.main(["--render", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
+    assert file.read_text() == text
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+    assert gpu_run.main(["--render", str(tmp_path / "none.json")]) == 2
+    assert "none.json: expected a file of results, found none" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_error_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_run, "nvidia_smi", lambda: None)
+    assert gpu_run.main(["--json", str(tmp_path / "run.json")]) == 2
+    assert "found no nvidia-smi that answers" in capsys.readouterr().err
+    assert not (tmp_path / "run.json").exists()
