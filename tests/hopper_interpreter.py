@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
 from jax.experimental import pallas as pl
@@ -18,17 +19,31 @@ from rehyat_jax.attention.gpu import hopper
 class _Accumulator:
     """Registers that products are added to."""
 
-    def __init__(self, shape: tuple[int, ...]):
-        self.value = lax.full(shape, 0.0, jnp.float32)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
+        self.value = lax.full(shape, 0, dtype)
+
+    @staticmethod
+    def init(array: jax.Array) -> "_Accumulator":
+        accumulator = _Accumulator(array.shape, array.dtype)
+        accumulator.value = array
+        return accumulator
 
     def __getitem__(self, _) -> jax.Array:
         return self.value
 
 
 def _run_scoped(function, *kinds, **options):
-    if len(kinds) == 1 and isinstance(kinds[0], plgpu.ACC):
-        return function(_Accumulator(kinds[0].shape))
+    if len(kinds) == 1 and isinstance(kinds[0], _Accumulator):
+        return function(kinds[0])
     return pl.run_scoped(function, *kinds, **options)
+
+
+def _run_state(function):
+    def run(accumulator):
+        function(accumulator)
+        return accumulator.value
+
+    return run
 
 
 def _wgmma(accumulator, left, right):
@@ -47,11 +62,13 @@ def interpreted_kernel():
     """Within it, the Hopper kernel is traced for the interpreter. Shared memory that nobody wrote holds NaNs.
 
     The interpreter knows neither operands of wgmma in registers nor transposed ones, so products are plain ones here.
+    Layouts of registers mean nothing to it.
     """
-    products = dict(wgmma=_wgmma, wgmma_wait=lambda _: None)
+    products = dict(wgmma=_wgmma, wgmma_wait=lambda _: None, ACC=_Accumulator, layout_cast=lambda array, _: array)
+    scopes = dict(run_scoped=_run_scoped, run_state=_run_state)
     with (
         mock.patch.object(hopper, "plgpu", types.SimpleNamespace(**(vars(plgpu) | products))),
-        mock.patch.object(hopper, "pl", types.SimpleNamespace(**(vars(pl) | dict(run_scoped=_run_scoped)))),
+        mock.patch.object(hopper, "pl", types.SimpleNamespace(**(vars(pl) | scopes))),
         force_gpu_interpret_mode(InterpretGPUParams()),
     ):
         yield

@@ -61,9 +61,8 @@ def test_cudnn_is_called_as_jax_calls_it(monkeypatch):
     assert found == expected
 
 
-def gpu_program(argnums, stabilizer, implementation, head_dim, features):
+def gpu_program(argnums, stabilizer, implementation, head_dim, features, form=(12, 12, 3, 1)):
     """What a GPU is given to differentiate by the inputs `argnums`, all of them bfloat16."""
-    form = (12, 12, 3, 1)
     widths = [head_dim] * 3 + [features] * 2
     shapes = [jax.ShapeDtypeStruct((1, form[0] * form[1], HEADS, width), jnp.bfloat16) for width in widths]
     attend = attention(form, True, stabilizer, implementation)
@@ -82,6 +81,14 @@ def test_each_direction_takes_the_fewest_kernels(stabilizer, argnums, backward_c
     assert program.count("@mosaic_gpu_v2(") == 1
     assert program.count("@__cudnn$fmhaSoftmax(") == 0
     assert program.count("@__cudnn$fmhaSoftmaxBackward(") == backward_calls
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("tokens_per_frame", [1, 60, 67, 128])
+def test_the_hopper_kernel_is_lowered_at_any_number_of_tokens(tokens_per_frame, stabilizer):
+    # 3 or 4 frames: fewer tokens than a tile, more but no multiple of 8 (the copies' unit), an odd number, whole tiles.
+    program = gpu_program((0, 1, 2), stabilizer, "pallas_gpu", 128, 128, form=(7, tokens_per_frame, 3, 1))
+    assert program.count("@mosaic_gpu_v2(") == 1
 
 
 @pytest.mark.parametrize(

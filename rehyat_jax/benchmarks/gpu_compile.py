@@ -1,7 +1,7 @@
 """What becomes of hybrid attention on an H100, without one: python -m rehyat_jax.benchmarks.gpu_compile.
 
 Compiles forward, and forward + backward, with JAX's CUDA plugin, which needs neither GPU nor driver for that (`pip
-install "jax[cuda12]"`). For every program: the attention kernels it calls, the bytes that XLA's operations read and
+install "jax[cuda13]"`). For every program: the attention kernels it calls, the bytes that XLA's operations read and
 write beside them (at 3.35 TB/s, the H100's, a bound on what they cost), its temporary memory, and what ptxas says of
 the project's own kernel, once: it is not compiled again. cuDNN's kernels are chosen on the GPU itself, so nothing is
 known of them here.
@@ -87,10 +87,8 @@ def compile_attention(
             lowered = jax.jit(attend).lower(*inputs)
         compiled = lowered.compile()
     kernels, other_bytes = moved_bytes(compiled.as_text())
-    said = re.findall(r"Used (\d+) registers|(\d+) bytes spill stores", "".join(output))
-    ptxas = ", ".join(
-        f"{registers} registers" if registers else f"{spilled} bytes spilled" for registers, spilled in said
-    )
+    said = re.findall(r"Used \d+ registers|\d+ bytes spill stores|(?<=Performance Loss: )[^\n]*", "".join(output))
+    ptxas = ", ".join(dict.fromkeys(said))
     return Compiled(kernels, other_bytes, compiled.memory_analysis().temp_size_in_bytes, ptxas)
 
 

@@ -48,5 +48,5 @@ def gpu_devices(gpu: str, count: int) -> list[jax.Device]:
         return topologies.get_topology_desc("", "cuda", target_config=TARGETS[gpu], topology=f"1x1x{count}").devices
     except NotImplementedError as error:
         raise InputError(
-            'expected JAX\'s CUDA plugin, found none; run `pip install "jax[cuda12]"` (no GPU is needed)'
+            'expected JAX\'s CUDA plugin, found none; run `pip install "jax[cuda13]"` (no GPU is needed)'
         ) from error

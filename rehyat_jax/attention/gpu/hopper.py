@@ -21,7 +21,9 @@ from rehyat_jax.attention.window import LOWEST_LINEAR_SHIFT
 HEAD_DIM = 128
 _WARPGROUPS, _ROWS = 2, 64  # compute warpgroups of a block, and queries of each
 _BLOCK = 128  # keys, or features, of a step
+_SMEM_TILE_ROWS = 8  # rows of a tile of shared memory that wgmma reads
 _STAGES = 2
+_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a product
 _LOG2_E = math.log2(math.e)
 
 
@@ -37,28 +39,23 @@ def hopper_window_forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The forward of `WindowKernels` (fused_window.py) in one kernel, for either stabilizer.
 
+    It pads a number of tokens that is no multiple of 8, which copies the arrays. Wan's chunks need no padding.
+
     Args:
       query, key, value: bfloat16 or float16, head_dim 128.
       phi_query: of query's dtype, its features a multiple of 128.
     """
     windows, num_queries, heads, head_dim = query.shape
-    mass = jnp.swapaxes(jnp.sum(phi_query * linear.normalizer[:, None], axis=-1), 1, 2)
     tile = _WARPGROUPS * _ROWS
-    pad = lambda array, axis, size: jnp.pad(
-        array, [(0, max(size - array.shape[i], 0) if i == axis else 0) for i in range(array.ndim)]
-    )
-    # Tiles at the end overlap those before them, so there must be enough for one. Rows of statistics begin at
-    # multiples of 16 bytes.
-    query, phi_query = pad(query, 1, tile), pad(phi_query, 1, tile)
-    key, value = pad(key, 1, _BLOCK), pad(value, 1, _BLOCK)
-    rows = query.shape[1]
-    mass = pad(mass, 2, -(-rows // 4) * 4)
+    query, phi_query = _pad_tokens(query, tile), _pad_tokens(phi_query, tile)
+    key, value = _pad_tokens(key, _BLOCK), _pad_tokens(value, _BLOCK)
+    mass = jnp.swapaxes(jnp.sum(phi_query * linear.normalizer[:, None], axis=-1), 1, 2)
 
     statistics = jax.ShapeDtypeStruct(mass.shape, jnp.float32)
     kernel = plgpu.kernel(
         functools.partial(_kernel, stabilizer=stabilizer, scale=head_dim**-0.5),
         out_type=(jax.ShapeDtypeStruct(query.shape, query.dtype), statistics, statistics),
-        grid=(pl.cdiv(rows, tile), heads, windows),
+        grid=(pl.cdiv(query.shape[1], tile), heads, windows),
         grid_names=("tile", "head", "window"),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -79,6 +76,17 @@ def hopper_window_forward(
     state = linear.state.astype(phi_query.dtype)
     output, log_sum_exp, linear_weight = kernel(num_keys, query, key, value, phi_query, state, mass)
     return output[:, :num_queries], log_sum_exp[..., :num_queries], linear_weight[..., :num_queries]
+
+
+def _pad_tokens(array: jax.Array, least: int) -> jax.Array:
+    """Pads the tokens [n, tokens, ...] with zeros to a multiple of 8, and to at least `least`.
+
+    The last tile or block of an array is moved back to end with the array, so the array must hold at least one. Tiles
+    of shared memory have 8 rows, so a copy must start at a multiple of 8: otherwise layout inference finds no solution.
+    """
+    tokens = array.shape[1]
+    padded = max(least, pl.cdiv(tokens, _SMEM_TILE_ROWS) * _SMEM_TILE_ROWS)
+    return jnp.pad(array, [(0, 0), (0, padded - tokens)] + [(0, 0)] * (array.ndim - 2))
 
 
 def _kernel(
@@ -159,21 +167,24 @@ def _kernel(
         plgpu.barrier_wait(query_arrived.at[warpgroup])
         mass = my_statistic[0]
 
+        per_row = lambda statistic, array: lax.broadcast_in_dim(statistic, array.shape, [0])
+
         def take_turns():
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        def weigh(step, maximum, mask):
-            """A block's scores in base 2, as weights relative to the new maximum."""
+        def softmax_step(step, carry, mask=False):
+            """Adds a block of keys; scores are in base 2, and weights are relative to the maximum so far."""
+            maximum, total, accumulated = carry
             slot = lax.rem(step, _STAGES)
             plgpu.barrier_wait(left_arrived.at[slot])
 
-            def scores(accumulator):
+            def compute_scores(accumulator):
                 plgpu.wgmma(accumulator, my_query, left_smem.at[slot].transpose((1, 0)))
                 take_turns()
                 return accumulator[...]
 
-            scores = pl.run_scoped(scores, plgpu.ACC((_ROWS, _BLOCK), jnp.float32))
+            scores = pl.run_scoped(compute_scores, plgpu.ACC((_ROWS, _BLOCK), jnp.float32))
             plgpu.barrier_arrive(left_consumed.at[slot])
             scores = scores * (scale * _LOG2_E)
             if mask:
@@ -181,39 +192,30 @@ def _kernel(
                 first = jnp.minimum(step * _BLOCK, keys - _BLOCK)
                 index = first + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
                 scores = jnp.where((index >= step * _BLOCK) & (index < num_keys), scores, -jnp.inf)
-            block_maximum = scores.max(axis=1)
-            maximum = block_maximum if maximum is None else jnp.maximum(maximum, block_maximum)
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(maximum, scores.shape, [0]))
-            return weights, maximum
-
-        def add_values(step, weights):
-            slot = lax.rem(step, _STAGES)
+            new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+            rescale = jnp.exp2(maximum - new_maximum)
+            weights = jnp.exp2(scores - per_row(new_maximum, scores))
+            total = total * rescale + weights.sum(axis=1)
+            accumulated = accumulated * per_row(rescale, accumulated)
             narrow = weights.astype(query_ref.dtype)
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(right_arrived.at[slot])
             plgpu.barrier_wait(turn)
 
-            def values(accumulator):
+            def add_values(accumulator):
                 plgpu.wgmma(accumulator, narrow, right_smem.at[slot])
-                return accumulator[...]
 
-            values = pl.run_scoped(values, plgpu.ACC((_ROWS, HEAD_DIM), jnp.float32))
+            accumulated = pl.run_state(add_values)(plgpu.ACC.init(accumulated))
             plgpu.barrier_arrive(right_consumed.at[slot])
-            return values
-
-        def softmax_step(step, carry, mask=False):
-            maximum, total, accumulated = carry
-            weights, new_maximum = weigh(step, maximum, mask)
-            rescale = jnp.exp2(maximum - new_maximum)
-            total = total * rescale + weights.sum(axis=1)
-            accumulated = accumulated * lax.broadcast_in_dim(rescale, accumulated.shape, [0])
-            return new_maximum, total, accumulated + add_values(step, weights)
+            return new_maximum, total, accumulated
 
         pl.when(warpgroup == 1)(take_turns)
-        weights, maximum = weigh(jnp.int32(0), None, mask=True)
-        carry = maximum, weights.sum(axis=1), add_values(jnp.int32(0), weights)
-        full_steps = jnp.maximum(lax.div(num_keys, _BLOCK), 1)
-        carry = lax.fori_loop(1, full_steps, softmax_step, carry)
+        # Constants have no layout of their own; a loop's carry needs one.
+        statistic = lambda value: plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), _ROW_LAYOUT)
+        accumulated = plgpu.layout_cast(jnp.zeros((_ROWS, HEAD_DIM), jnp.float32), plgpu.Layout.WGMMA)
+        carry = statistic(-jnp.inf), statistic(0.0), accumulated
+        full_steps = lax.div(num_keys, _BLOCK)
+        carry = lax.fori_loop(0, full_steps, softmax_step, carry)
         carry = lax.fori_loop(full_steps, key_steps, functools.partial(softmax_step, mask=True), carry)
         maximum, total, accumulated = carry
         pl.when(warpgroup == 0)(take_turns)
@@ -241,8 +243,7 @@ def _kernel(
         softmax_scale = jnp.exp2(maximum - shift)
         all_mass = softmax_scale * total + linear_scale * mass
         softmax_weight, linear_weight = softmax_scale / all_mass, linear_scale / all_mass
-        row = lambda statistic: lax.broadcast_in_dim(statistic, (_ROWS, HEAD_DIM), [0])
-        output = row(softmax_weight) * accumulated + row(linear_weight) * linear
+        output = per_row(softmax_weight, accumulated) * accumulated + per_row(linear_weight, linear) * linear
 
         my_query[...] = output.astype(query_ref.dtype)
         my_statistic[0] = (shift + jnp.log2(all_mass)) / _LOG2_E
