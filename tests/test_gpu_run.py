@@ -97,6 +97,14 @@ def test_sections_beyond_the_budget_are_skipped(monkeypatch, tmp_path):
     assert [sections[name]["status"] for name in names] == ["complete", "skipped"]
 
 
+def test_kernels_that_are_not_right_are_not_timed(monkeypatch, tmp_path):
+    fake(monkeypatch, ROWS + "print(json.dumps({'right': False}), flush=True)")
+    names = ["correctness_kernels", "attention_1.3b_kernels", "student"]
+    run_sections(names, Results(tmp_path / "run.json"), budget=100, device="cpu", tiny=True)
+    sections = json.loads((tmp_path / "run.json").read_text())
+    assert [sections[name]["status"] for name in names] == ["complete", "skipped", "complete"]
+
+
 def test_what_an_earlier_run_measured_stays_in_the_file(monkeypatch, tmp_path):
     fake(monkeypatch, ROWS)
     for name in ("machine", "student"):

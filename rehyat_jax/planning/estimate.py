@@ -21,7 +21,7 @@ here has run on a TPU."""
 
 GPU_USE = 0.75, 0.3
 """Shares of a GPU's peak at which its arithmetic runs, at the fast and at the slow end. An assumption: a GPU's kernels
-have no static cycles, and training reaches a third to a half."""
+have no static cycles. The steps that were measured are within it, see docs/gpu.md."""
 
 LINKS_IN_USE = 0.5
 """The share of a chip's links that collectives use at the slow end: a ring along one axis of a torus leaves others

@@ -26,6 +26,8 @@ def main(name: str, device: str, *tiny: str) -> None:
     section = SECTIONS[name]
     if section.beside or device == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    if tiny:
+        jax.config.update("jax_disable_most_optimizations", True)  # there, all the time is compilation
     write(describe_environment())
     for row in section.rows(sizes_for(device, tiny=bool(tiny))):
         write(row)

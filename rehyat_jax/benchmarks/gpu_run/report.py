@@ -4,12 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, RUNNING
-from rehyat_jax.benchmarks.gpu_run.targets import targets
+from rehyat_jax.benchmarks.gpu_run.targets import DATA_SHEET_TFLOPS, targets
 
 Sections = dict[str, Any]
-
-DATA_SHEET_TFLOPS = 989
-"""Dense bfloat16 of an H100 or H200 (SXM), by NVIDIA's data sheet."""
 
 
 def render(sections: Sections, on_cpu: Sections) -> str:
@@ -68,17 +65,28 @@ def _yes(right: bool) -> str:
 def _opening(sections: Sections) -> str:
     machine = first_row(sections, "machine")
     about = next(iter(sections.values()), {})
-    lines = ["# Measured on a GPU", ""]
     environment = sections.get("machine", about).get("environment", "unknown hardware")
-    libraries = ", ".join(f"{name} {version}" for name, version in machine.get("libraries", {}).items())
-    lines.append(f"`python -m rehyat_jax.benchmarks.gpu_run`, {about.get('date', '')}; {environment}.")
+    lines = [f"# Measured on a GPU\n\nDate: {about.get('date', 'unknown')}. Machine: {environment}."]
     if machine:
-        lines.append(f"{machine['accelerator']}{'; ' + libraries if libraries else ''}.")
+        libraries = [f"{name} {version}" for name, version in machine["libraries"].items()]
+        lines.append(f"{', '.join([machine['accelerator'], *libraries])}.")
         lines.append(
             f"A bfloat16 product of {machine['product_side']}^3 runs at **{machine['peak_tflops']:.0f} TFLOP/s**, a "
             f"copy at **{machine['copy_tb_s']:.2f} TB/s** (read and written). Shares of the peak are of that product."
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + f"\n\n{_HOW_TO}"
+
+
+_HOW_TO = """\
+To make this page on a machine with an NVIDIA GPU, in 8 minutes:
+
+    python -m rehyat_jax.benchmarks.gpu_run --json docs/measurements/NAME.json
+    python -m rehyat_jax.benchmarks.gpu_run --render docs/measurements/NAME.json --out docs/gpu.md
+
+- `--only NAME ...` measures some sections again and keeps the file's others.
+- `--cpu-results FILE` compares the demo with a run of `--only demo --device cpu`.
+- `--device cpu --tiny` tries the command without a GPU.
+- [launch/README.md](../launch/README.md) says how to get the packages onto a machine without network."""
 
 
 def _targets(sections: Sections) -> str:
@@ -90,7 +98,7 @@ def _targets(sections: Sections) -> str:
 
 
 def _correctness(sections: Sections) -> str:
-    rows = rows_of(sections, "correctness")
+    rows = [row for name in sections if name.startswith("correctness") for row in rows_of(sections, name)]
     if not rows:
         return ""
     cells = []
@@ -310,6 +318,6 @@ def _sections(sections: Sections) -> str:
     for name, section in sections.items():
         status = "cut off with the run" if section["status"] == RUNNING else section["status"]
         last = (section.get("error") or "").strip().splitlines()[-1:] if section["status"] != COMPLETE else []
-        note = last[0][:200].replace("|", ",") if last else ""
+        note = section.get("note") or "".join(last)[:200].replace("|", ",")
         cells.append((name, status, section.get("seconds", ""), section.get("date", ""), note))
-    return "## Sections\n\n" + _table(("section", "status", "seconds", "date", "last words"), cells)
+    return "## Sections\n\n" + _table(("section", "status", "seconds", "date", "note, or last words"), cells)

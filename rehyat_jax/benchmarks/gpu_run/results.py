@@ -15,6 +15,8 @@ COMPLETE, RUNNING, CUT_OFF, FAILED, SKIPPED = "complete", "running", "cut off", 
 class Results:
     """Sections by name: {"status", "date", "environment", "seconds", "rows", "error"}; the file is always up to date.
 
+    A "note" may be added to a section by hand; the report shows it.
+
     Args:
       path: an existing file's other sections stay in it.
     """

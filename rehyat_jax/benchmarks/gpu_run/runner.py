@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, CUT_OFF, FAILED, RUNNING, SKIPPED, Results
+from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, CUT_OFF, FAILED, RUNNING, SKIPPED, Results, is_right
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS, Section
 
 LEAST_SECONDS = 15
@@ -30,6 +30,9 @@ def run_sections(names: list[str], results: Results, *, budget: float, device: s
         section, left = SECTIONS[name], budget - (time.monotonic() - start)
         if left < LEAST_SECONDS:
             results.update(name, status=SKIPPED, rows=[], error="the budget was spent")
+            return
+        if section.requires in results.sections and not is_right(results.sections[section.requires]):
+            results.update(name, status=SKIPPED, rows=[], error=f"{section.requires} is not right")
             return
         print(f"== {name}: {time.monotonic() - start:.0f} of {budget:.0f} seconds used", flush=True)
         _run_section(name, section, min(section.seconds, left), arguments, results, processes)

@@ -99,6 +99,7 @@ class Section:
       arguments: of `rows`.
       memory_fraction: the share of the GPU's memory that JAX takes; PyTorch needs the rest.
       beside: whether it needs no GPU, so that it runs beside the others from the start.
+      requires: a section that must be right, or not have been run, for this one to be of any use.
     """
 
     module: str
@@ -106,6 +107,7 @@ class Section:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     memory_fraction: float = 0.9
     beside: bool = False
+    requires: str | None = None
 
     def rows(self, sizes: Sizes) -> Iterator[Row]:
         """Measures."""
@@ -113,21 +115,25 @@ class Section:
         return run(sizes, **self.arguments)
 
 
+_KERNELS_CHECK = "correctness_kernels"
+
+
 def _train(stage: str, hybrid: float, seconds: float = 80, remat: str = "block", implementation: str = "") -> Section:
     arguments = {"stage": stage, "hybrid": hybrid, "remat": remat, "implementation": implementation}
-    return Section("train_step", seconds, arguments)
+    return Section("train_step", seconds, arguments, requires=_KERNELS_CHECK if implementation else None)
 
 
 def _attention(heads: str, implementations: str, seconds: float) -> Section:
     arguments = {"heads": heads, "implementations": implementations}
-    return Section("attention", seconds, arguments, memory_fraction=0.5)
+    requires = _KERNELS_CHECK if implementations == "kernels" else None
+    return Section("attention", seconds, arguments, memory_fraction=0.5, requires=requires)
 
 
 SECTIONS: dict[str, Section] = {
     "machine": Section("machine", 60),
     "plan": Section("plan", 400, beside=True),
     "correctness": Section("correctness", 120, {"implementations": "checked"}),
-    "correctness_kernels": Section("correctness", 60, {"implementations": "kernels"}),
+    _KERNELS_CHECK: Section("correctness", 60, {"implementations": "kernels"}),
     "attention_1.3b": _attention("small_heads", "implementations", 100),
     "attention_1.3b_kernels": _attention("small_heads", "kernels", 80),
     "train_all_hybrid": _train("finetune", 1.0),
