@@ -34,6 +34,7 @@ from rehyat_jax.planning.remedies import smallest_remedy
 from rehyat_jax.planning.report import report
 from rehyat_jax.training.config import check_config
 from rehyat_jax.training.setup import student_config
+from rehyat_jax.training.stages import STAGES
 from rehyat_jax.weights.load import open_checkpoint
 
 DOES_NOT_FIT = 3
@@ -96,9 +97,10 @@ def planned_model(config: ml_collections.ConfigDict) -> WanConfig:
     Raises:
       InputError: the checkpoint is damaged; or it is not here, and what it makes hybrid is not said either.
     """
-    if config.stage != "pretrain" and Path(config.init_from).exists():
+    stage = STAGES[config.stage]
+    if stage.starts_from_model and Path(config.init_from).exists():
         return student_config(open_checkpoint(config.init_from).config, config)
-    if config.stage == "finetune" and not config.hybrid.blocks:
+    if stage.starts_from_model and not config.hybrid.blocks:
         raise InputError(
             f"config.init_from: {config.init_from} is not here, and config.hybrid.blocks is unset, so which of its "
             f'blocks are hybrid is not known; give --config.hybrid.blocks=all, or indices as "(1,3)"'

@@ -25,18 +25,17 @@ from rehyat_jax.cli import parsed_config, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.files import remove_leftovers, reported_write_errors
-from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
-from rehyat_jax.training import distill, finetune
+from rehyat_jax.training import distill
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
 from rehyat_jax.training.metrics import MetricWriter
-from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, make_source
-from rehyat_jax.training.sharded_step import make_sharded_step
+from rehyat_jax.training.stages import STAGES, assemble
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
 from rehyat_jax.training.trouble import next_batch, report_divergence
 from rehyat_jax.weights.model_checkpoint import check_replaceable, save_model
@@ -99,24 +98,19 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
                 print(f"with a command that differs from the run's:\n{changes}", flush=True)
 
     # --------------------------------------------------------------------------------------------------------- model
-    # Of a run that goes on, only what it does not train itself is read.
-    model = initial_model(config, with_values=is_new or config.stage == "distill")
+    # A resumed run takes its trained parameters from its checkpoint: it still reads those that are frozen.
+    stage = STAGES[config.stage]
+    model = initial_model(config, with_values=is_new or stage.trains is not None)
     check_data(source, model, config)
-    params, specs, context = model.params, model.specs, {"null_text": on_all_devices(source.null_text)}
+    params, context = model.params, {"null_text": on_all_devices(source.null_text)}
     if model.fresh_feature_maps and is_new:
         batch = calibration_batch(source, config)
         params = distill.calibrated(model.model_def, params, batch, context["null_text"], config)
-    if config.stage == "distill":
-        params, context["frozen"] = distill.split_feature_maps(params)
-        specs, _ = distill.split_feature_maps(specs)
-        grad_fn = distill.make_grad_fn(model.model_def, config)
-    else:
-        grad_fn = finetune.make_grad_fn(apply_model(model.model_def), config)
 
     # ---------------------------------------------------------------------------------------------------------- step
-    optimizer = make_optimizer(config)
     schedule = learning_rate_schedule(config.optimizer.learning_rate, config)
-    step, initial_state, state_shardings = make_sharded_step(grad_fn, optimizer, params, specs, context, config)
+    sharded, params, context = assemble(model.model_def, params, model.specs, context, config)
+    step, initial_state, state_shardings = sharded
     if is_new:
         state = initial_state(params)
     else:
@@ -156,9 +150,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
             checkpoints.check()
 
     # -------------------------------------------------------------------------------------------------------- result
-    result = state["ema"] or state["params"]
-    if config.stage == "distill":
-        result = {**context["frozen"], "feature_maps": result}
+    result = stage.join(state["ema"] or state["params"], context.get("frozen", {}))
     with reported_write_errors(workdir / "model"):
         save_model(workdir / "model", model.config, result, codec=model.codec, text_encoder=model.text_encoder)
     return workdir / "model"

@@ -19,7 +19,7 @@ from rehyat_jax.benchmarks.hlo_operations import Branch, Operation, executed_ope
 from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, topology_devices
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
-from rehyat_jax.models.wan.flops import StepFlops, forward_flops, step_flops
+from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_flops, training_flops
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.attention import hybrid_attention_on_mesh
 from rehyat_jax.parallel.mesh import make_mesh
@@ -95,15 +95,13 @@ def test_recomputation_and_the_teacher_are_not_the_models_flops():
     config = SMALL.replace(hybrid_blocks=(1,))
     count = forward_flops(config, LATENTS)
     forward = count.outside + 2 * count.block + count.softmax + count.hybrid
-    assert step_flops(config, LATENTS, stage="finetune", remat="none") == StepFlops(3 * forward, 0)
-    assert step_flops(config, LATENTS, stage="finetune", remat="block") == StepFlops(
-        3 * forward, forward - count.outside
-    )
+    assert training_flops(config, LATENTS, remat="none") == StepFlops(3 * forward, 0)
+    assert training_flops(config, LATENTS, remat="block") == StepFlops(3 * forward, forward - count.outside)
     narrow = dataclasses.replace(config, ffn_dim=64)  # columns, fewer than the video's 168 tokens
     narrow_count = forward_flops(narrow, LATENTS)
     again = 2 * (narrow_count.block - narrow_count.last_product) + narrow_count.softmax + narrow_count.hybrid
-    assert step_flops(narrow, LATENTS, stage="finetune", remat="block").recomputed == again
-    distill = step_flops(config, LATENTS, stage="distill", remat="none").model
+    assert training_flops(narrow, LATENTS, remat="block").recomputed == again
+    distill = distillation_flops(config, LATENTS, remat="none").model
     assert distill < count.outside + 2 * (count.block + count.softmax) + 3 * count.hybrid
 
 

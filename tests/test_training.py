@@ -24,6 +24,7 @@ from rehyat_jax.training.config import check_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.setup import hybrid_config, initial_model
+from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.step import accumulate, init_state, make_step
 from rehyat_jax.weights import load_params, save_model
 
@@ -151,7 +152,7 @@ def student():
 
 def test_distillation_gradients_are_those_of_each_block_on_the_teacher_s_inputs(student):
     graphdef, params, config = student
-    feature_maps, frozen = distill.split_feature_maps(params)
+    feature_maps, frozen = STAGES["distill"].split(params)
     context = {"frozen": frozen, "null_text": NULL_TEXT}
     key = jax.random.key(3)
     metrics, grads = jax.jit(distill.make_grad_fn(graphdef, config))(feature_maps, context, tiny_batch(), key)
@@ -207,7 +208,7 @@ def test_distillation_runs_no_softmax_backward(implementation):
     architecture = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=2))
     graphdef, params = tiny_model(architecture, attention_implementation=implementation)
     config = tiny_config("distill")
-    feature_maps, frozen = distill.split_feature_maps(params)
+    feature_maps, frozen = STAGES["distill"].split(params)
     context = {"frozen": frozen, "null_text": NULL_TEXT}
     batch = tiny_batch(frames=4)
     grad_fn = distill.make_grad_fn(graphdef, config)
@@ -231,7 +232,7 @@ def test_distillation_memory_does_not_grow_with_depth():
     def temporary_bytes(num_layers):
         config = TINY.replace(num_layers=num_layers, hybrid_blocks="all", hybrid=HybridConfig(chunk_frames=2))
         graphdef, params = tiny_model(config)
-        feature_maps, frozen = distill.split_feature_maps(params)
+        feature_maps, frozen = STAGES["distill"].split(params)
         arguments = feature_maps, {"frozen": frozen, "null_text": NULL_TEXT}, tiny_batch(8, 8), jax.random.key(0)
         compiled = jax.jit(distill.make_grad_fn(graphdef, tiny_config("distill"))).lower(*arguments).compile()
         maps_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(feature_maps))

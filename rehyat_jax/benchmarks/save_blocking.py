@@ -14,18 +14,15 @@ import jax
 import ml_collections
 
 from rehyat_jax.benchmarks.environment import describe_environment
-from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.parallel.sharding import on_all_devices
 from rehyat_jax.train import parse_arguments
-from rehyat_jax.training import finetune
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.checksums import find_damage
 from rehyat_jax.training.continuation import describe_run
-from rehyat_jax.training.optimizer import make_optimizer
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.setup import initial_model, make_source
-from rehyat_jax.training.sharded_step import make_sharded_step
+from rehyat_jax.training.stages import assemble
 
 
 def measure(config: ml_collections.ConfigDict, folder: Path, saves: int) -> dict[str, list[float]]:
@@ -34,11 +31,9 @@ def measure(config: ml_collections.ConfigDict, folder: Path, saves: int) -> dict
     data = RunData(source, config, seed=config.seed, accumulation_steps=config.accumulation_steps)
     model = initial_model(config)
     context = {"null_text": on_all_devices(source.null_text)}
-    grad_fn = finetune.make_grad_fn(apply_model(model.model_def), config)
-    optimizer = make_optimizer(config)
-    step, initial_state, _ = make_sharded_step(grad_fn, optimizer, model.params, model.specs, context, config)
-    state = initial_state(model.params)
-    del model
+    (step, initial_state, _), params, context = assemble(model.model_def, model.params, model.specs, context, config)
+    state = initial_state(params)
+    del model, params
     checkpoints = RunCheckpoints(folder, Keep(2))
     times = {kind: [] for kind in ("a step alone", "save() in the loop", "the step after it", "until it is on disk")}
     times |= {"comparing a checkpoint with its checksums": []}

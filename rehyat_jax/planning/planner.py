@@ -13,11 +13,12 @@ import ml_collections
 from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.models.wan.flops import StepFlops, step_flops
+from rehyat_jax.models.wan.flops import StepFlops
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning import train_step
 from rehyat_jax.planning.chips import chip_of, devices_of
 from rehyat_jax.planning.estimate import Cost, TpuCost, bytes_asked_for, memory_by_kind, step_cost
+from rehyat_jax.training.stages import STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Request:
     @property
     def flops(self) -> StepFlops:
         """Of one example of a step."""
-        return step_flops(self.wan, self.latents, stage=self.config.stage, remat=self.config.remat)
+        return STAGES[self.config.stage].step_flops(self.wan, self.latents, remat=self.config.remat)
 
     def changed(self, changes: dict[str, Any], topology: str | None = None) -> "Request":
         """The same with other values of the configuration's fields, perhaps on another topology."""

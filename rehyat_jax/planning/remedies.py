@@ -8,6 +8,7 @@ from rehyat_jax.attention.context_parallel import padded_frames
 from rehyat_jax.errors import InputError
 from rehyat_jax.planning.chips import chip_of, device_count, larger_topology
 from rehyat_jax.planning.planner import Plan, Request, placement
+from rehyat_jax.training.stages import STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def smallest_remedy(plan: Plan, compile_plan: Callable[[Request], Plan], *, comp
     """The first change that fits, by the compiler while it may be asked, then by arithmetic; None if none does."""
     config, topology = plan.request.config, plan.request.topology
     remat = {}
-    if config.stage != "distill" and config.remat in _KEEPS_LESS:
+    if STAGES[config.stage].recomputes and config.remat in _KEEPS_LESS:
         # What this saves only the compiler can say; what comes after starts from its answer.
         remat, compilations = {"remat": _KEEPS_LESS[config.remat]}, compilations - 1
         plan = compile_plan(plan.request.changed(remat))

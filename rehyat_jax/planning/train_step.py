@@ -12,12 +12,10 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import BATCH, check_batch, check_heads, make_mesh
 from rehyat_jax.parallel.sharding import BATCHES, abstract_arrays, check_divisible, shardings
-from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.compiler_options import compiler_options
 from rehyat_jax.training.config import config_from_json
-from rehyat_jax.training.optimizer import make_optimizer
 from rehyat_jax.training.setup import abstract_model
-from rehyat_jax.training.sharded_step import make_sharded_step
+from rehyat_jax.training.stages import assemble
 
 
 class AbstractStep(NamedTuple):
@@ -69,15 +67,7 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
     array = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings(spec))
     text = (wan.text_length, wan.text_dim)
     context = {"null_text": array(text, PartitionSpec())}
-    if config.stage == "distill":
-        params, context["frozen"] = distill.split_feature_maps(params)
-        specs, _ = distill.split_feature_maps(specs)
-        grad_fn = distill.make_grad_fn(model_def, config)
-    else:
-        grad_fn = finetune.make_grad_fn(apply_model(model_def), config)
-    step, initial_state, state_shardings = make_sharded_step(
-        grad_fn, make_optimizer(config), params, specs, context, config
-    )
+    (step, initial_state, state_shardings), params, context = assemble(model_def, params, specs, context, config)
     state = abstract_arrays(jax.eval_shape(initial_state, params), state_shardings)
     shapes = {"latents": (*latents, wan.in_channels), "text": text}
     steps = (config.accumulation_steps, examples)

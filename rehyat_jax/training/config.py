@@ -13,10 +13,11 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.files import reported_write_errors, written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
+from rehyat_jax.training.stages import STAGES
 from rehyat_jax.weights.json_files import read_json_object
 
 CHOICES = {
-    "stage": ("pretrain", "distill", "finetune"),
+    "stage": tuple(STAGES),
     "preset": tuple(WAN_PRESETS),
     "data.source": ("digits", "prepared"),
     "data.corrupt": ("error", "skip"),
@@ -141,10 +142,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.optimizer.warmup_steps ({config.optimizer.warmup_steps}) must be less than config.steps "
             f"({config.steps}); lower it"
         )
-    if config.stage != "pretrain" and not config.init_from:
+    stage = STAGES[config.stage]
+    if stage.starts_from_model and not config.init_from:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
-    if config.stage == "distill" and not config.hybrid.blocks:
-        raise InputError('config.hybrid.blocks is unset; stage "distill" needs the blocks to convert: "all" or indices')
+    if stage.is_of_hybrid_blocks and not config.hybrid.blocks:
+        raise InputError(
+            f'config.hybrid.blocks is unset; stage "{config.stage}" needs the blocks to convert: "all" or indices'
+        )
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -93,11 +93,6 @@ def make_grad_fn(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> 
     return grad_fn
 
 
-def split_feature_maps(params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(the feature maps' parameters, which stage 1 trains; the transformer's others, which it does not)."""
-    return params["feature_maps"], {name: tree for name, tree in params.items() if name != "feature_maps"}
-
-
 def calibrated(
     model_def: nnx.GraphDef,
     params: dict[str, Any],

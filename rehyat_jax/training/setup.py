@@ -19,6 +19,7 @@ from rehyat_jax.parallel.mesh import check_heads
 from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, param_specs, shardings
 from rehyat_jax.training.keys import initialisation_key
 from rehyat_jax.training.run_data import RunData
+from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA
@@ -124,7 +125,7 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
       InputError: the checkpoint cannot be read, or does not fit the configuration.
     """
     checkpoint = None
-    if config.stage != "pretrain":
+    if STAGES[config.stage].starts_from_model:
         checkpoint = open_checkpoint(config.init_from)
         loaded, codec, text_encoder = checkpoint.config, *(checkpoint.metadata[name] for name in METADATA)
     else:
@@ -189,9 +190,10 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
                 f"the training examples are of {name} {getattr(source, name)!r}, but the model is of "
                 f"{getattr(model, name)!r}; prepare them with the model's"
             )
-    if source.kind == "trajectories" and config.stage != "distill":
+    if source.kind not in STAGES[config.stage].data_kinds:
+        able = " or ".join(f'"{name}"' for name, stage in STAGES.items() if source.kind in stage.data_kinds)
         raise InputError(
-            f'config.data.path: {config.data.path} holds trajectories of a teacher, which only stage "distill" can '
+            f"config.data.path: {config.data.path} holds {source.kind} of a teacher, which only stage {able} can "
             f"learn from, but config.stage is {config.stage!r}; prepare videos for it"
         )
 

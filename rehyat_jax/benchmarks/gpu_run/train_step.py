@@ -11,9 +11,9 @@ from rehyat_jax.benchmarks.gpu_run.cases import train_case
 from rehyat_jax.benchmarks.gpu_run.profile import kernel_times
 from rehyat_jax.benchmarks.gpu_run.random_arrays import filled
 from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
-from rehyat_jax.models.wan.flops import step_flops
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning.train_step import abstract_step
+from rehyat_jax.training.stages import STAGES
 
 WARM_UP_STEPS, STEPS = 1, 3
 
@@ -26,7 +26,7 @@ def rows(sizes: Sizes, **case: Any) -> Iterator[Row]:
       **case: of `cases.train_case`.
     """
     config, wan, latents = train_case(sizes, **case)
-    flops = step_flops(wan, latents, stage=config.stage, remat=config.remat)
+    flops = STAGES[config.stage].step_flops(wan, latents, remat=config.remat)
     device = jax.devices()[0]
     with jax.set_mesh(make_mesh(config.mesh, [device])):
         abstract = abstract_step(config, wan, latents)

@@ -79,18 +79,22 @@ class StepFlops:
     recomputed: int
 
 
-def step_flops(config: WanConfig, latents: tuple[int, int, int], *, stage: str, remat: str) -> StepFlops:
-    """Counts for a stage of training and a remat policy, as in the training configuration.
+def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: str) -> StepFlops:
+    """Counts for stage 1, whatever the remat policy.
 
-    A backward pass is twice its forward pass. Distillation is the softmax teacher's forward pass, the hybrid attention
-    beside it, and the gradients of the feature maps alone: of their products and of the readout twice the forward
-    again, of the sums once (values have no gradient).
+    The softmax teacher's forward pass, the hybrid attention next to it, and the gradients of the feature maps alone:
+    for their products and the readout, twice the forward pass; for the sums, once, because values have no gradient.
     """
+    del remat
     count, hybrid = forward_flops(config, latents), len(config.hybrid_block_indices)
-    if stage == "distill":
-        teacher = count.outside + config.num_layers * (count.block + count.softmax)
-        gradients = 2 * count.feature_maps + count.linear * 3 // 2
-        return StepFlops(teacher + hybrid * (count.hybrid + gradients), 0)
+    teacher = count.outside + config.num_layers * (count.block + count.softmax)
+    gradients = 2 * count.feature_maps + count.linear * 3 // 2
+    return StepFlops(teacher + hybrid * (count.hybrid + gradients), 0)
+
+
+def training_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: str) -> StepFlops:
+    """Counts for the gradient of all parameters under a remat policy. A backward pass is twice its forward pass."""
+    count, hybrid = forward_flops(config, latents), len(config.hybrid_block_indices)
     blocks = config.num_layers * count.block + hybrid * count.hybrid + (config.num_layers - hybrid) * count.softmax
     # "dots" keeps what the weights' products return, "attention" what attention does; others a block's input alone.
     # No gradient needs what a block ends with, where that is worth it (see `linear.Linear.gated`).

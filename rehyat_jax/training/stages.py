@@ -1,0 +1,107 @@
+"""The stages of training: the one table of what differs between them, and the one assembly of a step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_collections
+from flax import nnx
+
+from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, training_flops
+from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.training import distill, finetune
+from rehyat_jax.training.optimizer import make_optimizer
+from rehyat_jax.training.sharded_step import ShardedStep, make_sharded_step
+from rehyat_jax.training.step import Context, GradFn, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage, whose name is its key in `STAGES`.
+
+    Attributes:
+      make_grad_fn: (graph definition of the model, configuration) -> gradients of the parameters in training.
+      step_flops: (architecture, size of the latents, remat=...) -> FLOPs of one video in a step.
+      starts_from_model: whether there is an `init_from`; otherwise the model is initialised.
+      trains: the part of the parameter tree in training; None for all of it. The rest is frozen: the teacher.
+      is_of_hybrid_blocks: whether a model without hybrid blocks has nothing to train.
+      data_kinds: the kinds of data sets that it learns from, see `data.pipeline.Source`.
+      recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
+    """
+
+    make_grad_fn: Callable[[nnx.GraphDef, ml_collections.ConfigDict], GradFn]
+    step_flops: Callable[..., StepFlops]
+    starts_from_model: bool = True
+    trains: str | None = None
+    is_of_hybrid_blocks: bool = False
+    data_kinds: tuple[str, ...] = ("examples",)
+    recomputes: bool = True
+
+    def split(self, params: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+        """(what is trained, what is frozen) of a tree like the model's parameters."""
+        if self.trains is None:
+            return params, {}
+        return params[self.trains], {name: tree for name, tree in params.items() if name != self.trains}
+
+    def join(self, trained: Params, frozen: dict[str, Any]) -> dict[str, Any]:
+        """Inverse of `split`: the parameters of the resulting model."""
+        return trained if self.trains is None else {**frozen, self.trains: trained}
+
+
+def _whole_model(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> GradFn:
+    return finetune.make_grad_fn(apply_model(model_def), config)
+
+
+STAGES = {
+    "pretrain": Stage(_whole_model, training_flops, starts_from_model=False),
+    "distill": Stage(
+        distill.make_grad_fn,
+        distillation_flops,
+        trains="feature_maps",
+        is_of_hybrid_blocks=True,
+        data_kinds=("examples", "trajectories"),
+        recomputes=False,
+    ),
+    "finetune": Stage(_whole_model, training_flops),
+}
+"""By `config.stage`."""
+
+
+class Assembly(NamedTuple):
+    """A step and what it needs.
+
+    Attributes:
+      sharded: the step, with its state.
+      params: the parameters in training; the step's state is made of them.
+      context: what the step reads but does not change, the frozen parameters among it.
+    """
+
+    sharded: ShardedStep
+    params: Params
+    context: Context
+
+
+def assemble(
+    model_def: nnx.GraphDef,
+    params: dict[str, Any],
+    specs: dict[str, Any],
+    context: Context,
+    config: ml_collections.ConfigDict,
+) -> Assembly:
+    """The configured stage's step on the mesh in use.
+
+    Args:
+      model_def: graph definition of the transformer.
+      params: all parameters, arrays or `jax.ShapeDtypeStruct`s with shardings.
+      specs: their PartitionSpecs.
+      context: what every stage's step reads: "null_text".
+      config: of the run.
+    """
+    stage = STAGES[config.stage]
+    trained, frozen = stage.split(params)
+    trained_specs, _ = stage.split(specs)
+    if frozen:
+        context = {**context, "frozen": frozen}
+    grad_fn = stage.make_grad_fn(model_def, config)
+    sharded = make_sharded_step(grad_fn, make_optimizer(config), trained, trained_specs, context, config)
+    return Assembly(sharded, trained, context)
