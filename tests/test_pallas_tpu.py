@@ -280,9 +280,9 @@ def kernel_names(compiled):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(dtype=np.float16), r'"pallas_tpu" cannot do query of dtype float16.*use implementation="xla"'),
-        (dict(head_dim=32), r'"pallas_tpu" cannot do query of head_dim 32.*use implementation="xla"'),
-        (dict(features=96), r'"pallas_tpu" cannot do phi_query of 96 features.*use implementation="xla"'),
+        (dict(dtype=np.float16), r'"pallas_tpu" cannot do this: query of dtype float16.*use implementation="xla"'),
+        (dict(head_dim=32), r'"pallas_tpu" cannot do this: query of head_dim 32.*use implementation="xla"'),
+        (dict(features=96), r'"pallas_tpu" cannot do this: phi_query of 96 features.*use implementation="xla"'),
     ],
 )
 def test_what_the_kernels_cannot_do_is_said_with_who_can(change, message):

@@ -1,33 +1,17 @@
 """Hybrid attention: what it means, what it accepts, and which implementation runs."""
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.cudnn import hybrid_attention_cudnn
-from rehyat_jax.attention.geometry import ChunkGeometry, without_padding
-from rehyat_jax.attention.gpu.cudnn_calls import why_not_cudnn
-from rehyat_jax.attention.inline_features import InlineFeatures, as_array
-from rehyat_jax.attention.pallas_gpu import hybrid_attention_pallas_gpu
-from rehyat_jax.attention.platform import target_platform
+from rehyat_jax.attention.backend import Request, choose_backend
+from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.inline_features import InlineFeatures
 from rehyat_jax.attention.product import accumulation_dtype
-from rehyat_jax.attention.reference import hybrid_attention_reference
-from rehyat_jax.attention.scan import hybrid_attention_scan
-from rehyat_jax.attention.state import HybridState, LinearState
-from rehyat_jax.attention.tpu.op import hybrid_attention_pallas_tpu, why_not_pallas_tpu
-from rehyat_jax.attention.xla import hybrid_attention_xla
+from rehyat_jax.attention.state import HybridState
 
 STABILIZERS = ("row_max", "joint")
-IMPLEMENTATIONS = ("reference", "scan", "xla", "cudnn", "pallas_tpu", "pallas_gpu")
-
-_RUN = {
-    "scan": hybrid_attention_scan,
-    "xla": hybrid_attention_xla,
-    "cudnn": hybrid_attention_cudnn,
-    "pallas_gpu": hybrid_attention_pallas_gpu,
-}
 
 Features = jax.Array | InlineFeatures | Callable[[jax.Array], jax.Array]
 
@@ -88,64 +72,7 @@ def hybrid_attention(
     _check_arrays(query, key, value, phi_query, phi_key)
     geometry = _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames)
     _check_choice("stabilizer", stabilizer, STABILIZERS)
-    if implementation is None:
-        implementation = default_implementation(query, phi_query)
-    _check_choice("implementation", implementation, IMPLEMENTATIONS)
-    arrays = (query, key, value, phi_query, phi_key)
-
-    if implementation == "reference":
-        if initial_state is not None or return_state:
-            raise ValueError('implementation "reference" keeps no state: use "scan" or "xla" to continue a video')
-        return hybrid_attention_reference(*map(as_array, arrays), geometry, causal=causal, stabilizer=stabilizer)
-
-    if initial_state is not None or return_state:
-        _check_streaming(geometry, causal, initial_state, return_state, _start(*arrays, geometry))
-    output, final_state = attend_from(
-        initial_state,
-        *arrays,
-        geometry,
-        causal=causal,
-        stabilizer=stabilizer,
-        implementation=implementation,
-        return_state=return_state,
-    )
-    return (output, final_state) if return_state else output
-
-
-def attend_from(
-    initial_state: HybridState | None,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    phi_query: jax.Array | InlineFeatures,
-    phi_key: jax.Array | InlineFeatures,
-    geometry: ChunkGeometry,
-    *,
-    causal: bool,
-    stabilizer: str,
-    implementation: str,
-    return_state: bool = False,
-    later: LinearState | None = None,
-    num_frames: jax.Array | None = None,
-) -> tuple[jax.Array, HybridState | None]:
-    """`hybrid_attention` of a part of a video by any implementation but the reference, its arguments checked already.
-
-    Args:
-      initial_state: what was before this part, also where attention is bidirectional.
-      later: sums over the frames after this part, for bidirectional attention.
-      num_frames: int32 scalar, at least 1, the frames of this part before its padding; None if there is none. Needs an
-        initial_state.
-
-    Returns: the output, of padding some finite values, and with return_state the state after the last chunk.
-    """
-    if implementation == "pallas_tpu":
-        run = functools.partial(hybrid_attention_pallas_tpu, return_state=return_state)
-    else:
-        run = _RUN[implementation]
-        phi_query, phi_key = as_array(phi_query), without_padding(as_array(phi_key), geometry, num_frames)
-        if initial_state is None:
-            initial_state = _start(query, key, value, phi_query, phi_key, geometry)
-    return run(
+    request = Request(
         query,
         key,
         value,
@@ -155,36 +82,12 @@ def attend_from(
         causal=causal,
         stabilizer=stabilizer,
         initial_state=initial_state,
-        later=later,
-        num_frames=num_frames,
+        return_state=return_state,
     )
-
-
-def _start(query, key, value, phi_query, phi_key, geometry: ChunkGeometry) -> HybridState:
-    """The state before the first chunk."""
-    return HybridState.zeros(
-        query.shape[0],
-        *query.shape[2:],
-        phi_key.shape[-1],
-        tokens_per_frame=geometry.tokens_per_frame,
-        overlap_frames=geometry.overlap_frames,
-        dtype=query.dtype,
-    )
-
-
-def default_implementation(query: jax.Array, phi_query: jax.Array | InlineFeatures) -> str:
-    """The implementation that `implementation=None` stands for on this platform.
-
-    On CPUs the scan's small arrays stay in cache: at 16 videos of 21 frames x 9 tokens, 2 heads x 64, 256 features, two
-    cores, it took 26 ms forward where "xla" took 48, and with the backward pass 110 and 118, in half the memory forward
-    (`benchmarks.cpu`).
-    """
-    platform = target_platform()
-    if platform == "tpu" and why_not_pallas_tpu(query, phi_query) is None:
-        return "pallas_tpu"
-    if platform == "gpu" and why_not_cudnn(query) is None:
-        return "cudnn"
-    return "scan" if platform == "cpu" else "xla"
+    if initial_state is not None or return_state:
+        _check_streaming(request)
+    output, final_state = choose_backend(request, implementation)(request)
+    return (output, final_state) if return_state else output
 
 
 def _features(features: Features, x: jax.Array) -> jax.Array | InlineFeatures:
@@ -237,10 +140,11 @@ def _check_choice(name: str, found: str, allowed: tuple[str, ...]):
         raise ValueError(f"{name} must be one of {allowed}, found {found!r}")
 
 
-def _check_streaming(geometry: ChunkGeometry, causal, initial_state, return_state, start: HybridState):
-    if not causal:
+def _check_streaming(request: Request):
+    geometry, initial_state = request.geometry, request.initial_state
+    if not request.causal:
         raise ValueError("initial_state and return_state need causal=True: a bidirectional video has no past alone")
-    if return_state and geometry.is_ragged:
+    if request.return_state and geometry.is_ragged:
         raise ValueError(
             f"return_state needs whole chunks: found {geometry.num_frames} frames, not a multiple of "
             f"chunk_frames={geometry.chunk_frames}; give the last, ragged chunk without return_state"
@@ -249,7 +153,7 @@ def _check_streaming(geometry: ChunkGeometry, causal, initial_state, return_stat
         return
     if not isinstance(initial_state, HybridState):
         raise ValueError(f"initial_state must be a HybridState, found {type(initial_state).__name__}")
-    leaves = (jax.tree_util.tree_leaves_with_path(state) for state in (start, initial_state))
+    leaves = (jax.tree_util.tree_leaves_with_path(state) for state in (request.zero_state, initial_state))
     for (path, expected), (_, found) in zip(*leaves, strict=True):
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             raise ValueError(

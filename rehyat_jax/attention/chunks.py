@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.backend import Request
 from rehyat_jax.attention.linear_products import sum_keys
 from rehyat_jax.attention.state import HybridState, LinearState
 
@@ -14,46 +14,35 @@ from rehyat_jax.attention.state import HybridState, LinearState
 AttendWindow = Callable[..., jax.Array]
 
 
-def attend_chunks(
-    attend: AttendWindow,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    phi_query: jax.Array,
-    phi_key: jax.Array,
-    geometry: ChunkGeometry,
-    *,
-    causal: bool,
-    stabilizer: str,
-    initial_state: HybridState,
-    later: LinearState | None = None,
-    num_frames: jax.Array | None = None,
-) -> tuple[jax.Array, HybridState]:
-    """Hybrid attention by any function that attends to windows; arguments else as `hybrid_attention_xla`'s.
+def attend_chunks(attend: AttendWindow, request: Request) -> tuple[jax.Array, HybridState]:
+    """Hybrid attention by any function that attends to windows.
 
     Args:
       attend: called once with query [batch, chunks, n, heads, head_dim]; key and value [batch, chunks, w, heads,
         head_dim], of which only the first num_keys [chunks] (int32) of a window are keys and the rest padding;
         phi_query [batch, chunks, n, heads, features]; and the sums over each chunk's linear keys, a LinearState of
         [batch, chunks, heads, features(, head_dim)]. Returns what each query reads, in the shape of query.
+      request: with its features computed.
 
     Returns: the output and the state after the last chunk (meaningless if that chunk is ragged).
     """
+    geometry, initial_state = request.geometry, request.start
     split = lambda tokens: jnp.moveaxis(geometry.split(tokens), 0, 1)
-    leaving = sum_keys(split(geometry.delay(phi_key)), split(geometry.delay(value)))
-    query, key, value, phi_query, phi_key = map(split, (query, key, value, phi_query, phi_key))
+    leaving = sum_keys(split(geometry.delay(request.phi_key)), split(geometry.delay(request.value)))
+    arrays = (request.query, request.key, request.value, request.phi_query, request.phi_key)
+    query, key, value, phi_query, phi_key = map(split, arrays)
     overlap_start, chunk = geometry.overlap_start, np.arange(geometry.num_chunks)
 
     linear = _past_states(initial_state, leaving)
-    if not causal:
+    if not request.causal:
         # Never the total minus the window: that cancels, and a normalizer could come out negative.
         future = jax.tree.map(lambda sums: _select(chunk > chunk[:, None], sums), sum_keys(phi_key, value))
         linear = LinearState.sum(linear, future)
-    if later is not None:
-        linear = jax.tree.map(lambda sums, after: sums + after[:, None], linear, later)
+    if request.later is not None:
+        linear = jax.tree.map(lambda sums, after: sums + after[:, None], linear, request.later)
 
     overlap_tokens = initial_state.overlap_key.shape[1]
-    chunk_tokens = geometry.chunk_tokens(num_frames)
+    chunk_tokens = geometry.chunk_tokens(request.num_frames)
     num_keys = chunk_tokens + overlap_tokens * (initial_state.chunks + chunk > 0).astype(np.int32)
     output = attend(
         query,
@@ -62,7 +51,7 @@ def attend_chunks(
         num_keys,
         phi_query,
         linear,
-        stabilizer=stabilizer,
+        stabilizer=request.stabilizer,
     )
     final_state = HybridState(
         past=LinearState.sum(initial_state.past, initial_state.overlap, jax.tree.map(lambda s: s.sum(axis=1), leaving)),

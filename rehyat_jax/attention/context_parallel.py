@@ -4,15 +4,16 @@ What a device needs of those before it is the overlap of its first chunk, from i
 size: LASP-2's exchange of states (arXiv 2502.07563), with a halo. Bytes moved do not depend on the video's length.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.api import attend_from
+from rehyat_jax.attention.backend import Request, choose_backend
 from rehyat_jax.attention.flat_tokens import cut, flat, with_heads
 from rehyat_jax.attention.geometry import ChunkGeometry, without_padding
 from rehyat_jax.attention.inline_features import InlineFeatures
 from rehyat_jax.attention.state import HybridState, LinearState
-from rehyat_jax.attention.video_sums import video_sums
 
 
 def padded_frames(num_frames: int, chunk_frames: int, devices: int) -> int:
@@ -37,7 +38,7 @@ def hybrid_attention_in_parts(
     overlap_frames: int,
     causal: bool,
     stabilizer: str,
-    implementation: str,
+    implementation: str | None = None,
 ) -> jax.Array:
     """One device's part of `hybrid_attention`, to be called by all devices along the mesh axis `axis` in `shard_map`.
 
@@ -60,9 +61,9 @@ def hybrid_attention_in_parts(
         real_frames = jnp.where(index == last, last_frames, geometry.num_frames).astype(jnp.int32)
 
     # ---------------------------------------------------------------------------------------------------- exchange
-    before_overlap, total = video_sums(
-        phi_key, value, geometry, num_frames=None if causal else real_frames, implementation=implementation
-    )
+    request = Request(query, key, value, phi_query, phi_key, geometry, causal=causal, stabilizer=stabilizer)
+    backend = choose_backend(request, implementation)
+    before_overlap, total = backend.video_sums(phi_key, value, geometry, None if causal else real_frames)
     to_next = lambda tree: jax.tree.map(
         lambda leaf: jax.lax.ppermute(leaf, axis, [(n, n + 1) for n in range(devices - 1)]), tree
     )
@@ -83,20 +84,8 @@ def hybrid_attention_in_parts(
     later = None if causal else sum_over((device > index) & (device <= last))
 
     # --------------------------------------------------------------------------------------------------- attention
-    output, _ = attend_from(
-        initial_state,
-        query,
-        key,
-        value,
-        phi_query,
-        phi_key,
-        geometry,
-        causal=causal,
-        stabilizer=stabilizer,
-        implementation=implementation,
-        later=later,
-        num_frames=real_frames,
-    )
+    here = dict(initial_state=initial_state, later=later, num_frames=real_frames)
+    output, _ = backend(dataclasses.replace(request, **here))
     if is_padded:
         frames = num_frames - index * geometry.num_frames
         output = with_heads(without_padding(flat(output), geometry, frames), query.shape[2])

@@ -3,35 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.backend import Backend, Request
 from rehyat_jax.attention.product import product
 
 
-def hybrid_attention_reference(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    phi_query: jax.Array,
-    phi_key: jax.Array,
-    geometry: ChunkGeometry,
-    *,
-    causal: bool,
-    stabilizer: str,
-) -> jax.Array:
+def run(request: Request) -> tuple[jax.Array, None]:
     """ReHyAt's joint normalisation, y = (aS + aL) / (nS + nL), written with dense [tokens, tokens] weights.
 
     The softmax keys weigh exp(q.k / sqrt(head_dim) - c), the linear keys phi_query.phi_key. "row_max": c is the row's
     largest score in its window. "joint": c = 0, literally, so float32 overflows at scores of 88: use float64.
     """
+    query, geometry = request.query, request.geometry
     softmax_keys, linear_keys = (
         mask.repeat(geometry.tokens_per_frame, axis=0).repeat(geometry.tokens_per_frame, axis=1)
-        for mask in geometry.key_masks(causal=causal)
+        for mask in geometry.key_masks(causal=request.causal)
     )
-    scores = product("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    scores = product("bqhd,bkhd->bhqk", query, request.key) / query.shape[-1] ** 0.5
     scores = jnp.where(softmax_keys, scores, -jnp.inf)
-    c = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)) if stabilizer == "row_max" else 0
+    c = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)) if request.stabilizer == "row_max" else 0
 
-    similarity = product("bqhf,bkhf->bhqk", phi_query, phi_key)
+    similarity = product("bqhf,bkhf->bhqk", request.phi_query, request.phi_key)
     weights = jnp.exp(scores - c) + jnp.where(linear_keys, similarity, 0)
     weights = weights / weights.sum(axis=-1, keepdims=True)
-    return product("bhqk,bkhd->bqhd", weights, value).astype(query.dtype)
+    return product("bhqk,bkhd->bqhd", weights, request.value).astype(query.dtype), None
+
+
+BACKEND = Backend("reference", run, keeps_state=False)

@@ -3,30 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.backend import Backend, Request
 from rehyat_jax.attention.state import HybridState, LinearState
 from rehyat_jax.attention.window import attend_window
 
 
-def hybrid_attention_scan(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    phi_query: jax.Array,
-    phi_key: jax.Array,
-    geometry: ChunkGeometry,
-    *,
-    causal: bool,
-    stabilizer: str,
-    initial_state: HybridState,
-    later: LinearState | None = None,
-    num_frames: jax.Array | None = None,
-) -> tuple[jax.Array, HybridState]:
+def run(request: Request) -> tuple[jax.Array, HybridState]:
     """Scans over chunks: attend to the window and the state, then fold in the frames that leave the window.
 
-    Returns the output and the state after the last chunk (meaningless if that chunk is ragged). The bidirectional form
-    takes the sums over all later chunks from a scan in reverse.
+    The bidirectional form takes the sums over all later chunks from a scan in reverse.
     """
+    geometry, causal = request.geometry, request.causal
     split = geometry.overlap_start
 
     def step(seen: HybridState, chunk) -> tuple[HybridState, jax.Array]:
@@ -38,7 +25,7 @@ def hybrid_attention_scan(
             jnp.concatenate([jnp.broadcast_to(seen.chunks > 0, seen.overlap_key.shape[1]), is_token]),
             phi_query,
             seen.past if causal else LinearState.sum(seen.past, future),
-            stabilizer=stabilizer,
+            stabilizer=request.stabilizer,
         )
         leaving = LinearState.of(phi_key[:, :split], value[:, :split])
         seen = HybridState(
@@ -50,10 +37,11 @@ def hybrid_attention_scan(
         )
         return seen, output
 
-    query, key, value, phi_query, phi_key = map(geometry.split, (query, key, value, phi_query, phi_key))
-    future = None if causal else _future_states(phi_key, value, later)
-    chunks = (query, key, value, phi_query, phi_key, geometry.is_token(num_frames), future)
-    final_state, outputs = jax.lax.scan(step, initial_state, chunks)
+    arrays = (request.query, request.key, request.value, request.phi_query, request.phi_key)
+    query, key, value, phi_query, phi_key = map(geometry.split, arrays)
+    future = None if causal else _future_states(phi_key, value, request.later)
+    chunks = (query, key, value, phi_query, phi_key, geometry.is_token(request.num_frames), future)
+    final_state, outputs = jax.lax.scan(step, request.start, chunks)
     return geometry.join(outputs), final_state
 
 
@@ -69,3 +57,6 @@ def _future_states(phi_key: jax.Array, value: jax.Array, later: LinearState | No
     if later is None:
         later = jax.tree.map(jnp.zeros_like, LinearState.of(phi_key[0], value[0]))
     return jax.lax.scan(step, later, (phi_key, value), reverse=True)[1]
+
+
+BACKEND = Backend("scan", run)

@@ -5,11 +5,10 @@ import functools
 import jax
 
 from rehyat_jax.attention.platform import target_platform
-from rehyat_jax.attention.splash import DTYPES as SPLASH_DTYPES
-from rehyat_jax.attention.splash import HEAD_DIMS as SPLASH_HEAD_DIMS
-from rehyat_jax.attention.splash import splash_attention
 
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+
+SPLASH_DTYPES, SPLASH_HEAD_DIMS = ("bfloat16", "float32"), (64, 128)
 
 # With fewer queries or keys than this, the scores are small enough to be stored.
 _SHORTEST_FUSED = 512
@@ -59,7 +58,14 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
-_FORMS = {"xla": _xla, "splash": splash_attention, "cudnn": _cudnn}
+def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    # TPU kernels are imported where they are used.
+    from rehyat_jax.attention.splash import splash_attention
+
+    return splash_attention(query, key, value)
+
+
+_FORMS = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
 
 
 def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array):

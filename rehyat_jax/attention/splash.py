@@ -9,9 +9,6 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
 from rehyat_jax.attention.tpu.heads_first import heads_first, tokens_first
 
-DTYPES = ("bfloat16", "float32")
-HEAD_DIMS = (64, 128)
-
 
 def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
     """softmax(q.k / sqrt(head_dim)) v over all keys. No score is ever stored, in the gradient neither.
@@ -21,7 +18,7 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, inte
     16-bit queries.
 
     Args:
-      query: [batch, queries, heads, head_dim], of a dtype in `DTYPES` and a head_dim in `HEAD_DIMS`.
+      query: [batch, queries, heads, head_dim], of the dtypes and widths that `softmax_attention` lets through.
       key, value: [batch, keys, heads, head_dim].
       interpret: interpret the kernels, on any platform and slowly.
 

@@ -25,7 +25,8 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention, softmax_attention
-from rehyat_jax.attention.api import IMPLEMENTATIONS, STABILIZERS
+from rehyat_jax.attention.api import STABILIZERS
+from rehyat_jax.attention.backend import IMPLEMENTATIONS
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.cli import report_input_errors

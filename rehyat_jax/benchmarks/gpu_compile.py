@@ -20,17 +20,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from rehyat_jax.attention import HybridState
 from rehyat_jax.attention.api import STABILIZERS
-from rehyat_jax.attention.cudnn import hybrid_attention_cudnn
+from rehyat_jax.attention.backend import Request, get_backend
 from rehyat_jax.attention.geometry import ChunkGeometry
-from rehyat_jax.attention.pallas_gpu import hybrid_attention_pallas_gpu
 from rehyat_jax.benchmarks.gpu import CHUNK_FRAMES, FEATURES, HEAD_DIM, OVERLAP_FRAMES, output_and_gradients
 from rehyat_jax.benchmarks.gpu_target import gpu_devices
 from rehyat_jax.benchmarks.hlo_arrays import arrays_of
 from rehyat_jax.cli import report_input_errors
 
-IMPLEMENTATIONS = {"cudnn": hybrid_attention_cudnn, "pallas_gpu": hybrid_attention_pallas_gpu}
+IMPLEMENTATIONS = ("cudnn", "pallas_gpu")
 
 BYTES_A_SECOND = 3.35e12
 
@@ -69,12 +67,9 @@ def compile_attention(
 ) -> Compiled:
     """Compiles causal hybrid attention of one bfloat16 video for an H100; if `backward`, with all inputs' gradients."""
     geometry = ChunkGeometry(frames, tokens_per_frame, CHUNK_FRAMES, OVERLAP_FRAMES)
-    frame = dict(tokens_per_frame=tokens_per_frame, overlap_frames=OVERLAP_FRAMES, dtype=jnp.bfloat16)
 
     def attend(*arrays):
-        start = HybridState.zeros(1, heads, HEAD_DIM, FEATURES, **frame)
-        attend = IMPLEMENTATIONS[implementation]
-        return attend(*arrays, geometry, causal=True, stabilizer=stabilizer, initial_state=start)[0]
+        return get_backend(implementation)(Request(*arrays, geometry, causal=True, stabilizer=stabilizer))[0]
 
     sharding = SingleDeviceSharding(gpu_devices("h100", 1)[0])
     shape = lambda width: (1, frames * tokens_per_frame, heads, width)

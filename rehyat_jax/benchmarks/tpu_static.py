@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rehyat_jax.attention.api import IMPLEMENTATIONS
+from rehyat_jax.attention.backend import IMPLEMENTATIONS
 from rehyat_jax.benchmarks.splash_blocks import SPLASH_BLOCKS, search, splash_arguments
 from rehyat_jax.benchmarks.static_cycles import ProgramCost, StaticProgram
 from rehyat_jax.benchmarks.tpu_bundles import generation_of

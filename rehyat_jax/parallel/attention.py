@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rehyat_jax.attention import softmax_attention
-from rehyat_jax.attention.api import default_implementation, hybrid_attention
+from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.context_parallel import hybrid_attention_in_parts
 from rehyat_jax.attention.inline_features import InlineFeatures, identity
 from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
@@ -54,11 +54,10 @@ def hybrid_attention_on_mesh(
             InlineFeatures(x if source is None else source, matrices, phi.function)
             for x, source, matrices, phi in zip(tokens, sources, weights, features, strict=False)
         ]
-        name = implementation or default_implementation(query, phis[0])
         if axis_size(CONTEXT) == 1:
-            return hybrid_attention(*tokens, *phis, implementation=name, **form)
+            return hybrid_attention(*tokens, *phis, implementation=implementation, **form)
         return hybrid_attention_in_parts(
-            *tokens, *phis, axis=CONTEXT, num_frames=num_frames, implementation=name, **form
+            *tokens, *phis, axis=CONTEXT, num_frames=num_frames, implementation=implementation, **form
         )
 
     return jax.shard_map(

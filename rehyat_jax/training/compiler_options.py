@@ -1,7 +1,5 @@
 """What the compiler is told about large programs."""
 
-from jax.experimental.pallas import tpu as pltpu
-
 from rehyat_jax.attention.platform import target_platform
 
 _LEAST_KIB = 16 * 1024
@@ -18,6 +16,8 @@ def compiler_options() -> dict[str, str]:
     """
     if target_platform() != "tpu":
         return {}
+    from jax.experimental.pallas import tpu as pltpu  # nothing for TPUs is imported elsewhere
+
     try:
         kib = pltpu.get_tpu_info().vmem_capacity_bytes * 7 // 16 // 1024
     except ValueError:  # a TPU that Pallas does not know

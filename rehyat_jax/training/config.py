@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from rehyat_jax.attention.api import IMPLEMENTATIONS
+from rehyat_jax.attention.backend import IMPLEMENTATIONS
 from rehyat_jax.errors import InputError
 from rehyat_jax.files import reported_write_errors, written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig

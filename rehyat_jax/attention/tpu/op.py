@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from rehyat_jax.attention.backend import Backend, Request
 from rehyat_jax.attention.flat_tokens import cut, joined
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.inline_features import InlineFeatures, as_inline
@@ -28,34 +29,15 @@ from rehyat_jax.attention.tpu.states import (
 from rehyat_jax.attention.tpu.tiling import Tiling
 
 
-def hybrid_attention_pallas_tpu(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    phi_query: jax.Array | InlineFeatures,
-    phi_key: jax.Array | InlineFeatures,
-    geometry: ChunkGeometry,
-    *,
-    causal: bool,
-    stabilizer: str,
-    initial_state: HybridState | None,
-    return_state: bool,
-    later: LinearState | None = None,
-    num_frames: jax.Array | None = None,
-) -> tuple[jax.Array, HybridState | None]:
+def run(request: Request) -> tuple[jax.Array, HybridState | None]:
     """One kernel sums keys to the chunks' states, one attends to window and state.
 
     Inlined features never leave the chip. Differentiation runs a kernel for the readout of the states, one for their
     keys, and, only if the gradient of a query, key or value is wanted, two for the softmax window.
-
-    Returns the output and, if `return_state`, the state after the last chunk, which must be whole.
-
-    Raises:
-      ValueError: what `why_not_pallas_tpu` says.
     """
-    if reason := why_not_pallas_tpu(query, phi_query):
-        raise ValueError(f'implementation "pallas_tpu" cannot do {reason}')
-    phi_query, phi_key = (as_inline(features, query.dtype) for features in (phi_query, phi_key))
+    query, key, value, geometry = request.query, request.key, request.value, request.geometry
+    initial_state, num_frames, causal = request.initial_state, request.num_frames, request.causal
+    phi_query, phi_key = (as_inline(features, query.dtype) for features in (request.phi_query, request.phi_key))
     tiling = Tiling.choose(
         geometry,
         head_dim=query.shape[-1],
@@ -84,14 +66,15 @@ def hybrid_attention_pallas_tpu(
             "overlap": _sum_rows(initial_state.overlap),
             "missing_frames": _missing_frames(tiling.geometry, initial_state.chunks > 0, num_frames),
         }
-    if later is not None:
-        operands["later"] = _sum_rows(later)
+    if request.later is not None:
+        operands["later"] = _sum_rows(request.later)
     if num_frames is not None and not causal:
         operands["padding_frames"] = (tiling.geometry.num_frames - num_frames)[None]
-    call = _Call(tiling, query.shape[2], return_state, causal, stabilizer, phi_query.function, phi_key.function)
+    functions = phi_query.function, phi_key.function
+    call = _Call(tiling, query.shape[2], request.return_state, causal, request.stabilizer, *functions)
     output, past, overlap = _attention(call, _views(operands))
     output = _drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
-    if not return_state:
+    if not request.return_state:
         return output, None
 
     split = geometry.overlap_start - geometry.chunk_frames * geometry.tokens_per_frame or key.shape[1]
@@ -105,10 +88,11 @@ def hybrid_attention_pallas_tpu(
     return output, final_state
 
 
-def video_sums_pallas_tpu(
-    phi_key: InlineFeatures, value: jax.Array, geometry: ChunkGeometry, num_frames: jax.Array | None
+def video_sums(
+    phi_key: jax.Array | InlineFeatures, value: jax.Array, geometry: ChunkGeometry, num_frames: jax.Array | None
 ) -> tuple[LinearState, LinearState]:
     """Sums over the frames before the video's last overlap_frames, and over all its frames, by the same kernels."""
+    phi_key = as_inline(phi_key, value.dtype)
     tiling = Tiling.choose(geometry, head_dim=value.shape[-1], source_width=phi_key.source.shape[-1], dtype=value.dtype)
     # As if the video were one chunk, with another to come: state 1 is what that one reads, state 2 what is after it.
     whole = dataclasses.replace(tiling.geometry, chunk_frames=tiling.geometry.num_frames)
@@ -128,16 +112,19 @@ def video_sums_pallas_tpu(
     return tuple(map(_sums_of_rows, _video_sums(call, _views(operands))))
 
 
-def why_not_pallas_tpu(query: jax.Array, phi_query: jax.Array | InlineFeatures) -> str | None:
-    """What of a request the kernels cannot do, and who can; None if they can do it."""
-    instead = 'use implementation="xla"'
+def why_not(request: Request) -> str | None:
+    """What the kernels cannot do, and who can; None if they can do it."""
+    query, instead = request.query, 'use implementation="xla"'
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
     if query.shape[-1] % 64:
         return f"query of head_dim {query.shape[-1]}, only of multiples of 64: {instead}"
-    if phi_query.shape[-1] % 128:
-        return f"phi_query of {phi_query.shape[-1]} features, only of multiples of 128: {instead}"
+    if request.phi_query.shape[-1] % 128:
+        return f"phi_query of {request.phi_query.shape[-1]} features, only of multiples of 128: {instead}"
     return None
+
+
+BACKEND = Backend("pallas_tpu", run, why_not, takes_inline_features=True, video_sums=video_sums)
 
 
 @dataclasses.dataclass(frozen=True)

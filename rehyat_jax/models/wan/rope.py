@@ -7,12 +7,12 @@ from jax.sharding import PartitionSpec
 
 from rehyat_jax.attention.flat_tokens import flat, with_heads
 from rehyat_jax.attention.platform import target_platform
-from rehyat_jax.models.wan import rope_tpu
 from rehyat_jax.parallel.mesh import is_cut
 from rehyat_jax.parallel.sharding import HIDDEN
 
 _TOKENS = PartitionSpec(*HIDDEN)
 _TABLE = PartitionSpec("context")
+_KERNEL_HEAD_DIM = 128  # of the TPU kernel
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -75,8 +75,11 @@ def scaled_and_rotated(
     Returns: [B, N, H * d] in x's dtype.
     """
     cos, sin = table
-    if target_platform() == "tpu" and cos.shape[-1] == rope_tpu.HEAD_DIM:
-        run = rope_tpu.scale_and_rotate
+    if target_platform() == "tpu" and cos.shape[-1] == _KERNEL_HEAD_DIM:
+        # TPU kernels are imported where they are used.
+        from rehyat_jax.models.wan.rope_tpu import scale_and_rotate
+
+        run = scale_and_rotate
         if is_cut():
             # XLA cannot cut a kernel by itself.
             specs = (_TOKENS, PartitionSpec(*_TOKENS[:2]), PartitionSpec("tensor"), _TABLE, _TABLE)
