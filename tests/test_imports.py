@@ -5,8 +5,8 @@ import sys
 
 LOADED = """
 import sys, rehyat_jax, rehyat_jax.train
-kernels = ("rehyat_jax.attention.tpu", "rehyat_jax.attention.gpu", "rehyat_jax.attention.splash", "jax.experimental.pallas")
-print([name for name in sys.modules if name.startswith(kernels)])
+ours = tuple("rehyat_jax.attention." + name for name in ("tpu", "gpu", "splash"))
+print([name for name in sys.modules if name.startswith((*ours, "jax.experimental.pallas"))])
 """
 
 
