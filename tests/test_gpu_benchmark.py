@@ -1,6 +1,7 @@
 """The GPU benchmarks: everything but the GPU and its compiler."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -49,6 +50,14 @@ def test_what_is_wrong_or_fails_is_said_and_the_rest_goes_on(monkeypatch, capsys
     assert "| 1 | 4 | hybrid, scan, joint | failed |" in printed.out
     assert "| 1 | 4 | feature maps of query and key |" in printed.out
     assert "failed: implementation=scan, stabilizer=joint, causal=True: NotImplementedError: no such" in printed.err
+
+
+def test_without_pytorch_the_rest_is_measured(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    kinds = ("full", "torch", "maps")
+    rows = list(gpu.measure(1, 4, 2, ["scan"], full_by="xla", repeats=1, kinds=kinds))
+    assert [row.attention for row in rows] == ["full, xla", "feature maps of query and key"]
+    assert "attention=full, PyTorch: ModuleNotFoundError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error, right", [(0.01, True), (0.02, False), (float("nan"), False)])

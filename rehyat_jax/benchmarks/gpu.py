@@ -268,7 +268,7 @@ def measure(
         attend = functools.partial(softmax_attention, implementation=full_by)
         yield measurement(f"full, {full_by}", attend, qkv, full(products=2), full(products=7))
     if "torch" in kinds:
-        yield torch_measurement(heads, frames, qkv[0].shape, full, repeats)
+        yield from torch_measurement(heads, frames, qkv[0].shape, full, repeats)
     if "layer" in kinds:
         for implementation in implementations:
             attend, params = whole_layer(implementation, STABILIZERS[0], tokens_per_frame, heads)
@@ -285,23 +285,21 @@ def measure(
         yield measurement("feature maps of query and key", attend, [qkv[0], params], maps, 3 * maps)
 
 
-def torch_measurement(heads: int, frames: int, shape: tuple[int, ...], flops: Callable, repeats: int) -> Measurement:
-    """Full attention by PyTorch's `scaled_dot_product_attention`, with the kernel that it picks itself."""
-    import torch
+def torch_measurement(
+    heads: int, frames: int, shape: tuple[int, ...], flops: Callable, repeats: int
+) -> Iterator[Measurement]:
+    """Full attention by PyTorch's `scaled_dot_product_attention`, by the kernel that it picks; none without PyTorch."""
+    try:
+        import torch
+    except ImportError as error:
+        report_failure(dict(attention="full, PyTorch"), error)
+        return
 
-    name, (batch, tokens, _, head_dim) = "full, PyTorch", shape
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    batch, tokens, _, head_dim = shape
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     arrays = [torch.randn(batch, heads, tokens, head_dim, dtype=torch.bfloat16, device=device) for _ in range(3)]
     cotangent = torch.ones_like(arrays[0])
     attend = torch.nn.functional.scaled_dot_product_attention
-
-    def waited_for(run):
-        def call():
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        return milliseconds(call, repeats=repeats, jit=False)
 
     def forward():
         with torch.no_grad():
@@ -311,8 +309,22 @@ def torch_measurement(heads: int, frames: int, shape: tuple[int, ...], flops: Ca
         inputs = [array.detach().requires_grad_() for array in arrays]
         torch.autograd.grad(attend(*inputs), inputs, cotangent)
 
-    times = waited_for(forward), waited_for(forward_and_backward)
-    return Measurement(heads, frames, name, flops(products=2), flops(products=7), *times)
+    def waited_for(run):
+        def call():
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return call
+
+    times = []
+    try:
+        for run in (forward, forward_and_backward):
+            times.append(milliseconds(waited_for(run), repeats=repeats, jit=False))
+    except RuntimeError as error:
+        report_failure(dict(attention="full, PyTorch", heads=heads, frames=frames), error)
+    forward_ms, both_ms = [*times, None, None][:2]
+    yield Measurement(heads, frames, "full, PyTorch", flops(products=2), flops(products=7), forward_ms, both_ms)
 
 
 def whole_layer(implementation: str, stabilizer: str, tokens_per_frame: int, heads: int) -> tuple[Callable, Any]:
