@@ -106,7 +106,9 @@ def export_difference(student: WanTransformer, exported: Path) -> float:
     batch, key = next(held_out_batches(1))
     latents = jax.random.normal(key, batch["latents"].shape)
     timestep = jnp.linspace(1.0, 999.0, len(latents))
-    ours = np.asarray(student(latents, timestep, jnp.asarray(batch["text"])))
+    # PyTorch runs on the CPU; a GPU's default products of float32 arrays would be of less than that.
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(student(latents, timestep, jnp.asarray(batch["text"])))
 
     transformer = load_student(exported)
     with torch.no_grad():

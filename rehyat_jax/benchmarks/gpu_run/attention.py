@@ -25,4 +25,6 @@ def rows(sizes: Sizes, heads: str, implementations: str) -> Iterator[Row]:
             # Compilation takes longer than the calls.
             kinds=KINDS if number == 0 else ("full", "torch", "layer"),
         )
-        yield from map(dataclasses.asdict, measured)
+        for row in measured:
+            measured_all = row.forward_ms is not None and row.both_ms is not None
+            yield dataclasses.asdict(row) | {"tokens_per_frame": sizes.tokens_per_frame, "right": measured_all}

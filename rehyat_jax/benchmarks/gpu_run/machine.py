@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from rehyat_jax.benchmarks.gpu import milliseconds
 from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
 
-_PACKAGES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
+_PACKAGES = (
+    "nvidia-cudnn-cu13",
+    "nvidia-cudnn-cu12",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-runtime-cu12",
+    "torch",
+    "diffusers",
+)
 
 
 def rows(sizes: Sizes) -> Iterator[Row]:
@@ -36,8 +43,9 @@ def nvidia_smi() -> str | None:
     """Name, memory and driver of the GPU; None where there is none."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return run.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

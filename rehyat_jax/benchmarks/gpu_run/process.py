@@ -1,11 +1,13 @@
 """One section in a process of its own: python -m rehyat_jax.benchmarks.gpu_run.process NAME DEVICE [tiny].
 
-Writes lines of JSON to standard output: first what it runs on, then the rows. What a section itself prints goes to
-standard error.
+It writes lines of JSON to standard output. The first line describes the machine; every other line is a row. Other
+output of the section goes to standard error.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -23,14 +25,21 @@ def main(name: str, device: str, *tiny: str) -> None:
     def write(line: Any) -> None:
         print(json.dumps(line), file=lines, flush=True)
 
+    _end_with_parent()
     section = SECTIONS[name]
-    if section.beside or device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+    # Without a GPU that works, JAX would measure the CPU.
+    jax.config.update("jax_platforms", "cpu" if section.beside or device == "cpu" else "cuda,cpu")
     if tiny:
         jax.config.update("jax_disable_most_optimizations", True)  # there, all the time is compilation
     write(describe_environment())
     for row in section.rows(sizes_for(device, tiny=bool(tiny))):
         write(row)
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to kill this process when its parent dies, even by SIGKILL."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 if __name__ == "__main__":

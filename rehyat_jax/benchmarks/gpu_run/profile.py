@@ -1,4 +1,4 @@
-"""Which kernels a program's time goes to, from JAX's profiler."""
+"""Times a program's kernels with JAX's profiler."""
 
 import re
 import tempfile
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 MOST = 15
-"""Kernels that are told apart; the others are one row."""
+"""Number of kernels with a row of their own. One more row sums the others."""
 
 
 def kernel_times(run: Callable[[], Any], hlo: str) -> Iterator[dict[str, Any]]:

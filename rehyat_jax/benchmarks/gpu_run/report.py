@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rehyat_jax.benchmarks.gpu import data_sheet_tflops
 from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, RUNNING
-from rehyat_jax.benchmarks.gpu_run.targets import DATA_SHEET_TFLOPS, targets
-
-Sections = dict[str, Any]
+from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS
+from rehyat_jax.benchmarks.gpu_run.targets import Sections, targets
 
 
 def render(sections: Sections, on_cpu: Sections) -> str:
@@ -16,6 +16,8 @@ def render(sections: Sections, on_cpu: Sections) -> str:
       sections: as `results.Results` keeps them.
       on_cpu: those of a run on a CPU, for the demo's metrics; may be empty.
     """
+    order = [*(name for name in SECTIONS if name in sections), *sorted(sections.keys() - SECTIONS.keys())]
+    sections = {name: sections[name] for name in order}
     parts = [
         _opening(sections),
         _targets(sections),
@@ -64,15 +66,15 @@ def _yes(right: bool) -> str:
 
 def _opening(sections: Sections) -> str:
     machine = first_row(sections, "machine")
-    about = next(iter(sections.values()), {})
-    environment = sections.get("machine", about).get("environment", "unknown hardware")
-    lines = [f"# Measured on a GPU\n\nDate: {about.get('date', 'unknown')}. Machine: {environment}."]
+    about = next((section for name, section in sections.items() if name in SECTIONS and not SECTIONS[name].beside), {})
+    lines = ["# Measured on a GPU\n"]
+    lines.append(f"Date: {about.get('date', 'unknown')}. Machine: {about.get('environment', 'unknown')}.")
     if machine:
         libraries = [f"{name} {version}" for name, version in machine["libraries"].items()]
         lines.append(f"{', '.join([machine['accelerator'], *libraries])}.")
         lines.append(
             f"A bfloat16 product of {machine['product_side']}^3 runs at **{machine['peak_tflops']:.0f} TFLOP/s**, a "
-            f"copy at **{machine['copy_tb_s']:.2f} TB/s** (read and written). Shares of the peak are of that product."
+            f"copy at **{machine['copy_tb_s']:.2f} TB/s** (read and written). Shares in brackets are of that product."
         )
     return "\n".join(lines) + f"\n\n{_HOW_TO}"
 
@@ -80,8 +82,7 @@ def _opening(sections: Sections) -> str:
 _HOW_TO = """\
 To make this page on a machine with an NVIDIA GPU, in 8 minutes:
 
-    python -m rehyat_jax.benchmarks.gpu_run --json docs/measurements/NAME.json
-    python -m rehyat_jax.benchmarks.gpu_run --render docs/measurements/NAME.json --out docs/gpu.md
+    python -m rehyat_jax.benchmarks.gpu_run --json docs/measurements/NAME.json --out docs/gpu.md
 
 - `--only NAME ...` measures some sections again and keeps the file's others.
 - `--cpu-results FILE` compares the demo with a run of `--only demo --device cpu`.
@@ -93,7 +94,7 @@ def _targets(sections: Sections) -> str:
     found = targets(sections)
     if not found:
         return ""
-    rows = [(name, f"{bound:g}", _number(value), _yes(met)) for name, bound, value, met in found]
+    rows = [(name, bound, _number(value) or "failed", _yes(met)) for name, bound, value, met in found]
     return "## Targets\n\n" + _table(("target", "bound", "measured", "met"), rows)
 
 
@@ -118,8 +119,9 @@ def _correctness(sections: Sections) -> str:
         )
     head = ("implementation", "stabilizer", "linear keys", "output", "largest of all", "right")
     return (
-        "## Is it right?\n\nLargest error over largest value against the float64 reference, in bfloat16: the output, "
-        "all gradients, and for a video in two parts the state. Right is below 2^-6.\n\n" + _table(head, cells)
+        "## Is it right?\n\nEach figure is the largest error divided by the largest reference value. Inputs are "
+        "bfloat16; the reference is float64. A case is right if its output, all gradients and, for a video in two "
+        "parts, its state are below 2^-6.\n\n" + _table(head, cells)
     )
 
 
@@ -140,6 +142,8 @@ def _attention(sections: Sections) -> str:
                 full = next((other[f"{direction}_ms"] for other in same if other["attention"].startswith("full")), None)
                 torch = next((x[f"{direction}_ms"] for x in same if x["attention"] == "full, PyTorch"), None)
                 share = f" ({rate / peak:.0%})" if rate and peak else ""
+                if not row["attention"].startswith(("full", "layer", "hybrid")):
+                    full = torch = None  # a part of a layer
                 cell += [
                     _number(took) or "failed",
                     _ratio(full, took),
@@ -150,12 +154,13 @@ def _attention(sections: Sections) -> str:
     directions = [
         f"{direction}{of}"
         for direction in ("forward", "forward + backward")
-        for of in (", ms", ": cuDNN full / this", ": PyTorch full / this", ", TFLOP/s")
+        for of in (", ms", ": full / this", ": PyTorch full / this", ", TFLOP/s")
     ]
+    tokens = rows_of(sections, names[0])[0]["tokens_per_frame"]
     return (
-        "## One attention layer\n\nBfloat16, 1560 tokens a frame (480x832), chunks of 3 frames, 1 of overlap, 256 "
-        'features. A "layer" computes its feature maps, and their gradients; "hybrid" is given the features.\n\n'
-        + _table(("heads", "frames", "attention", *directions), cells)
+        f"## One attention layer\n\nBfloat16, {tokens} tokens a frame, chunks of 3 latent frames, 1 of "
+        'overlap, 256 features. A "layer" computes its feature maps, and their gradients; "hybrid" is given the '
+        "features.\n\n" + _table(("heads", "latent frames", "attention", *directions), cells)
     )
 
 
@@ -164,7 +169,7 @@ def _train_steps(sections: Sections) -> str:
     steps = {name: row for name, row in steps.items() if row}
     if not steps:
         return ""
-    peak = first_row(sections, "machine").get("peak_tflops")
+    product = first_row(sections, "machine").get("peak_tflops")
     plans = {row["section"]: row for row in rows_of(sections, "plan")}
     softmax = steps.get("train_softmax", {}).get("milliseconds")
     cells = []
@@ -172,16 +177,16 @@ def _train_steps(sections: Sections) -> str:
         plan, took = plans.get(name, {}), row["milliseconds"]
         rate = row["model_tflop"] / took * 1e3
         done = (row["model_tflop"] + row["recomputed_tflop"]) / took * 1e3
+        peak = data_sheet_tflops(sections[name].get("environment", ""))
         low, high = plan.get("seconds_low"), plan.get("seconds_high")
         cells.append(
             (
                 step_name(row),
                 f"{took:.0f}",
-                _ratio(softmax, took),
+                "" if row["stage"] == "distill" else _ratio(softmax, took),
                 f"{rate:.0f}",
                 f"{rate / peak:.0%}" if peak else "",
-                f"{rate / DATA_SHEET_TFLOPS:.0%}",
-                f"{done / peak:.0%}" if peak else "",
+                f"{done / product:.0%}" if product else "",
                 _gib(row["peak_bytes"]),
                 _gib(plan.get("peak_bytes")),
                 f"{1e3 * low:.0f} to {1e3 * high:.0f}" if low else "",
@@ -194,19 +199,18 @@ def _train_steps(sections: Sections) -> str:
         "softmax / this",
         "model TFLOP/s",
         "MFU",
-        "MFU of the data sheet",
-        "with recomputation",
+        "all FLOPs / measured product",
         "peak GiB",
         "planned GiB",
         "planned ms",
         "compiled in s",
     )
+    row = next(iter(steps.values()))
     return (
-        "## One train step of Wan2.1 1.3B\n\n480x832, 81 frames, one video, random weights; float32 parameters, "
-        "AdamW, an average of the parameters in stage 2; medians of 3 steps. MFU is model FLOPs over the measured "
-        f"peak, or over the {DATA_SHEET_TFLOPS} TFLOP/s of the data sheet. With recomputation: all FLOPs that are "
-        "done, over the measured peak. Planned: `rehyat_jax.plan` for the same step on one such GPU.\n\n"
-        + _table(head, cells)
+        f"## One train step of {row['model']}\n\nOne video with latents of {'x'.join(map(str, row['latents']))}, "
+        "random weights. Parameters are float32, the optimizer is AdamW, and stage 2 keeps an average of the "
+        "parameters. MFU is model FLOPs over the data sheet's peak. All FLOPs include recomputation. Planned: "
+        "`rehyat_jax.plan` for the same step on one such GPU.\n\n" + _table(head, cells)
     )
 
 
@@ -239,7 +243,10 @@ def _sampling(sections: Sections) -> str:
             )
         )
     head = ("latent frames", "model", "ms", "softmax / this", "diffusers / this", "TFLOP/s", "temporary GiB")
-    text = "## One sampling step of Wan2.1 1.3B\n\nGuidance (batch 2), 480x832, bfloat16, random weights."
+    text = (
+        "## One sampling step\n\nOne evaluation with guidance (batch 2) in bfloat16, with random weights. PyTorch runs "
+        "without `torch.compile`."
+    )
     if difference := next((row[key] for row in rows if (key := "rms_difference_from_ours") in row), None):
         text += (
             f" diffusers' `WanTransformer3DModel` has the same weights; its velocity differs from ours by "
@@ -307,7 +314,9 @@ def _kernels(sections: Sections) -> str:
         title = f"{step_name(first_row(sections, name))}: {total:.0f} ms in kernels"
         text.append(f"<details><summary>{title}</summary>\n\n{table}\n\n</details>")
     return (
-        "\n\n".join(["## Where the time of a train step goes\n\nFrom JAX's profiler, one step each.", *text])
+        "\n\n".join(
+            ["## Where the time of a train step goes\n\nFrom JAX's profiler, one step each, copies included.", *text]
+        )
         if text
         else ""
     )

@@ -13,12 +13,13 @@ COMPLETE, RUNNING, CUT_OFF, FAILED, SKIPPED = "complete", "running", "cut off", 
 
 
 class Results:
-    """Sections by name: {"status", "date", "environment", "seconds", "rows", "error"}; the file is always up to date.
+    """Sections by name, in a file that is rewritten with every change.
 
-    A "note" may be added to a section by hand; the report shows it.
+    A section is {"status", "date", "environment", "seconds", "rows", "error"}. The report also shows a "note" that
+    somebody added by hand.
 
     Args:
-      path: an existing file's other sections stay in it.
+      path: the file; the sections of an existing one stay until they are started again.
     """
 
     def __init__(self, path: Path):
@@ -26,14 +27,24 @@ class Results:
         self.sections = read_results(path) if path.exists() else {}
         self._lock = threading.Lock()
 
-    def update(self, name: str, **fields: Any) -> None:
-        """Sets fields of a section and rewrites the file."""
+    def has_rows(self, name: str) -> bool:
+        """Whether a section has results already."""
+        return bool(self.sections.get(name, {}).get("rows"))
+
+    def start(self, name: str, **fields: Any) -> None:
+        """Replaces a section by one without rows."""
         with self._lock:
-            self.sections.setdefault(name, {}).update(fields)
+            self.sections[name] = {"status": RUNNING, "rows": [], **fields}
+            self._write()
+
+    def update(self, name: str, **fields: Any) -> None:
+        """Sets fields of a section."""
+        with self._lock:
+            self.sections[name].update(fields)
             self._write()
 
     def add_row(self, name: str, row: Any) -> None:
-        """Appends a row to a section and rewrites the file."""
+        """Appends a row to a section."""
         with self._lock:
             self.sections[name]["rows"].append(row)
             self._write()
@@ -55,5 +66,5 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def is_right(section: dict[str, Any]) -> bool:
-    """Whether a section is complete and none of its rows says that something is wrong."""
+    """True if the section is complete and no row has a false "right"."""
     return section["status"] == COMPLETE and all(row.get("right", True) for row in section["rows"])

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, CUT_OFF, FAILED, RUNNING, SKIPPED, Results, is_right
+from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, CUT_OFF, FAILED, SKIPPED, Results, is_right
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS, Section
 
 LEAST_SECONDS = 15
@@ -21,23 +21,30 @@ LEAST_SECONDS = 15
 
 
 def run_sections(names: list[str], results: Results, *, budget: float, device: str, tiny: bool) -> None:
-    """Runs the sections one after another, those that need no GPU beside them, until the budget is spent."""
+    """Runs the sections one after another until the budget is spent; those that need no GPU run next to them.
+
+    A section that is skipped keeps the rows of an earlier run.
+    """
     start = time.monotonic()
     arguments = [device, *(["tiny"] if tiny else [])]
     processes: set[subprocess.Popen] = set()
 
     def run(name: str) -> None:
-        section, left = SECTIONS[name], budget - (time.monotonic() - start)
-        if left < LEAST_SECONDS:
-            results.update(name, status=SKIPPED, rows=[], error="the budget was spent")
+        section, used = SECTIONS[name], time.monotonic() - start
+        reason = None
+        if budget - used < LEAST_SECONDS:
+            reason = "the budget was spent"
+        elif section.requires in results.sections and not is_right(results.sections[section.requires]):
+            reason = f"{section.requires} is not right"
+        if reason:
+            print(f"== {name}: skipped, {reason}", flush=True)
+            if not results.has_rows(name):
+                results.start(name, status=SKIPPED, error=reason)
             return
-        if section.requires in results.sections and not is_right(results.sections[section.requires]):
-            results.update(name, status=SKIPPED, rows=[], error=f"{section.requires} is not right")
-            return
-        print(f"== {name}: {time.monotonic() - start:.0f} of {budget:.0f} seconds used", flush=True)
-        _run_section(name, section, min(section.seconds, left), arguments, results, processes)
+        print(f"== {name}: {used:.0f} of {budget:.0f} seconds used", flush=True)
+        _run_section(name, section, min(section.seconds, budget - used), arguments, results, processes)
 
-    with _ended_with_this_process(processes), ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as beside, _ended_with_this_process(processes):
         futures = [beside.submit(run, name) for name in names if SECTIONS[name].beside]
         for name in names:
             if not SECTIONS[name].beside:
@@ -51,8 +58,19 @@ def _run_section(
 ) -> None:
     """Runs one section and keeps its rows as they come."""
     started = time.monotonic()
-    results.update(name, status=RUNNING, date=datetime.date.today().isoformat(), rows=[])
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(section.memory_fraction)}
+    results.start(name, date=datetime.date.today().isoformat())
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": str(section.memory_fraction),
+        # The last line of an error is then the error, and not a remark on frames that were left out.
+        "JAX_TRACEBACK_FILTERING": "off",
+    }
+    environment.pop("XLA_CLIENT_MEM_FRACTION", None)  # jaxlib refuses both
+    was_cut = threading.Event()
+
+    def cut() -> None:
+        was_cut.set()
+        kill(process)
+
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         # A session of its own, so that what the section starts ends with it.
         process = subprocess.Popen(
@@ -64,46 +82,46 @@ def _run_section(
             start_new_session=True,
         )
         processes.add(process)
-        timer = threading.Timer(limit, kill, [process])
+        timer = threading.Timer(limit, cut)
+        timer.daemon = True
         timer.start()
-        for number, line in enumerate(process.stdout):
-            if not line.endswith("\n"):
-                break  # cut off while it was written
-            if number == 0:
-                results.update(name, environment=json.loads(line))
-                continue
-            row = json.loads(line)
-            results.add_row(name, row)
-            print(f"{name}: {line.strip()[:300]}", flush=True)
-        code, was_cut = process.wait(), not timer.is_alive()
-        timer.cancel()
-        processes.discard(process)
-        status = COMPLETE if code == 0 else CUT_OFF if was_cut else FAILED
+        try:
+            for number, line in enumerate(process.stdout):
+                if not line.endswith("\n"):
+                    break  # cut off while it was written
+                if number == 0:
+                    results.update(name, environment=json.loads(line))
+                    continue
+                results.add_row(name, json.loads(line))
+                print(f"{name}: {line.strip()[:300]}", flush=True)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            processes.discard(process)
+        status = COMPLETE if code == 0 else CUT_OFF if was_cut.is_set() else FAILED
         results.update(name, status=status, seconds=round(time.monotonic() - started, 1))
         if code:
             log.seek(0)
             error = log.read()[-4000:]
             results.update(name, error=error)
-            print(
-                f"{name}: {status} after {time.monotonic() - started:.0f} seconds\n{error}", file=sys.stderr, flush=True
-            )
+            print(f"{name}: {status}\n{error}", file=sys.stderr, flush=True)
 
 
 def command(name: str, section: Section, arguments: list[str]) -> list[str]:
-    """What runs a section."""
+    """The command line of a section's process."""
     measure = [sys.executable, "-m", f"{__package__}.process", name, *arguments]
     return ["nice", "-n", "19", *measure] if section.beside else measure
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Ends a process and what it started."""
+    """Ends a process and everything that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def _ended_with_this_process(processes: set[subprocess.Popen]) -> Iterator[None]:
-    """Where this process is stopped, so are the sections; what they have yielded is in the file."""
+    """Kills all sections when this process is stopped. The file already holds their rows."""
 
     def stop(*_) -> None:
         for process in list(processes):

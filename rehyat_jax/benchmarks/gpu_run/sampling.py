@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rehyat_jax.benchmarks.gpu_run.random_arrays import filled
+from rehyat_jax.benchmarks.gpu_run.random_arrays import abstract_params, random_params
 from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.flops import forward_flops
@@ -22,10 +22,10 @@ GUIDED = 2
 
 
 def rows(sizes: Sizes) -> Iterator[Row]:
-    """The short video by all three, then the long one by both of ours; times are of one evaluation of the model."""
+    """Rows of the short video (hybrid, softmax), the long one, and diffusers; times are for one model evaluation."""
     softmax = WAN_PRESETS[sizes.preset]
     hybrid = softmax.replace(hybrid_blocks="all")
-    params = filled(_on_device(_abstract(hybrid)))
+    params = random_params(abstract_params(hybrid))
     # A softmax model has the same parameters but for the feature maps.
     without_maps = {name: tree for name, tree in params.items() if name != "feature_maps"}
     inputs = _inputs(sizes, softmax, sizes.latents[0])
@@ -33,19 +33,11 @@ def rows(sizes: Sizes) -> Iterator[Row]:
     yield row
     velocity, row = _step(softmax, without_maps, inputs, sizes.repeats)
     yield row
-    yield _diffusers_step(softmax, without_maps, inputs, velocity, sizes)
     long = _inputs(sizes, softmax, sizes.long_frames)
     yield _step(hybrid, params, long, sizes.repeats)[1]
     yield _step(softmax, without_maps, long, 1)[1]
-
-
-def _abstract(config: WanConfig) -> Any:
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))))
-
-
-def _on_device(abstract: Any) -> Any:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract)
+    # Last: whatever fails in PyTorch costs no other row.
+    yield _diffusers_step(softmax, without_maps, inputs, velocity, sizes)
 
 
 def _inputs(sizes: Sizes, config: WanConfig, frames: int) -> dict[str, jax.Array]:

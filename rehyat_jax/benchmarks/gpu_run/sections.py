@@ -21,9 +21,9 @@ class Sizes:
       frames: latent frames of the attention's videos, in order of value.
       tokens_per_frame: of the attention's videos.
       small_heads, large_heads: of 1.3B's and 14B's attention.
-      implementations: of hybrid attention, those timed.
-      checked: of hybrid attention, those compared with the reference.
-      kernels: of hybrid attention, this project's own GPU kernels; in sections of their own, as a kernel may hang.
+      implementations: implementations of hybrid attention to time.
+      checked: implementations of hybrid attention to compare with the reference.
+      kernels: this project's own GPU kernels, timed and compared in sections of their own, because a kernel may hang.
       repeats: timed calls of each; the median counts.
       topology: what `plan` plans for, one video on each of its devices; None for one of the GPU in use.
       planned: the sections that are planned; None for all train steps.
@@ -98,8 +98,8 @@ class Section:
       seconds: after so many it is cut off; what it has yielded is kept.
       arguments: of `rows`.
       memory_fraction: the share of the GPU's memory that JAX takes; PyTorch needs the rest.
-      beside: whether it needs no GPU, so that it runs beside the others from the start.
-      requires: a section that must be right, or not have been run, for this one to be of any use.
+      beside: whether it needs no GPU, so that it runs next to the others from the start.
+      requires: this section is skipped if that section has run and is not right.
     """
 
     module: str
@@ -126,7 +126,7 @@ def _train(stage: str, hybrid: float, seconds: float = 80, remat: str = "block",
 def _attention(heads: str, implementations: str, seconds: float) -> Section:
     arguments = {"heads": heads, "implementations": implementations}
     requires = _KERNELS_CHECK if implementations == "kernels" else None
-    return Section("attention", seconds, arguments, memory_fraction=0.5, requires=requires)
+    return Section("attention", seconds, arguments, memory_fraction=0.75, requires=requires)
 
 
 SECTIONS: dict[str, Section] = {

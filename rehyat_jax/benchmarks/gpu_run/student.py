@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.attention import FeatureMapConfig
+from rehyat_jax.benchmarks.gpu_run.random_arrays import abstract_params, random_params
 from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
 from rehyat_jax.models.wan.config import HybridConfig, WanConfig
-from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.weights import load_wan, save_model
 from rehyat_jax.weights.conversion import convert_to_torch
 
@@ -47,7 +46,8 @@ def rows(sizes: Sizes) -> Iterator[Row]:
         transformer = load_student(folder, torch_dtype=dtype).to(device)
         tensor = lambda array: torch.tensor(array, device=device)
         inputs = tensor(latents).permute(0, 4, 1, 2, 3).to(dtype), tensor(timestep), tensor(text).to(dtype)
-        with torch.no_grad():
+        # The patch embedding is a convolution, which cuDNN computes in TF32 by default.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return transformer(*inputs).sample.permute(0, 2, 3, 4, 1).float().cpu().numpy()
 
     def run_jax(model: Path, dtype: jnp.dtype, implementation: str | None) -> np.ndarray:
@@ -58,7 +58,7 @@ def rows(sizes: Sizes) -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         model, exported = Path(folder) / "model", Path(folder) / "exported"
-        save_model(model, STUDENT, random_params(STUDENT), codec="wan_vae", text_encoder="umt5")
+        save_model(model, STUDENT, random_params(abstract_params(STUDENT)), codec="wan_vae", text_encoder="umt5")
         convert_to_torch(model, exported, "diffusers")
         with jax.default_matmul_precision("highest"):
             exact = run_jax(model, jnp.float32, "reference")
@@ -68,16 +68,3 @@ def rows(sizes: Sizes) -> Iterator[Row]:
         ours, theirs = error(run_jax(model, jnp.bfloat16, None)), error(run_torch(exported, torch.bfloat16))
         # Both round alike; a mistake would be of the velocity's own size, which is about 1.
         yield {"dtype": "bfloat16", "jax_error": ours, "torch_error": theirs, "right": max(ours, theirs) < 0.05}
-
-
-def random_params(config: WanConfig) -> dict[str, Any]:
-    """Every parameter random: zeros and ones, as at the start of training, hide errors."""
-    rng = np.random.default_rng(0)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        noise = rng.standard_normal(leaf.shape, np.float32)
-        kind = path[-1].key
-        return noise / leaf.shape[-2] ** 0.5 if kind == "kernel" else 0.2 * noise + (kind == "scale")
-
-    abstract = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
-    return jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(nnx.split(abstract)[1]))

@@ -28,6 +28,8 @@ def diffusers_transformer(
             transformed = jax.block_until_ready(row.transform.to_torch(part))
             with torch.no_grad():
                 tensors.pop(name).copy_(torch.from_dlpack(transformed))
+            if device == "cuda":
+                torch.cuda.synchronize()  # JAX may use that memory again at once
     if tensors:
         raise ValueError(f"parameters of diffusers' model without a value: {sorted(tensors)}")
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ import jax
 
 from rehyat_jax.benchmarks.gpu_run.cases import train_case
 from rehyat_jax.benchmarks.gpu_run.profile import kernel_times
-from rehyat_jax.benchmarks.gpu_run.random_arrays import filled
+from rehyat_jax.benchmarks.gpu_run.random_arrays import random_arrays
 from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning.train_step import abstract_step
@@ -34,10 +34,11 @@ def rows(sizes: Sizes, **case: Any) -> Iterator[Row]:
         step = abstract.step.lower(abstract.state, abstract.context, abstract.batch).compile()
         compile_seconds = time.perf_counter() - start
         memory = step.memory_analysis()
-        state, context = filled(abstract.state), filled(abstract.context)
+        state, context = random_arrays(abstract.state), random_arrays(abstract.context)
         # Second moments are not negative.
-        state["opt_state"] = jax.tree.map(abs, state["opt_state"])
-        batch = filled(abstract.batch, scale=1.0)
+        absolute = jax.jit(lambda tree: jax.tree.map(abs, tree), donate_argnums=0)
+        state["opt_state"] = absolute(state["opt_state"])
+        batch = random_arrays(abstract.batch, scale=1.0)
 
         seconds = []
         for _ in range(WARM_UP_STEPS + STEPS):
@@ -47,6 +48,8 @@ def rows(sizes: Sizes, **case: Any) -> Iterator[Row]:
         milliseconds = 1e3 * statistics.median(seconds[WARM_UP_STEPS:])
         yield {
             "stage": case["stage"],
+            "model": sizes.preset,
+            "latents": latents,
             "hybrid_blocks": len(wan.hybrid_block_indices),
             "blocks": wan.num_layers,
             "remat": config.remat,
