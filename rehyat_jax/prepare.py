@@ -20,7 +20,7 @@ from rehyat_jax.preparation.latent_files import prepare_latent_files
 from rehyat_jax.preparation.trajectories import prepare_trajectories
 from rehyat_jax.preparation.units import STORED, Hosts
 from rehyat_jax.preparation.videos import Size, prepare_videos
-from rehyat_jax.sampling_options import add_sampling_options, number
+from rehyat_jax.sampling_options import SamplingOptions, number
 
 LATENTS, TRAJECTORIES = "latents", "teacher-trajectories"
 
@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
         option("--prompts", type=Path, required=True, help="text file, one prompt a line")
         option("--noises", type=count, default=1, help="trajectories of each prompt" + default)
         option("--keep", type=count, default=8, help="examples of each trajectory" + default)
-        add_sampling_options(parser)
+        SamplingOptions.add_to(parser)
     elif command == LATENTS:
         option("--codec", required=True, help="that made the latents; the model to be trained must name it too")
         option("--text-encoder", required=True, help="that made the text; the same holds")
@@ -89,7 +89,7 @@ def run(command: str, arguments: argparse.Namespace) -> str:
     common = dict(dtype=arguments.store, unit=arguments.unit, hosts=Hosts(arguments.host, arguments.num_hosts))
     if command == TRAJECTORIES:
         options = dict(prompts=arguments.prompts, noises=arguments.noises, keep=arguments.keep)
-        return prepare_trajectories(*places, arguments, **options, **common)
+        return prepare_trajectories(*places, SamplingOptions.from_arguments(arguments), **options, **common)
     names = dict(codec=arguments.codec, text_encoder=arguments.text_encoder)
     if command == LATENTS:
         return prepare_latent_files(*places, **names, **common)

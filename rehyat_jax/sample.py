@@ -15,7 +15,7 @@ import numpy as np
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.diffusion.generate import generate, initial_noise
 from rehyat_jax.errors import InputError
-from rehyat_jax.sampling_options import add_sampling_options, open_model, solver_options
+from rehyat_jax.sampling_options import SamplingOptions, open_model
 from rehyat_jax.video import write_video
 
 WATCHABLE_HEIGHT = 240
@@ -28,25 +28,26 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     Raises:
       InputError: the checkpoint, the size, the prompt or the output's place is wrong.
     """
-    files = output_files(arguments.out, arguments.batch)
-    opened = open_model(arguments.checkpoint, arguments)
+    options = SamplingOptions.from_arguments(arguments)
+    files = output_files(arguments.out, options.batch)
+    opened = open_model(arguments.checkpoint, options)
     with opened.on_mesh():
         videos = generate(
             opened.load(),
             opened.codec,
             opened.text_encoder,
-            [arguments.prompt] * arguments.batch,
-            initial_noise(arguments.seed, arguments.batch, opened.latent_shape),
-            negative_prompt=arguments.negative_prompt,
+            [arguments.prompt] * options.batch,
+            initial_noise(options.seed, options.batch, opened.latent_shape),
+            negative_prompt=options.negative_prompt,
             progress=True,
-            **solver_options(arguments),
+            **options.solver,
         )
 
     videos = np.asarray(videos)
     if not np.isfinite(videos).all():
         raise InputError(
             f"{arguments.checkpoint}: expected finite videos, found NaN or infinity; the model's training may have "
-            f"diverged, or --guidance-scale {arguments.guidance_scale} is too large"
+            f"diverged, or --guidance-scale {options.guidance_scale} is too large"
         )
 
     scale = max(1, WATCHABLE_HEIGHT // videos.shape[2])
@@ -82,7 +83,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--checkpoint", type=Path, required=True, help="model checkpoint, or PyTorch folder of either layout")
     option("--prompt", required=True, help="what to show")
     option("--out", type=Path, required=True, help="the .mp4 file; with --batch, a number is added to its name")
-    add_sampling_options(parser)
+    SamplingOptions.add_to(parser)
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,5 @@
 """A teacher's way from noise to videos, kept at a few steps: what stage 1 can learn from without any video."""
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rehyat_jax.diffusion.generate import generate_latents, initial_noise
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
-from rehyat_jax.sampling_options import open_model, solver_options
+from rehyat_jax.sampling_options import SamplingOptions, open_model
 
 SAMPLED_BYTES = 2**16
 """Of a model's file at either end, by which it is known; all of it would take minutes."""
@@ -21,7 +20,7 @@ SAMPLED_BYTES = 2**16
 def prepare_trajectories(
     checkpoint: Path,
     destination: Path,
-    arguments: argparse.Namespace,
+    sampling: SamplingOptions,
     *,
     prompts: Path,
     noises: int,
@@ -32,13 +31,14 @@ def prepare_trajectories(
 ) -> str:
     """Fills `destination` with latents that the model of a checkpoint meets while it samples; see `prepare`.
 
-    Trajectory i starts from noise i, which depends on the seed and i alone, and belongs to one of the prompts in turn.
-    Of its steps, one in each of `keep` equal parts is kept, all at one place in their parts, which is drawn for every
-    trajectory. An example is what the model sees there: noisy latents, the timestep and the prompt's embedding.
+    Trajectory i starts from noise i, which depends only on the seed and i. Prompts take turns. The trajectory's steps
+    are divided into `keep` equal intervals, and one step of each is stored, always at the same relative position. That
+    position is drawn at random for every trajectory. An example is what the model sees at a stored step: noisy latents,
+    the timestep and the prompt's embedding.
 
     Args:
       checkpoint: the teacher, a model checkpoint or a PyTorch folder.
-      arguments: see `rehyat_jax.sampling_options.add_sampling_options`; `batch` trajectories are sampled at once.
+      sampling: how the teacher samples, `batch` trajectories at once.
       prompts: a file with one prompt a line.
       noises: trajectories of each prompt.
       keep: examples of each trajectory.
@@ -48,17 +48,17 @@ def prepare_trajectories(
     Raises:
       InputError: the checkpoint, the prompts, an option or the destination is wrong.
     """
-    if keep > arguments.steps:
-        raise InputError(f"--keep {keep}: expected at most as many as --steps {arguments.steps}; lower it")
+    if keep > sampling.steps:
+        raise InputError(f"--keep {keep}: expected at most as many as --steps {sampling.steps}; lower it")
     lines = read_prompts(prompts)
-    opened = open_model(checkpoint, arguments)
+    opened = open_model(checkpoint, sampling)
     embeddings = {line: opened.text_encoder([line])[0] for line in lines}
     null_text = opened.text_encoder([""])[0]
-    negative_text = opened.text_encoder([arguments.negative_prompt])[0]
+    negative_text = opened.text_encoder([sampling.negative_prompt])[0]
     options = {
-        **solver_options(arguments),
-        **{"negative_prompt": arguments.negative_prompt, "seed": arguments.seed, "compute_dtype": arguments.dtype},
-        **{"batch": arguments.batch, "keep": keep, "dtype": dtype, "model": fingerprint(checkpoint)},
+        **sampling.solver,
+        **{"negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "compute_dtype": sampling.dtype},
+        **{"batch": sampling.batch, "keep": keep, "dtype": dtype, "model": fingerprint(checkpoint)},
         "latents_shape": opened.latent_shape,
     }
     inputs = lines * noises
@@ -68,12 +68,12 @@ def prepare_trajectories(
     def fill(writer: UnitWriter, numbers: range, progress: tqdm) -> None:
         nonlocal model
         model = model or opened.load()
-        for start in range(0, len(numbers), arguments.batch):
-            batch = list(numbers[start : start + arguments.batch])
+        for start in range(0, len(numbers), sampling.batch):
+            batch = list(numbers[start : start + sampling.batch])
             # A batch that is not full would compile again.
-            padded = batch + batch[-1:] * (arguments.batch - len(batch))
+            padded = batch + batch[-1:] * (sampling.batch - len(batch))
             text = np.stack([embeddings[inputs[number]] for number in padded])
-            kept = [kept_steps(arguments.seed, number, arguments.steps, keep) for number in batch]
+            kept = [kept_steps(sampling.seed, number, sampling.steps, keep) for number in batch]
 
             def store(step: int, at: Coefficients, latents, batch=batch, kept=kept, text=text) -> None:
                 rows = [row for row, steps in enumerate(kept) if step in steps]
@@ -92,9 +92,9 @@ def prepare_trajectories(
                 model,
                 text,
                 np.stack([negative_text] * len(padded)),
-                initial_noise(arguments.seed, padded, opened.latent_shape),
+                initial_noise(sampling.seed, padded, opened.latent_shape),
                 on_step=store,
-                **solver_options(arguments),
+                **sampling.solver,
             )
             progress.update(len(batch))
 
