@@ -14,7 +14,7 @@ Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip; all of this planned, none of
 With all blocks hybrid (--config.hybrid.blocks=all) 8.0 of 15.75 GiB a chip, 3.0 to 5.0 seconds a step, 13 to 22
 chip-hours; with --config.remat=attention too 11.2 GiB, 2.8 to 4.7 seconds, 12 to 21 chip-hours.
 On v5p-8 (`v5p:2x2x1`) 28.9 of 95.74 GiB, 13.0 to 21.2 seconds (all hybrid: 5.2 to 8.4); on 8 H100 or H200 (`h100:8`)
-28.1 GiB of the 59 that JAX takes of an H100, 2.2 to 5.6 seconds (all hybrid: 1.4 to 3.4).
+28.1 GiB of the 59 that JAX takes of an H100, 2.2 to 5.6 seconds (all hybrid: 1.4 to 3.5).
 """
 
 from rehyat_jax.training.config import default_config

@@ -84,9 +84,11 @@ def hybrid_attention(
         initial_state=initial_state,
         return_state=return_state,
     )
+    backend = choose_backend(request, implementation)
+    backend.check(request)
     if initial_state is not None or return_state:
         _check_streaming(request)
-    output, final_state = choose_backend(request, implementation)(request)
+    output, final_state = backend(request)
     return (output, final_state) if return_state else output
 
 

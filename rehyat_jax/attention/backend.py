@@ -98,12 +98,16 @@ class Backend:
     video_sums: Callable[..., tuple[LinearState, LinearState]] = _sums_by_xla
 
     def __call__(self, request: Request) -> tuple[jax.Array, HybridState | None]:
-        """Runs the backend. Raises ValueError if it cannot do what is asked for."""
+        """Runs the backend. Raises ValueError if it cannot do the request."""
+        self.check(request)
+        return self.run(request if self.takes_inline_features else request.with_arrays())
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError if the backend cannot do the request."""
         if not self.keeps_state and (request.initial_state is not None or request.return_state):
             raise ValueError(f'implementation "{self.name}" keeps no state: use "scan" or "xla" to continue a video')
         if problem := self.why_not(request):
             raise ValueError(f'implementation "{self.name}" cannot do this: {problem}')
-        return self.run(request if self.takes_inline_features else request.with_arrays())
 
 
 _MODULES = {
