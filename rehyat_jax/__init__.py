@@ -1,6 +1,14 @@
 """Recurrent hybrid attention (ReHyAt) for video diffusion transformers, in JAX."""
 
-from rehyat_jax.attention import FeatureMap, FeatureMapConfig, HybridState, hybrid_attention, softmax_attention
+from rehyat_jax.attention import (
+    FeatureMap,
+    FeatureMapConfig,
+    HybridState,
+    hybrid_attention,
+    hybrid_attention_weights,
+    interpreted_tpu,
+    softmax_attention,
+)
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.weights import load_wan
@@ -15,6 +23,8 @@ __all__ = [
     "WanTransformer",
     "apply_model",
     "hybrid_attention",
+    "hybrid_attention_weights",
+    "interpreted_tpu",
     "load_wan",
     "softmax_attention",
 ]

@@ -38,7 +38,7 @@ from rehyat_jax.training.setup import calibration_batch, check_data, initial_mod
 from rehyat_jax.training.stages import STAGES, assemble
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
 from rehyat_jax.training.trouble import next_batch, report_divergence
-from rehyat_jax.weights.model_checkpoint import check_replaceable, save_model
+from rehyat_jax.weights.model_checkpoint import check_params, check_replaceable, save_model
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None) -> Path:
@@ -102,6 +102,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     stage = STAGES[config.stage]
     model = initial_model(config, with_values=is_new or stage.trains is not None)
     check_data(source, model, config)
+    check_params(model.params, model.config)  # or the result could not be saved
     params, context = model.params, {"null_text": on_all_devices(source.null_text)}
     if model.fresh_feature_maps and is_new:
         batch = calibration_batch(source, config)

@@ -30,9 +30,8 @@ from attention_oracles import (
 )
 from dense_flash import dense_backward, dense_cudnn
 from hopper_interpreter import interpreted_kernel
-from tpu_interpreter import interpreted_tpu
 
-from rehyat_jax.attention import HybridState
+from rehyat_jax.attention import HybridState, interpreted_tpu
 from rehyat_jax.attention.gpu.fused_window import WindowKernels
 from rehyat_jax.attention.gpu.hopper import hopper_window_forward
 

@@ -18,11 +18,13 @@ from attention_oracles import (
     jit,
     make_arrays,
 )
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from rehyat_jax.attention import HybridState, hybrid_attention
+from rehyat_jax import FeatureMap, FeatureMapConfig, WanConfig, WanTransformer
+from rehyat_jax.attention import HybridState, hybrid_attention, hybrid_attention_weights
 
 
 @settings(derandomize=True, max_examples=20, deadline=None)
@@ -76,6 +78,10 @@ def test_gradient_of_the_features_alone_needs_no_softmax_backward(implementation
     assert products((0, 1, 2)) == 6  # and their four transposes
 
 
+def _map_of(heads):
+    return FeatureMap(FeatureMapConfig(features=6), heads=heads, head_dim=HEAD_DIM, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -95,6 +101,13 @@ def test_gradient_of_the_features_alone_needs_no_softmax_backward(implementation
         (dict(return_state=True, causal=False), r"need causal=True"),
         (dict(return_state=True, implementation="reference"), r'use "scan" or "xla"'),
         (dict(initial_state=0), r"initial_state must be a HybridState, found int"),
+        (dict(phi_query=None), r"phi_query must be features .* or a feature map, found None"),
+        (dict(chunk_frames=2.0), r"chunk_frames must be an integer, found 2.0"),
+        (dict(tokens_per_frame="2"), r"tokens_per_frame must be an integer, found '2'"),
+        (dict(phi_key=_map_of(heads=3)), r"phi_key: expected a map of 2 heads, as query has, found 3"),
+        # What is wrong with the queries is said before a map is called on them.
+        (dict(query=np.zeros((10, 2, 4)), phi_query=_map_of(heads=2)), r"query must be \[batch, tokens, heads"),
+        (dict(tokens_per_frame=3), r"its shape \(1, 10, 2, 4\) must be \[batch, tokens, heads, head_dim\]"),
     ],
 )
 def test_errors_say_what_was_expected_and_found(change, message):
@@ -111,3 +124,39 @@ def test_state_of_another_geometry_is_refused():
         ValueError, match=r"initial_state\.overlap_key must be float32\[1, 2, 2, 4\], found .*\[1, 3, 2, 4\]"
     ):
         call(*make_arrays(4, 2, dtype=np.float32))
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_weights_sum_to_one_and_give_the_output(causal, stabilizer):
+    form = dict(tokens_per_frame=2, chunk_frames=2, overlap_frames=1, causal=causal, stabilizer=stabilizer)
+    query, key, value, *features = make_arrays(5, 2, dtype=np.float32)
+    softmax, linear = hybrid_attention_weights(query, key, *features, **form)
+    np.testing.assert_allclose((softmax + linear).sum(-1), 1, atol=1e-6)
+    # A key is in the window or outside it.
+    assert not np.any((softmax > 0) & (linear > 0))
+    output = np.einsum("bhqk,bkhd->bqhd", softmax + linear, value)
+    np.testing.assert_allclose(output, hybrid_attention(query, key, value, *features, **form), atol=1e-5)
+
+
+def test_weights_of_a_long_video_are_refused():
+    arrays = [np.zeros((1, 20_000, 1, 1), np.float32)] * 4
+    with pytest.raises(ValueError, match="at most 268435456 weights, found 400000000"):
+        hybrid_attention_weights(*arrays, tokens_per_frame=1, chunk_frames=1, overlap_frames=0)
+
+
+def test_a_state_is_shown_by_its_shapes():
+    state = HybridState.zeros(1, 2, 4, 6, tokens_per_frame=3, overlap_frames=1)
+    assert repr(state) == (
+        "HybridState(chunks=0, past=LinearState(state=float32[1, 2, 6, 4], normalizer=float32[1, 2, 6]), "
+        "overlap=LinearState(state=float32[1, 2, 6, 4], normalizer=float32[1, 2, 6]), "
+        "overlap_key=float32[1, 3, 2, 4], overlap_value=float32[1, 3, 2, 4])"
+    )
+    assert "chunks=int32[]" in str(jax.eval_shape(lambda: state))
+    assert "state=0, normalizer=0" in repr(jax.tree.map(lambda _: 0, state))
+
+
+def test_a_model_refuses_an_unknown_implementation():
+    config = WanConfig(num_heads=1, head_dim=8, ffn_dim=8, num_layers=1)
+    with pytest.raises(ValueError, match=r"attention_implementation must be one of .*'xla'.*found 'triton'"):
+        nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), attention_implementation="triton"))

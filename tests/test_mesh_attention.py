@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from attention_oracles import F32, F64, STABILIZERS, TPU_F32, assert_close, attention, jit, make_arrays
 from flax import nnx
-from tpu_interpreter import interpreted_tpu
 
-from rehyat_jax.attention import FeatureMap, FeatureMapConfig, softmax_attention
+from rehyat_jax.attention import FeatureMap, FeatureMapConfig, interpreted_tpu, softmax_attention
 from rehyat_jax.attention.context_parallel import padded_frames
 from rehyat_jax.parallel.attention import (
     cross_attention_on_mesh,

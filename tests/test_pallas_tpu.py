@@ -23,10 +23,9 @@ from attention_oracles import (
 )
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
-from tpu_interpreter import interpreted_tpu
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
-from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention
+from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention, interpreted_tpu
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.tpu import backward, forward, kernel_call, states, tiling
 from rehyat_jax.models.wan.config import WAN_PRESETS

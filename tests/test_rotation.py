@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_interpreter import interpreted_tpu
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
+from rehyat_jax.attention import interpreted_tpu
 from rehyat_jax.models.wan import rope
 from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
 from rehyat_jax.models.wan.rope_tpu import scale_and_rotate

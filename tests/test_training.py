@@ -26,7 +26,7 @@ from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.setup import hybrid_config, initial_model
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.step import accumulate, init_state, make_step
-from rehyat_jax.weights import load_params, save_model
+from rehyat_jax.weights import load_params, model_checkpoint, save_model
 
 
 def train(config, workdir):
@@ -561,3 +561,19 @@ def test_shipped_configurations_can_be_run(path):
 def test_missing_flags_are_named(capsys):
     assert main([]) == 2
     assert "--config" in capsys.readouterr().err
+
+
+def test_parameters_that_could_not_be_saved_are_found_before_training(tmp_path, monkeypatch):
+    config = digits_config(tmp_path, "finetune")
+    known = model_checkpoint.wan_table
+
+    def loaded(*arguments, **options):
+        model = initial_model(*arguments, **options)
+        # From now on, the table lacks what the model has.
+        monkeypatch.setattr(model_checkpoint, "wan_table", lambda config: known(config)[:-1])
+        return model
+
+    monkeypatch.setattr("rehyat_jax.train.initial_model", loaded)
+    with pytest.raises(ValueError, match=r"head\.projection\.bias is not a parameter of this configuration"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

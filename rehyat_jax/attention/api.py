@@ -1,5 +1,6 @@
 """Hybrid attention: what it means, what it accepts, and which implementation runs."""
 
+import operator
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,7 @@ from rehyat_jax.attention.backend import Request, choose_backend
 from rehyat_jax.attention.geometry import ChunkGeometry
 from rehyat_jax.attention.inline_features import InlineFeatures
 from rehyat_jax.attention.product import accumulation_dtype
+from rehyat_jax.attention.reference import normalised_weights
 from rehyat_jax.attention.state import HybridState
 
 STABILIZERS = ("row_max", "joint")
@@ -68,17 +70,12 @@ def hybrid_attention(
     Raises:
       ValueError: on shapes, dtypes or arguments that do not fit together or that the implementation cannot do.
     """
-    phi_query, phi_key = _features(phi_query, query), _features(phi_key, key)
-    _check_arrays(query, key, value, phi_query, phi_key)
-    geometry = _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames)
-    _check_choice("stabilizer", stabilizer, STABILIZERS)
-    request = Request(
-        query,
-        key,
-        value,
-        phi_query,
-        phi_key,
-        geometry,
+    request = _checked_request(
+        (query, key, value),
+        (phi_query, phi_key),
+        tokens_per_frame=tokens_per_frame,
+        chunk_frames=chunk_frames,
+        overlap_frames=overlap_frames,
         causal=causal,
         stabilizer=stabilizer,
         initial_state=initial_state,
@@ -92,13 +89,76 @@ def hybrid_attention(
     return (output, final_state) if return_state else output
 
 
-def _features(features: Features, x: jax.Array) -> jax.Array | InlineFeatures:
-    if hasattr(features, "inline"):
-        return features.inline(x)
-    return features(x) if callable(features) else features
+def hybrid_attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    phi_query: Features,
+    phi_key: Features,
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int,
+    overlap_frames: int,
+    causal: bool = True,
+    stabilizer: str = "row_max",
+) -> tuple[jax.Array, jax.Array]:
+    """The dense weights of `hybrid_attention`, to look at. Their memory grows with the square of the tokens.
+
+    Args: as for `hybrid_attention`.
+
+    Returns: (softmax weights, linear weights), each [batch, heads, queries, keys] in float32 (float64 for float64
+      arrays). The weights of a query, of both kinds together, sum to one.
+
+    Raises:
+      ValueError: as `hybrid_attention` does, or if there are more than 2**28 weights.
+    """
+    form = dict(chunk_frames=chunk_frames, overlap_frames=overlap_frames, causal=causal, stabilizer=stabilizer)
+    request = _checked_request((query, key, key), (phi_query, phi_key), tokens_per_frame=tokens_per_frame, **form)
+    batch, tokens, heads, _ = request.query.shape
+    if (count := batch * heads * tokens**2) > _MOST_WEIGHTS:
+        raise ValueError(f"expected at most {_MOST_WEIGHTS} weights, found {count} for {tokens} tokens: give fewer")
+    return normalised_weights(request.with_arrays())
 
 
-def _check_arrays(query, key, value, phi_query, phi_key):
+_MOST_WEIGHTS = 2**28
+
+
+def _checked_request(
+    tokens: tuple[jax.Array, jax.Array, jax.Array],
+    features: tuple[Features, Features],
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int,
+    overlap_frames: int,
+    causal: bool,
+    stabilizer: str,
+    initial_state: HybridState | None = None,
+    return_state: bool = False,
+) -> Request:
+    """The arguments of `hybrid_attention` as a request, feature maps called. Raises ValueError."""
+    query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in tokens)
+    _check_tokens(query, key, value)
+    numbers = dict(tokens_per_frame=tokens_per_frame, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
+    geometry = _checked_geometry(query, **{name: _integer(name, number) for name, number in numbers.items()})
+    _check_choice("stabilizer", stabilizer, STABILIZERS)
+    phi_query, phi_key = (
+        _features(name, phi, x) for name, phi, x in zip(("phi_query", "phi_key"), features, (query, key), strict=True)
+    )
+    _check_features(query, phi_query, phi_key)
+    return Request(
+        query,
+        key,
+        value,
+        phi_query,
+        phi_key,
+        geometry,
+        causal=causal,
+        stabilizer=stabilizer,
+        initial_state=initial_state,
+        return_state=return_state,
+    )
+
+
+def _check_tokens(query, key, value):
     if query.ndim != 4:
         raise ValueError(f"query must be [batch, tokens, heads, head_dim], found shape {query.shape}")
     if not jnp.issubdtype(query.dtype, jnp.floating):
@@ -109,6 +169,27 @@ def _check_arrays(query, key, value, phi_query, phi_key):
                 f"{name} must have query's shape {query.shape} and dtype {query.dtype}, "
                 f"found {array.shape} and {array.dtype}"
             )
+
+
+def _features(name: str, features: Features, x: jax.Array) -> jax.Array | InlineFeatures:
+    """Features as an array or inlined; `name` is the argument's."""
+    if features is None:
+        raise ValueError(
+            f"{name} must be features [batch, tokens, heads, features], InlineFeatures or a feature map, found None"
+        )
+    if hasattr(features, "inline"):
+        features = features.inline(x)
+    elif callable(features):
+        features = features(x)
+    if not isinstance(features, InlineFeatures):
+        return features if isinstance(features, jax.Array) else jnp.asarray(features)
+    for matrix in features.weights:
+        if matrix.shape[0] != x.shape[2]:
+            raise ValueError(f"{name}: expected a map of {x.shape[2]} heads, as query has, found {matrix.shape[0]}")
+    return features
+
+
+def _check_features(query, phi_query, phi_key):
     dtypes = (query.dtype, accumulation_dtype(query.dtype))
     for name, array in (("phi_query", phi_query), ("phi_key", phi_key)):
         if array.ndim != 4 or array.shape[:3] != query.shape[:3] or array.shape != phi_query.shape:
@@ -120,12 +201,19 @@ def _check_arrays(query, key, value, phi_query, phi_key):
             raise ValueError(f"{name} must be of dtype {' or '.join(map(str, dtypes))}, found {array.dtype}")
 
 
+def _integer(name: str, number: int) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, found {number!r}") from None
+
+
 def _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames) -> ChunkGeometry:
     tokens = query.shape[1]
     if tokens_per_frame < 1 or tokens < 1 or tokens % tokens_per_frame:
         raise ValueError(
             f"query must hold whole frames: found {tokens} tokens, not a positive multiple of "
-            f"tokens_per_frame={tokens_per_frame}"
+            f"tokens_per_frame={tokens_per_frame}; its shape {query.shape} must be [batch, tokens, heads, head_dim]"
         )
     if chunk_frames < 1:
         raise ValueError(f"chunk_frames must be at least 1, found {chunk_frames}")

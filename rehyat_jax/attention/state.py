@@ -1,7 +1,7 @@
 """What the recurrent form remembers of the frames it has seen."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ class LinearState(NamedTuple):
     state: jax.Array
     normalizer: jax.Array
 
+    def __repr__(self) -> str:
+        return f"LinearState(state={_summary(self.state)}, normalizer={_summary(self.normalizer)})"
+
     @classmethod
     def of(cls, phi_key: jax.Array, value: jax.Array) -> "LinearState":
         """Sums over the tokens of phi_key [..., tokens, heads, features] and value [..., tokens, heads, head_dim]."""
@@ -35,8 +38,13 @@ class LinearState(NamedTuple):
         return cls(*(sum(leaves) for leaves in zip(*states, strict=True)))
 
 
+def _summary(leaf: Any) -> str:
+    """dtype[shape] of an array; anything else in full."""
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else repr(leaf)
+
+
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class HybridState:
     """All that the chunks of a causal video yet to come need of the chunks already seen.
 
@@ -58,6 +66,12 @@ class HybridState:
     overlap_key: jax.Array
     overlap_value: jax.Array
     chunks: jax.Array
+
+    def __repr__(self) -> str:
+        is_number = isinstance(self.chunks, jax.Array) and not isinstance(self.chunks, jax.core.Tracer)
+        chunks = int(self.chunks) if is_number and not self.chunks.ndim else _summary(self.chunks)
+        overlap = f"overlap_key={_summary(self.overlap_key)}, overlap_value={_summary(self.overlap_value)}"
+        return f"HybridState(chunks={chunks}, past={self.past}, overlap={self.overlap}, {overlap})"
 
     @classmethod
     def zeros(

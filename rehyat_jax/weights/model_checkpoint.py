@@ -53,8 +53,8 @@ def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, c
       InputError: something else exists at `path`, or it can't be written.
     """
     path = Path(path).absolute()
+    check_params(params, config)
     arrays = traverse_util.flatten_dict(params, sep=".")
-    _check_params(arrays, config, "params")
     metadata = {"codec": codec, "text_encoder": text_encoder}
     if jax.process_count() > 1:
         with new_shared_directory(path, replace=is_model_checkpoint(path)) as directory:
@@ -129,6 +129,11 @@ def open_model_checkpoint(path: Path) -> StreamedModel:
 def restore_sharded(path: Path, shardings: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
     """Parameters of a model checkpoint by path, as float32 on the devices of `shardings`. Raises InputError."""
     return restore_arrays(path.absolute() / PARAMS, shardings, np.float32)
+
+
+def check_params(params: dict[str, Any], config: WanConfig) -> None:
+    """Raises ValueError unless `save_model` can write parameters of these shapes and dtypes, a nested dict."""
+    _check_params(traverse_util.flatten_dict(params, sep="."), config, "params")
 
 
 def _check_params(params: dict[str, Any], config: WanConfig, source: str) -> None:

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from rehyat_jax.attention import FeatureMap, InlineFeatures
+from rehyat_jax.attention.backend import IMPLEMENTATIONS
 from rehyat_jax.attention.context_parallel import padded_frames
 from rehyat_jax.attention.flat_tokens import flat, with_heads
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
@@ -332,6 +333,10 @@ class WanTransformer(nnx.Module):
     ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {sorted(REMAT_POLICIES)}, found {remat!r}")
+        if attention_implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"attention_implementation must be one of {IMPLEMENTATIONS} or None, found {attention_implementation!r}"
+            )
         self.config = config
         self.dtype = dtype
         self.scan_layers = scan_layers
