@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rehyat_jax.benchmarks.gpu import data_sheet_tflops
-from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, RUNNING
+from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, RUNNING, first_row, rows_of
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS
 from rehyat_jax.benchmarks.gpu_run.targets import Sections, targets
 
@@ -31,16 +31,6 @@ def render(sections: Sections, on_cpu: Sections) -> str:
         _sections(sections),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def rows_of(sections: Sections, name: str) -> list[dict[str, Any]]:
-    """The rows of a section, none if it was not run."""
-    return sections[name]["rows"] if name in sections else []
-
-
-def first_row(sections: Sections, name: str) -> dict[str, Any]:
-    """The first row of a section; empty if it has none."""
-    return next(iter(rows_of(sections, name)), {})
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -80,7 +70,7 @@ def _opening(sections: Sections) -> str:
 
 
 _HOW_TO = """\
-To make this page on a machine with an NVIDIA GPU, in 8 minutes:
+This command makes the page on a machine with an NVIDIA GPU. It stops after 8 minutes (`--budget`):
 
     python -m rehyat_jax.benchmarks.gpu_run --json docs/measurements/NAME.json --out docs/gpu.md
 
@@ -215,7 +205,7 @@ def _train_steps(sections: Sections) -> str:
 
 
 def step_name(row: dict[str, Any]) -> str:
-    """What a train step's row is called in tables."""
+    """The name of a train step in tables."""
     if row["stage"] == "distill":
         return "stage 1"
     by = f", {row['implementation']}" if row["implementation"] else ""

@@ -28,7 +28,7 @@ class Results:
         self._lock = threading.Lock()
 
     def has_rows(self, name: str) -> bool:
-        """Whether a section has results already."""
+        """True if a section has results already."""
         return bool(self.sections.get(name, {}).get("rows"))
 
     def start(self, name: str, **fields: Any) -> None:
@@ -63,6 +63,16 @@ def read_results(path: Path) -> dict[str, Any]:
         if not isinstance(section, dict) or not isinstance(section.get("rows"), list) or "status" not in section:
             raise InputError(f"{path}: section {name!r} should have a status and rows; give another file")
     return sections
+
+
+def rows_of(sections: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The rows of a section, none if it was not run."""
+    return sections[name]["rows"] if name in sections else []
+
+
+def first_row(sections: dict[str, Any], name: str) -> dict[str, Any]:
+    """The first row of a section; empty if it has none."""
+    return next(iter(rows_of(sections, name)), {})
 
 
 def is_right(section: dict[str, Any]) -> bool:

@@ -1,6 +1,5 @@
-"""Section "sampling": one guided step, softmax against all-hybrid, beside diffusers with the same weights."""
+"""Section "sampling": one guided step, softmax, all-hybrid, and diffusers with the same weights."""
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -72,9 +71,9 @@ def _milliseconds(run: Callable[[], Any], repeats: int) -> float:
 
 def _row(model: str, config: WanConfig, inputs: dict[str, jax.Array], took: float) -> Row:
     latents = inputs["latents"].shape[1:4]
-    flops = dataclasses.asdict(forward_flops(config, latents))
-    attention = flops["window"] + flops["linear"] + flops["feature_maps"] if config.hybrid_blocks else flops["softmax"]
-    total = flops["outside"] + config.num_layers * (flops["block"] + attention)
+    count = forward_flops(config, latents)
+    attention = count.hybrid if config.hybrid_blocks else count.softmax
+    total = count.outside + config.num_layers * (count.block + attention)
     return {"model": model, "frames": latents[0], "milliseconds": took, "tflop": GUIDED * total / 1e12}
 
 

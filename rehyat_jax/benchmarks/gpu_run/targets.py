@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rehyat_jax.benchmarks.gpu import data_sheet_tflops
-from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, is_right
+from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, first_row, is_right, rows_of
 
 Sections = dict[str, Any]
 
@@ -51,20 +51,20 @@ def _layer_speedup(rows: list[dict[str, Any]], frames: int, direction: str) -> f
 
 
 def _steps(sections: Sections) -> Iterator[Target]:
-    softmax, hybrid = (_first_row(sections, name) for name in ("train_softmax", "train_all_hybrid"))
+    softmax, hybrid = (first_row(sections, name) for name in ("train_softmax", "train_all_hybrid"))
     if softmax and hybrid:
         speedup = softmax["milliseconds"] / hybrid["milliseconds"]
         yield _at_least("softmax step's time / all-hybrid step's, stage 2", 2, speedup)
     for name, what in (("train_softmax", "softmax"), ("train_all_hybrid", "all hybrid")):
-        row = _first_row(sections, name)
+        row = first_row(sections, name)
         peak = data_sheet_tflops(sections.get(name, {}).get("environment", ""))
         if row and peak:
             yield _at_least(f"MFU of stage 2, {what}", 0.4, row["model_tflop"] / row["milliseconds"] * 1e3 / peak)
 
 
 def _memory(sections: Sections) -> Iterator[Target]:
-    for plan in sections.get("plan", {}).get("rows", []):
-        measured = _first_row(sections, plan["section"]).get("peak_bytes")
+    for plan in rows_of(sections, "plan"):
+        measured = first_row(sections, plan["section"]).get("peak_bytes")
         if measured and plan["peak_bytes"]:
             off = abs(plan["peak_bytes"] / measured - 1)
             name = f"planned memory's distance from the measured peak, {plan['section']}"
@@ -76,10 +76,6 @@ def _others(sections: Sections) -> Iterator[Target]:
         if sections.get(name, {}).get("rows"):
             right = is_right(sections[name])
             yield Target(f"section {name} is complete and right", "1", float(right), right)
-
-
-def _first_row(sections: Sections, name: str) -> dict[str, Any]:
-    return next(iter(sections.get(name, {}).get("rows", [])), {})
 
 
 def _at_least(name: str, bound: float, value: float | None) -> Target:
