@@ -35,8 +35,13 @@ from rehyat_jax.files import written_whole
 
 HEAD_DIM, FEATURES, CHUNK_FRAMES, OVERLAP_FRAMES = 128, 256, 3, 1
 KINDS = ("full", "torch", "layer", *(f"hybrid, {stabilizer}" for stabilizer in STABILIZERS), "maps")
-"""What can be timed: full attention here and in PyTorch; the whole hybrid layer; hybrid attention with its features
-given; feature maps by themselves."""
+"""Kinds of rows that `measure` can time:
+
+full, torch: full attention in JAX, in PyTorch.
+layer: hybrid attention that computes its feature maps.
+hybrid, STABILIZER: hybrid attention that is given its features.
+maps: only the feature maps.
+"""
 
 NAMES = ("query", "key", "value", "phi_query", "phi_key")
 

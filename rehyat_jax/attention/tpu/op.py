@@ -113,7 +113,7 @@ def video_sums(
 
 
 def why_not(request: Request) -> str | None:
-    """What the kernels cannot do, and who can; None if they can do it."""
+    """The reason why the kernels cannot do a request, and the remedy; None if they can."""
     query, instead = request.query, 'use implementation="xla"'
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"

@@ -1,4 +1,4 @@
-"""Sections "attention_*": one layer's hybrid attention beside full softmax attention."""
+"""Sections "attention_*": hybrid attention of one layer, compared with full softmax attention."""
 
 import dataclasses
 from collections.abc import Iterator
