@@ -33,6 +33,7 @@ fuzz: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 demo: install
 	$(BIN)/python -m rehyat_jax.convert from-torch --force assets/demo_teacher $(RUNS)/teacher

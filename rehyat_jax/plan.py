@@ -24,11 +24,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from rehyat_jax.cli import parsed_config, report_input_errors
-from rehyat_jax.codecs import SpaceToDepth
+from rehyat_jax.cost_model.chips import device_count
+from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
+from rehyat_jax.files.write import written_whole
+from rehyat_jax.generation.codecs import LATENT_SIZES
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
-from rehyat_jax.planning.chips import device_count
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
 from rehyat_jax.planning.report import report
@@ -109,23 +110,14 @@ def planned_model(config: ml_collections.ConfigDict) -> WanConfig:
 
 
 def latent_size(config: ml_collections.ConfigDict, size: tuple[int | None, ...]) -> tuple[int, int, int]:
-    """Frames, height and width of the latents of videos of that size in pixels, of the usual size where it is None.
+    """Frames, height and width of the latents of videos of that size in pixels. None stands for the codec's size.
 
     Raises:
       InputError: the codec has no such latents.
     """
-    is_wan = config.data.source != "digits"
-    usual = (81, 480, 832) if is_wan else SpaceToDepth.default_size
-    frames, height, width = (asked or default for asked, default in zip(size, usual, strict=True))
-    if not is_wan:
-        return SpaceToDepth().latent_shape(frames, height, width)[:3]
-    if min(frames, height, width) < 1 or frames % 4 != 1 or height % 16 or width % 16:
-        raise InputError(
-            f"--frames {frames} --height {height} --width {width}: expected 4n + 1 frames, and a height and width that "
-            f"are multiples of 16; nearest below are {max(frames - 1, 0) // 4 * 4 + 1} frames of "
-            f"{max(height // 16, 1) * 16}x{max(width // 16, 1) * 16}"
-        )
-    return (frames - 1) // 4 + 1, height // 8, width // 8
+    codec = LATENT_SIZES[SOURCES[config.data.source].codec]
+    pixels = (asked or default for asked, default in zip(size, codec.default_size, strict=True))
+    return codec.latent_shape(*pixels)[:3]
 
 
 class Arguments(NamedTuple):

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 from rehyat_jax.cli import report_input_errors
+from rehyat_jax.generation.options import SamplingOptions, number
 from rehyat_jax.preparation.latent_files import prepare_latent_files
 from rehyat_jax.preparation.trajectories import prepare_trajectories
 from rehyat_jax.preparation.units import STORED, Hosts
 from rehyat_jax.preparation.videos import Size, prepare_videos
-from rehyat_jax.sampling_options import SamplingOptions, number
 
 LATENTS, TRAJECTORIES = "latents", "teacher-trajectories"
 

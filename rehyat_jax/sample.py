@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from rehyat_jax.cli import report_input_errors
-from rehyat_jax.diffusion.generate import generate, initial_noise
 from rehyat_jax.errors import InputError
-from rehyat_jax.sampling_options import SamplingOptions, open_model
-from rehyat_jax.video import write_video
+from rehyat_jax.files.video import write_video
+from rehyat_jax.generation.generate import generate, initial_noise
+from rehyat_jax.generation.options import SamplingOptions, open_model
 
 WATCHABLE_HEIGHT = 240
 """Smaller videos are enlarged a whole number of times, to at most this many pixels."""

@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from rehyat_jax.cli import parsed_config, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
-from rehyat_jax.files import remove_leftovers, reported_write_errors
+from rehyat_jax.files.write import remove_leftovers, reported_write_errors
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
 from rehyat_jax.training import distill
@@ -34,7 +34,7 @@ from rehyat_jax.training.continuation import check_continuation, describe_run
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_data import RunData
-from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, make_source
+from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, open_data
 from rehyat_jax.training.stages import STAGES, assemble
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
 from rehyat_jax.training.trouble import next_batch, report_divergence
@@ -72,7 +72,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     mesh, is_main = jax.sharding.get_mesh(), is_main_process()
 
     # ---------------------------------------------------------------------------------------------------------- data
-    source = make_source(config)
+    source = open_data(config)
     check_batch(mesh, config.batch_size // config.accumulation_steps)
     data = RunData(
         source,

@@ -7,8 +7,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.attention.gpu.flash_merge import merged_forward
-from rehyat_jax.attention.gpu.fused_window import WindowKernels
+from rehyat_jax.attention.hybrid.gpu.flash_merge import merged_forward
+from rehyat_jax.attention.hybrid.gpu.fused_window import WindowKernels
 from rehyat_jax.attention.product import product
 
 
@@ -41,5 +41,5 @@ def dense_backward(query, key, value, num_keys, output, log_sum_exp, cotangent):
 def dense_cudnn():
     """Within it, implementation "cudnn" runs anywhere, and in any dtype: with dense products for calls of cuDNN."""
     kernels = WindowKernels(functools.partial(merged_forward, dense_forward), dense_backward)
-    with mock.patch.multiple("rehyat_jax.attention.cudnn", KERNELS=kernels, why_not_cudnn=lambda query: None):
+    with mock.patch.multiple("rehyat_jax.attention.hybrid.cudnn", KERNELS=kernels, why_not_cudnn=lambda query: None):
         yield

@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, forc
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rehyat_jax.attention.gpu import hopper
+from rehyat_jax.attention.hybrid.gpu import hopper
 
 
 class _Accumulator:

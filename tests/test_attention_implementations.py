@@ -32,8 +32,8 @@ from dense_flash import dense_backward, dense_cudnn
 from hopper_interpreter import interpreted_kernel
 
 from rehyat_jax.attention import HybridState, interpreted_tpu
-from rehyat_jax.attention.gpu.fused_window import WindowKernels
-from rehyat_jax.attention.gpu.hopper import hopper_window_forward
+from rehyat_jax.attention.hybrid.gpu.fused_window import WindowKernels
+from rehyat_jax.attention.hybrid.gpu.hopper import hopper_window_forward
 
 # Weights, states, cotangents and results are each rounded to 8 bits: a few times 2**-9.
 BF16 = 2**-6
@@ -43,7 +43,7 @@ BF16 = 2**-6
 def interpreted_hopper():
     """Its backward is cuDNN's, so dense products here."""
     kernels = WindowKernels(hopper_window_forward, dense_backward)
-    with mock.patch("rehyat_jax.attention.pallas_gpu.KERNELS", kernels), interpreted_kernel():
+    with mock.patch("rehyat_jax.attention.hybrid.pallas_gpu.KERNELS", kernels), interpreted_kernel():
         yield
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from rehyat_jax.codecs import SpaceToDepth, get_codec
-from rehyat_jax.data.digits import CAPTIONS, NUM_FRAMES, DigitVideos, load_scans, render
 from rehyat_jax.data.pipeline import batches
+from rehyat_jax.demo.digits import CAPTIONS, NUM_FRAMES, DigitVideos, load_scans, render
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
-from rehyat_jax.text_encoders import WordVectors, get_text_encoder
-from rehyat_jax.video import read_mp4, write_mp4
+from rehyat_jax.files.video import read_mp4, write_mp4
+from rehyat_jax.files.write import written_whole
+from rehyat_jax.generation.codecs import SpaceToDepth, get_codec
+from rehyat_jax.generation.text_encoders import WordVectors, get_text_encoder
 
 # ---------------------------------------------------------------------------------------------------------------- files
 

@@ -10,8 +10,8 @@ import torch
 from flax import nnx
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention
-from rehyat_jax.attention.calibration import linear_mass_log_scale
-from rehyat_jax.attention.feature_maps import FeatureFunction
+from rehyat_jax.attention.features.maps import FeatureFunction
+from rehyat_jax.attention.hybrid.calibration import linear_mass_log_scale
 
 HEADS, HEAD_DIM = 3, 8
 

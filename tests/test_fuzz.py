@@ -21,8 +21,8 @@ from rehyat_jax.train import parse_arguments as train_arguments
 from rehyat_jax.training.config import check_config, default_config, load_config, save_config
 from rehyat_jax.weights.model_checkpoint import MODEL_FILE, read_model_description
 from rehyat_jax.weights.safetensors_file import create_file, read_header, read_tensor, write_tensor
-from rehyat_jax.weights.torch_config import SIDE_CAR, Inferred, read_torch_config, write_torch_config
 from rehyat_jax.weights.torch_folder import create_files, find_tensors
+from rehyat_jax.weights.wan.torch_config import SIDE_CAR, Inferred, read_torch_config, write_torch_config
 
 WAN = WAN_PRESETS["tiny"].replace(hybrid_blocks=(1,))
 TENSORS = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16), "empty": np.zeros((0, 5), np.float32)}

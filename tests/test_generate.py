@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rehyat_jax.codecs import SpaceToDepth
-from rehyat_jax.diffusion.generate import generate, generate_latents, initial_noise, latent_shape
-from rehyat_jax.diffusion.guidance import guided_velocity
 from rehyat_jax.diffusion.samplers import sample
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.errors import InputError
+from rehyat_jax.generation.codecs import SpaceToDepth
+from rehyat_jax.generation.generate import generate, generate_latents, initial_noise, latent_shape
+from rehyat_jax.generation.guidance import guided_velocity
+from rehyat_jax.generation.text_encoders import WordVectors
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
-from rehyat_jax.text_encoders import WordVectors
 
 CONFIG = WanConfig(num_heads=1, head_dim=12, ffn_dim=16, num_layers=1, text_dim=64, text_length=8, freq_dim=16)
 SHAPE = (2, 2, 2, 16)

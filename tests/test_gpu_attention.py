@@ -12,7 +12,7 @@ import pytest
 from attention_oracles import HEADS, STABILIZERS, assert_close, attention, attention_by_loops, jit, make_arrays
 from dense_flash import dense_cudnn
 
-from rehyat_jax.attention.gpu.cudnn_calls import cudnn_backward, cudnn_forward
+from rehyat_jax.attention.hybrid.gpu.cudnn_calls import cudnn_backward, cudnn_forward
 
 
 def test_equal_scores_move_the_row_maximum_by_their_logarithm_at_most():

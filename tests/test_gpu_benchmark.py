@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from rehyat_jax.attention.geometry import ChunkGeometry
-from rehyat_jax.benchmarks import gpu, gpu_compile, gpu_target
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
+from rehyat_jax.benchmarks import gpu, gpu_compile
+from rehyat_jax.cost_model import gpu_target
 
 TINY = ["--device=cpu", "--implementations=scan", "--heads=1", "--frames=4", "--tokens-per-frame=2", "--repeats=1"]
 

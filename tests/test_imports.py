@@ -5,7 +5,7 @@ import sys
 
 LOADED = """
 import sys, rehyat_jax, rehyat_jax.train
-ours = tuple("rehyat_jax.attention." + name for name in ("tpu", "gpu", "splash"))
+ours = tuple("rehyat_jax.attention." + name for name in ("tpu", "hybrid.tpu", "hybrid.gpu", "softmax.splash"))
 print([name for name in sys.modules if name.startswith((*ours, "jax.experimental.pallas"))])
 """
 

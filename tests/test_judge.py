@@ -4,9 +4,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rehyat_jax.data.digits import CAPTIONS, DigitVideos, caption
+from rehyat_jax.demo.digits import CAPTIONS, DigitVideos, caption
 from rehyat_jax.demo.judge import NO_DIGIT, Judge
-from rehyat_jax.pictures import save_frames
+from rehyat_jax.files.pictures import save_frames
 
 
 @pytest.fixture(scope="module")

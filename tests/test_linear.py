@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rehyat_jax.models.wan.linear import linear
+from rehyat_jax.models.linear import linear
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -10,8 +10,8 @@ from attention_oracles import F32, F64, STABILIZERS, TPU_F32, assert_close, atte
 from flax import nnx
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, interpreted_tpu, softmax_attention
-from rehyat_jax.attention.context_parallel import padded_frames
-from rehyat_jax.parallel.attention import (
+from rehyat_jax.attention.hybrid.context_parallel import padded_frames
+from rehyat_jax.attention.on_mesh import (
     cross_attention_on_mesh,
     hybrid_attention_on_mesh,
     softmax_attention_on_mesh,

@@ -26,8 +26,9 @@ from jax.experimental.pallas import tpu as pltpu
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention, interpreted_tpu
-from rehyat_jax.attention.geometry import ChunkGeometry
-from rehyat_jax.attention.tpu import backward, forward, kernel_call, states, tiling
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
+from rehyat_jax.attention.hybrid.tpu import backward, forward, states, tiling
+from rehyat_jax.attention.tpu import kernel_call
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
 INPUTS = dict(dtype=np.float32, head_dim=64, features=128)

@@ -13,21 +13,21 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rehyat_jax.attention.feature_map_config import FeatureMapConfig
-from rehyat_jax.benchmarks.hlo_branches import branch_shares, weighted
-from rehyat_jax.benchmarks.hlo_operations import Branch, Operation, executed_operations
-from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, topology_devices
+from rehyat_jax.attention.features.config import FeatureMapConfig
+from rehyat_jax.attention.on_mesh import hybrid_attention_on_mesh
+from rehyat_jax.cost_model.chips import CHIPS, chip_of, device_count, larger_topology
+from rehyat_jax.cost_model.collectives import collective_bytes
+from rehyat_jax.cost_model.hlo_branches import branch_shares, weighted
+from rehyat_jax.cost_model.hlo_operations import Branch, Operation, executed_operations
+from rehyat_jax.cost_model.memory_bound import memory_bytes
+from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, topology_devices
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_flops, training_flops
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
-from rehyat_jax.parallel.attention import hybrid_attention_on_mesh
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.plan import main, parse_arguments
-from rehyat_jax.planning.chips import CHIPS, chip_of, device_count, larger_topology
-from rehyat_jax.planning.collectives import collective_bytes
 from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, cycles_of_kernels, shares_of_blocks
-from rehyat_jax.planning.memory_bound import memory_bytes
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
 from rehyat_jax.planning.report import report

@@ -17,19 +17,19 @@ from prepared_data import LARGE, SMALL, example, flip_a_bit, write_data_set
 from safetensors.numpy import save_file
 from tiny_runs import digits_config, interrupt_at, pretrained
 
-from rehyat_jax.codecs import SpaceToDepth
-from rehyat_jax.data.digits import DigitVideos
 from rehyat_jax.data.prepared import PreparedExamples
-from rehyat_jax.diffusion.generate import generate_latents, initial_noise
+from rehyat_jax.demo.digits import DigitVideos
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.video import UnreadableVideo, frame_size, read_clip, write_mp4
+from rehyat_jax.generation.codecs import SpaceToDepth
+from rehyat_jax.generation.generate import generate_latents, initial_noise
+from rehyat_jax.generation.text_encoders import WordVectors
 from rehyat_jax.preparation import units
 from rehyat_jax.preparation.captions import captioned_videos
 from rehyat_jax.preparation.trajectories import kept_steps
 from rehyat_jax.prepare import main
-from rehyat_jax.text_encoders import WordVectors
 from rehyat_jax.train import train
 from rehyat_jax.training.metrics import MetricWriter
-from rehyat_jax.video import UnreadableVideo, frame_size, read_clip, write_mp4
 from rehyat_jax.weights import load_params, load_wan
 
 # ------------------------------------------------------------------------------------------------------------- captions

@@ -9,9 +9,9 @@ import pytest
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
 from rehyat_jax.attention import interpreted_tpu
+from rehyat_jax.attention.tpu.norm_rotate import scale_and_rotate
 from rehyat_jax.models.wan import rope
 from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
-from rehyat_jax.models.wan.rope_tpu import scale_and_rotate
 from rehyat_jax.parallel.mesh import AXES, make_mesh
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rehyat_jax.files.video import read_mp4
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.sample import main
-from rehyat_jax.video import read_mp4
 from rehyat_jax.weights import save_model
 
 CONFIG = WanConfig(num_heads=1, head_dim=12, ffn_dim=16, num_layers=1, text_dim=64, text_length=8, freq_dim=16)

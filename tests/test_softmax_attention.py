@@ -10,8 +10,9 @@ import pytest
 import torch
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
-from rehyat_jax.attention import softmax_attention, splash
-from rehyat_jax.attention.tpu.heads_first import heads_first, tokens_first
+from rehyat_jax.attention import softmax_attention
+from rehyat_jax.attention.softmax import splash
+from rehyat_jax.attention.softmax.heads_first import heads_first, tokens_first
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
 # Rounding of sums of some thousands of terms; 16-bit queries, weights and outputs are each rounded by up to 2^-9.

@@ -13,10 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.benchmarks import splash_blocks, tpu_cases, tpu_report, tpu_static
-from rehyat_jax.benchmarks.static_cycles import StaticProgram
-from rehyat_jax.benchmarks.tpu_bundles import Kernel
-from rehyat_jax.benchmarks.tpu_compile import DoesNotFitError, compiled_for_tpu
-from rehyat_jax.benchmarks.tpu_scalar import ScalarProgram
+from rehyat_jax.cost_model.static_cycles import StaticProgram
+from rehyat_jax.cost_model.tpu_bundles import Kernel
+from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, compiled_for_tpu
+from rehyat_jax.cost_model.tpu_scalar import ScalarProgram
 from rehyat_jax.errors import InputError
 
 ROWS, COLUMNS, DEPTH = 512, 256, 256

@@ -13,13 +13,13 @@ from tpu_topologies import compiled_for_tpu
 
 from rehyat_jax.attention import hybrid_attention, softmax_attention
 from rehyat_jax.errors import InputError
+from rehyat_jax.evaluation.attention_error import attention_errors
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES, WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.train import main, parse_arguments
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import distill, finetune
-from rehyat_jax.training.attention_error import attention_errors
 from rehyat_jax.training.config import check_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer

@@ -11,7 +11,7 @@ from test_sample_cli import arguments, save_random_model
 
 from rehyat_jax import prepare, sample
 from rehyat_jax.errors import InputError
-from rehyat_jax.video import NoFfmpeg, find_ffmpeg, read_clip, write_mp4, write_video
+from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, read_clip, write_mp4, write_video
 
 PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()
 VIDEO = np.linspace(0, 1, 2 * 8 * 16 * 3).reshape(2, 8, 16, 3)

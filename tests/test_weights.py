@@ -27,8 +27,8 @@ from rehyat_jax.weights.model_checkpoint import write_model_checkpoint
 from rehyat_jax.weights.safetensors_file import read_header, read_tensor
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import write_torch_checkpoint
-from rehyat_jax.weights.torch_config import write_torch_config
-from rehyat_jax.weights.wan_table import wan_table
+from rehyat_jax.weights.wan.names import wan_table
+from rehyat_jax.weights.wan.torch_config import write_torch_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -1,12 +1,12 @@
 """Hybrid attention: its definition, its implementations, its feature maps, and the full softmax attention beside it."""
 
-from rehyat_jax.attention.api import hybrid_attention, hybrid_attention_weights
-from rehyat_jax.attention.feature_map_config import FeatureMapConfig
-from rehyat_jax.attention.feature_maps import FeatureMap
-from rehyat_jax.attention.inline_features import InlineFeatures
-from rehyat_jax.attention.interpreted import interpreted_tpu
-from rehyat_jax.attention.softmax import softmax_attention
-from rehyat_jax.attention.state import HybridState
+from rehyat_jax.attention.features.config import FeatureMapConfig
+from rehyat_jax.attention.features.inline import InlineFeatures
+from rehyat_jax.attention.features.maps import FeatureMap
+from rehyat_jax.attention.hybrid.api import hybrid_attention, hybrid_attention_weights
+from rehyat_jax.attention.hybrid.state import HybridState
+from rehyat_jax.attention.platform import interpreted_tpu
+from rehyat_jax.attention.softmax.api import softmax_attention
 
 __all__ = [
     "FeatureMap",

@@ -1,4 +1,7 @@
-"""Which platform a program is being made for."""
+"""Which platform a program is being made for, and the TPU kernels on any machine."""
+
+import contextlib
+from collections.abc import Iterator
 
 import jax
 
@@ -10,3 +13,15 @@ def target_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
+
+
+@contextlib.contextmanager
+def interpreted_tpu() -> Iterator[None]:
+    """Within it, `implementation="pallas_tpu"` runs on any machine, slowly: use small inputs.
+
+    Products of float32 arrays are exact, as they are on no TPU.
+    """
+    from jax.experimental.pallas import tpu as pltpu  # imported where it is used, as all kernels are
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()), jax.default_matmul_precision("highest"):
+        yield

@@ -1,7 +1,7 @@
 """What one hybrid layer cut along time sends: python -m rehyat_jax.benchmarks.context_parallel [--frames 21 81 321].
 
 Wan2.1 1.3B at 480p over the 8 devices of a TPU v5e:2x4, forward and backward, compiled without a TPU. Bytes are what
-one device sends, by kind (`planning.collectives`).
+one device sends, by kind (`cost_model.collectives`).
 """
 
 import argparse
@@ -12,13 +12,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig
-from rehyat_jax.attention.context_parallel import padded_frames
-from rehyat_jax.benchmarks.hlo_operations import executed_operations
-from rehyat_jax.benchmarks.tpu_compile import topology_devices
+from rehyat_jax.attention.hybrid.context_parallel import padded_frames
+from rehyat_jax.attention.on_mesh import CONTEXT, hybrid_attention_on_mesh
+from rehyat_jax.cost_model.collectives import collective_bytes
+from rehyat_jax.cost_model.hlo_operations import executed_operations
+from rehyat_jax.cost_model.tpu_compile import topology_devices
 from rehyat_jax.models.wan.config import WAN_PRESETS
-from rehyat_jax.parallel.attention import CONTEXT, hybrid_attention_on_mesh
 from rehyat_jax.parallel.mesh import make_mesh
-from rehyat_jax.planning.collectives import collective_bytes
 
 TOPOLOGY, DEVICES, TOKENS_PER_FRAME = "v5e:2x4", 8, 1560
 

@@ -39,7 +39,7 @@ from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.benchmarks.peak_memory import measuring_process, peak_bytes
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
+from rehyat_jax.files.write import written_whole
 
 DIRECTIONS = (FORWARD, BACKWARD)
 

@@ -25,13 +25,13 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention, softmax_attention
-from rehyat_jax.attention.api import STABILIZERS
-from rehyat_jax.attention.backend import IMPLEMENTATIONS
-from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.hybrid.api import STABILIZERS
+from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
+from rehyat_jax.files.write import written_whole
 
 HEAD_DIM, FEATURES, CHUNK_FRAMES, OVERLAP_FRAMES = 128, 256, 3, 1
 KINDS = ("full", "torch", "layer", *(f"hybrid, {stabilizer}" for stabilizer in STABILIZERS), "maps")

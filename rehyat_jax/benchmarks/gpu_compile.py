@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from rehyat_jax.attention.api import STABILIZERS
-from rehyat_jax.attention.backend import Request, get_backend
-from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.hybrid.api import STABILIZERS
+from rehyat_jax.attention.hybrid.backend import Request, get_backend
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.benchmarks.gpu import CHUNK_FRAMES, FEATURES, HEAD_DIM, OVERLAP_FRAMES, output_and_gradients
-from rehyat_jax.benchmarks.gpu_target import gpu_devices
-from rehyat_jax.benchmarks.hlo_arrays import arrays_of
 from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cost_model.gpu_target import gpu_devices
+from rehyat_jax.cost_model.hlo_arrays import arrays_of
 
 IMPLEMENTATIONS = ("cudnn", "pallas_gpu")
 

@@ -13,14 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from rehyat_jax.attention.api import hybrid_attention
-from rehyat_jax.attention.feature_map_config import FeatureMapConfig
-from rehyat_jax.attention.feature_maps import FeatureMap
+from rehyat_jax.attention.features.config import FeatureMapConfig
+from rehyat_jax.attention.features.maps import FeatureMap
+from rehyat_jax.attention.hybrid.api import hybrid_attention
 
 CHUNK_FRAMES, OVERLAP_FRAMES = 3, 1
-
-SPLASH_DATA = 0x02020202
-"""What splash attention's kernels read of their mask, four blocks a word: 2 is a block without masked scores."""
 
 Case = tuple[Callable, tuple[Any, ...]]
 

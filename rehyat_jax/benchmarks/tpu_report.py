@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from rehyat_jax.benchmarks.static_cycles import ProgramCost
+from rehyat_jax.cost_model.static_cycles import ProgramCost
 
 
 def table_head() -> str:

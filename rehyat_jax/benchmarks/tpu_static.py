@@ -14,15 +14,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rehyat_jax.attention.backend import IMPLEMENTATIONS
+from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.benchmarks.splash_blocks import SPLASH_BLOCKS, search, splash_arguments
-from rehyat_jax.benchmarks.static_cycles import ProgramCost, StaticProgram
-from rehyat_jax.benchmarks.tpu_bundles import generation_of
-from rehyat_jax.benchmarks.tpu_cases import SPLASH_DATA
-from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError, check_libtpu, compiled_for_tpu
 from rehyat_jax.benchmarks.tpu_report import details, growth, table_head, table_line
 from rehyat_jax.cli import report_input_errors
-from rehyat_jax.files import written_whole
+from rehyat_jax.cost_model.static_cycles import SPLASH_DATA, ProgramCost, StaticProgram
+from rehyat_jax.cost_model.tpu_bundles import generation_of
+from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, check_libtpu, compiled_for_tpu
+from rehyat_jax.files.write import written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
 PRESETS = {name.lower().removeprefix("t2v-"): preset for name, preset in WAN_PRESETS.items()}

@@ -8,9 +8,9 @@ from typing import Any
 
 from rehyat_jax.data.records import RANKS
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
+from rehyat_jax.files.json_files import read_json_object, write_json
+from rehyat_jax.files.write import written_whole
 from rehyat_jax.weights.config_fields import require_known
-from rehyat_jax.weights.json_files import read_json_object, write_json
 
 MANIFEST = "dataset.json"
 NULL_TEXT = "null_text.safetensors"

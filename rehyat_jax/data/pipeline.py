@@ -140,9 +140,13 @@ class Batches:
         return {"next": self._next}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position."""
+        """Goes to a position that `get_state` gave."""
+        self.seek(state["next"])
+
+    def seek(self, index: int) -> None:
+        """Goes to before the element of an index, from 0."""
         self.close()
-        self._next = state["next"]
+        self._next = index
 
     def close(self) -> None:
         """Stops threads and workers."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rehyat_jax.data.digits import (
+from rehyat_jax.demo.digits import (
     CAPTIONS,
     DIGIT_SIZE,
     FRAME_SIZE,
@@ -90,7 +90,7 @@ class Judge:
         return Reading(digits, [_axis(track[shown]) for track, shown in zip(tracks, shows_digit, strict=True)])
 
     def score(self, videos: np.ndarray, captions: Sequence[str]) -> Score:
-        """Scores N videos [N, T, 24, 24, 3] against N of `rehyat_jax.data.digits.CAPTIONS`."""
+        """Scores N videos [N, T, 24, 24, 3] against N of `rehyat_jax.demo.digits.CAPTIONS`."""
         unknown = [caption for caption in captions if caption not in CAPTIONS]
         if unknown:
             raise ValueError(f"captions: expected some of {list(CAPTIONS)}, found {unknown[0]!r}")

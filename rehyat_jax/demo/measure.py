@@ -10,15 +10,15 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from rehyat_jax.codecs import SpaceToDepth
-from rehyat_jax.data.digits import CAPTIONS, DigitVideos
 from rehyat_jax.data.pipeline import batches
-from rehyat_jax.diffusion.generate import generate, initial_noise
+from rehyat_jax.demo.digits import CAPTIONS, DigitVideos
+from rehyat_jax.evaluation.attention_error import attention_errors, relative_error
+from rehyat_jax.generation.codecs import SpaceToDepth
+from rehyat_jax.generation.generate import generate, initial_noise
+from rehyat_jax.generation.text_encoders import WordVectors
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh
-from rehyat_jax.text_encoders import WordVectors
 from rehyat_jax.training import distill
-from rehyat_jax.training.attention_error import attention_errors, relative_error
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.setup import calibration_batch, initial_model, make_source
 from rehyat_jax.training.step import Batch

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from rehyat_jax.files import written_whole
+from rehyat_jax.files.write import written_whole
 
 
 def read_metric(workdir: Path, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.models.wan.config import WanConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
 """data: copies of the model, each with its part of the batch. fsdp: the same, but parameters and optimizer state are
@@ -110,12 +109,12 @@ def check_batch(mesh: Mesh, examples: int) -> None:
         )
 
 
-def check_heads(mesh: Mesh, model: WanConfig) -> None:
-    """Raises InputError, with sizes that would fit, unless the model's heads can be cut along "tensor"."""
-    if model.num_heads % mesh.shape["tensor"]:
+def check_heads(mesh: Mesh, num_heads: int) -> None:
+    """Raises InputError, with sizes that would fit, unless a model's heads can be sharded along "tensor"."""
+    if num_heads % mesh.shape["tensor"]:
         raise InputError(
-            f"mesh.tensor must divide the model's {model.num_heads} heads, found {mesh.shape['tensor']}; "
-            f"{_listed(_divisors(model.num_heads))} would fit"
+            f"mesh.tensor must divide the model's {num_heads} heads, found {mesh.shape['tensor']}; "
+            f"{_listed(_divisors(num_heads))} would fit"
         )
 
 

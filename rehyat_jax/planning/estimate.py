@@ -5,15 +5,14 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-from rehyat_jax.benchmarks.hlo_branches import ShareOf
-from rehyat_jax.benchmarks.hlo_operations import Branch, executed_operations
-from rehyat_jax.benchmarks.static_cycles import ProgramCost, StaticProgram
-from rehyat_jax.benchmarks.tpu_cases import SPLASH_DATA
-from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError
+from rehyat_jax.cost_model.chips import Chip
+from rehyat_jax.cost_model.collectives import collective_bytes
+from rehyat_jax.cost_model.hlo_branches import ShareOf
+from rehyat_jax.cost_model.hlo_operations import Branch, executed_operations
+from rehyat_jax.cost_model.memory_bound import memory_bytes
+from rehyat_jax.cost_model.static_cycles import SPLASH_DATA, ProgramCost, StaticProgram
+from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.planning.chips import Chip
-from rehyat_jax.planning.collectives import collective_bytes
-from rehyat_jax.planning.memory_bound import memory_bytes
 
 STALLS = 1.5
 """What the slow end of a step's time multiplies the static cycles by, which know of no stalls. An assumption: nothing

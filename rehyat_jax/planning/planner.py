@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from rehyat_jax.benchmarks.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
+from rehyat_jax.cost_model.chips import chip_of, devices_of
+from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import StepFlops
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning import train_step
-from rehyat_jax.planning.chips import chip_of, devices_of
 from rehyat_jax.planning.estimate import Cost, TpuCost, bytes_asked_for, memory_by_kind, step_cost
 from rehyat_jax.training.stages import STAGES
 

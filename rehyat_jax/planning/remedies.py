@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rehyat_jax.attention.context_parallel import padded_frames
+from rehyat_jax.attention.hybrid.context_parallel import padded_frames
+from rehyat_jax.cost_model.chips import chip_of, device_count, larger_topology
 from rehyat_jax.errors import InputError
-from rehyat_jax.planning.chips import chip_of, device_count, larger_topology
 from rehyat_jax.planning.planner import Plan, Request, placement
 from rehyat_jax.training.stages import STAGES
 

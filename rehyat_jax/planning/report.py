@@ -1,6 +1,6 @@
 """A plan as a table for people."""
 
-from rehyat_jax.planning.chips import chip_of
+from rehyat_jax.cost_model.chips import chip_of
 from rehyat_jax.planning.estimate import TpuCost
 from rehyat_jax.planning.planner import Plan
 

@@ -59,7 +59,7 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
     mesh = jax.sharding.get_mesh()
     examples = config.batch_size // config.accumulation_steps
     check_batch(mesh, examples)
-    check_heads(mesh, wan)
+    check_heads(mesh, wan.num_heads)
     model_def, params, specs = abstract_model(wan, config)
     check_divisible(params, specs, mesh)
 
@@ -78,7 +78,7 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
 def lowered(
     devices: Sequence[jax.Device], *, config: dict[str, Any], model: dict[str, Any], latents: Sequence[int]
 ) -> jax.stages.Lowered:
-    """The step for a mesh of these devices, from JSON-ready descriptions: what `benchmarks.tpu_compile` compiles."""
+    """The step for a mesh of these devices, from JSON-ready descriptions: what `cost_model.tpu_compile` compiles."""
     config = config_from_json(config)
     with jax.set_mesh(make_mesh(config.mesh, devices)):
         step, *arguments = abstract_step(config, WanConfig.from_dict(model), latents)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.video import SUFFIXES
+from rehyat_jax.files.video import SUFFIXES
 
 CSV, JSONL = "captions.csv", "captions.jsonl"
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rehyat_jax.codecs import get_codec
 from rehyat_jax.data.manifest import NULL_TEXT, BucketFiles, Manifest
 from rehyat_jax.data.prepared import Bucket, read_null_text
 from rehyat_jax.errors import InputError
-from rehyat_jax.pictures import save_frames
+from rehyat_jax.files.pictures import save_frames
+from rehyat_jax.generation.codecs import get_codec
 
 FILE = "contact_sheet.png"
 EXAMPLES = 6

@@ -7,11 +7,11 @@ import numpy as np
 from tqdm import tqdm
 
 from rehyat_jax.data.records import CorruptRecord
-from rehyat_jax.diffusion.generate import generate_latents, initial_noise
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
+from rehyat_jax.generation.generate import generate_latents, initial_noise
+from rehyat_jax.generation.options import SamplingOptions, open_model
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
-from rehyat_jax.sampling_options import SamplingOptions, open_model
 
 SAMPLED_BYTES = 2**16
 """Of a model's file at either end, by which it is known; all of it would take minutes."""

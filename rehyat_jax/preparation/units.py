@@ -32,9 +32,9 @@ from rehyat_jax.data.manifest import (
 from rehyat_jax.data.prepared import read_null_text
 from rehyat_jax.data.records import pack
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import reported_write_errors, written_whole
+from rehyat_jax.files.json_files import read_json_object, write_json
+from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.preparation.contact_sheet import write_contact_sheet
-from rehyat_jax.weights.json_files import read_json_object, write_json
 from rehyat_jax.weights.safetensors_file import DTYPES
 
 PLAN, UNITS = ".prepare/plan.json", ".prepare/units"

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rehyat_jax.codecs import get_codec
 from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.video import UnreadableVideo, find_ffmpeg, frame_size, read_clip
+from rehyat_jax.generation.codecs import get_codec
+from rehyat_jax.generation.text_encoders import get_text_encoder
 from rehyat_jax.preparation.captions import Captioned, captioned_videos
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
-from rehyat_jax.text_encoders import get_text_encoder
-from rehyat_jax.video import UnreadableVideo, find_ffmpeg, frame_size, read_clip
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video."""

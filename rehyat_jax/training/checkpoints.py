@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import reported_write_errors
+from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.parallel.sharding import host_shardings
 from rehyat_jax.training.checksums import find_damage, write_checksums
 from rehyat_jax.training.step import State

@@ -3,7 +3,7 @@
 from rehyat_jax.attention.platform import target_platform
 
 _LEAST_KIB = 16 * 1024
-"""What kernels here are made to fit (`attention/tpu/tiling.py`), and the least of libtpu's defaults."""
+"""What kernels here are made to fit (`attention/hybrid/tpu/tiling.py`), and the least of libtpu's defaults."""
 
 
 def compiler_options() -> dict[str, str]:

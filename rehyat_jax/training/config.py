@@ -8,18 +8,19 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from rehyat_jax.attention.backend import IMPLEMENTATIONS
+from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
+from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import reported_write_errors, written_whole
+from rehyat_jax.files.json_files import read_json_object
+from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
 from rehyat_jax.training.stages import STAGES
-from rehyat_jax.weights.json_files import read_json_object
 
 CHOICES = {
     "stage": tuple(STAGES),
     "preset": tuple(WAN_PRESETS),
-    "data.source": ("digits", "prepared"),
+    "data.source": tuple(SOURCES),
     "data.corrupt": ("error", "skip"),
     "dtype": ("float32", "bfloat16"),
     "remat": tuple(REMAT_POLICIES),

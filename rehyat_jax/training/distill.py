@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from rehyat_jax.attention.calibration import linear_mass_log_scale
+from rehyat_jax.attention.hybrid.calibration import linear_mass_log_scale
 from rehyat_jax.models.wan.modeling import AttentionInputs, WanTransformer
 from rehyat_jax.training.keys import calibration_key
 from rehyat_jax.training.noising import NoisyBatch, noise_batch

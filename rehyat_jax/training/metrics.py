@@ -10,7 +10,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from rehyat_jax.files import reported_write_errors, written_whole
+from rehyat_jax.files.write import reported_write_errors, written_whole
 
 
 class MetricWriter:

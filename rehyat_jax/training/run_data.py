@@ -74,6 +74,10 @@ class RunData:
         self._batches.set_state(state)
         self._skipped = state[SKIPPED]
 
+    def rewind(self, step: int) -> None:
+        """Goes to before a step, counted from 1."""
+        self._batches.seek(step - 1)
+
     def close(self) -> None:
         """Stops threads and workers."""
         self._batches.close()

@@ -9,9 +9,8 @@ import ml_collections
 from flax import nnx
 
 from rehyat_jax.attention import FeatureMapConfig
-from rehyat_jax.data.digits import DigitVideos
 from rehyat_jax.data.pipeline import Source
-from rehyat_jax.data.prepared import PreparedExamples
+from rehyat_jax.data.sources import make_source
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
 from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
@@ -46,13 +45,9 @@ class InitialModel(NamedTuple):
     text_encoder: str
 
 
-def make_source(config: ml_collections.ConfigDict) -> Source:
+def open_data(config: ml_collections.ConfigDict) -> Source:
     """The configured training examples. Raises InputError if they cannot be read."""
-    if config.data.source == "digits":
-        return DigitVideos(split="train", seed=config.seed)
-    if not config.data.path:
-        raise InputError('config.data.path is empty; source "prepared" reads a folder of prepared examples: give it')
-    return PreparedExamples(config.data.path)
+    return make_source(config.data.source, config.data.path, config.seed)
 
 
 def hybrid_config(config: ml_collections.ConfigDict) -> HybridConfig:
@@ -130,10 +125,10 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
         loaded, codec, text_encoder = checkpoint.config, *(checkpoint.metadata[name] for name in METADATA)
     else:
         loaded = WAN_PRESETS[config.preset]
-        source = make_source(config)
+        source = open_data(config)
         codec, text_encoder = source.codec, source.text_encoder
     wan = student_config(loaded, config)
-    check_heads(jax.sharding.get_mesh(), wan)
+    check_heads(jax.sharding.get_mesh(), wan.num_heads)
     model_def, abstract, specs = abstract_model(wan, config)
     check_divisible(abstract, specs, jax.sharding.get_mesh())
     placed, key = shardings(specs), initialisation_key(config.seed)

@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from rehyat_jax.errors import InputError, RunDivergedError
-from rehyat_jax.files import reported_write_errors, written_whole
+from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.parallel.mesh import part_of_process
 from rehyat_jax.training.run_data import RunData
 
@@ -30,7 +30,7 @@ def next_batch(data: RunData, step: int) -> dict[str, np.ndarray]:
     without = _processes_that(error is not None)
     if not without:
         return batch
-    data.set_state({**data.get_state(), "next": step - 1})
+    data.rewind(step)
     if error is None:
         raise InputError(f"training data: processes {without} cannot read their part of step {step}; see what they say")
     if isinstance(error, InputError):
@@ -49,7 +49,7 @@ def _processes_that(condition: bool) -> list[int]:
 def report_divergence(workdir: Path, data: RunData, step: int, skipped: int) -> None:
     """Saves the batch of the first of `skipped` steps up to `step`, and raises RunDivergedError."""
     first = step - skipped + 1
-    data.set_state({**data.get_state(), "next": first - 1})
+    data.rewind(first)
     batch = next_batch(data, first)
     part, parts = part_of_process(jax.sharding.get_mesh())
     name = f"skipped_step_{first}" + (f"_part_{part}_of_{parts}" if parts > 1 else "")

@@ -9,14 +9,14 @@ import numpy as np
 from flax import traverse_util
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.json_files import read_json_object, write_json
+from rehyat_jax.files.new_directory import new_directory, new_shared_directory
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.weights.config_fields import require_known, wan_config_from_json
-from rehyat_jax.weights.json_files import read_json_object, write_json
-from rehyat_jax.weights.new_directory import new_directory, new_shared_directory
 from rehyat_jax.weights.orbax_params import open_params, restore_arrays, save_arrays, save_params
 from rehyat_jax.weights.safetensors_file import DTYPES
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
-from rehyat_jax.weights.wan_table import wan_table
+from rehyat_jax.weights.wan.names import wan_table
 
 MODEL_FILE = "model.json"
 PARAMS = "params"

@@ -10,9 +10,9 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.weights.safetensors_file import StoredTensor, read_tensor, write_tensor
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
-from rehyat_jax.weights.torch_config import Inferred, read_torch_config, write_torch_config
 from rehyat_jax.weights.torch_folder import create_files, find_tensors
-from rehyat_jax.weights.wan_table import LAYOUTS, Layout, Row, torch_names, wan_table
+from rehyat_jax.weights.wan.names import LAYOUTS, Layout, Row, torch_names, wan_table
+from rehyat_jax.weights.wan.torch_config import Inferred, read_torch_config, write_torch_config
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Shards of the published diffusers repositories."""

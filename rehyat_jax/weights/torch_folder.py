@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.weights.json_files import read_json_object, write_json
+from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.weights.safetensors_file import StoredTensor, create_file, read_header
 
 NAME = "diffusion_pytorch_model"

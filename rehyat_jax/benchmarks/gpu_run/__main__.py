@@ -21,7 +21,7 @@ from rehyat_jax.benchmarks.gpu_run.runner import run_sections
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
+from rehyat_jax.files.write import written_whole
 
 BUDGET_SECONDS = 480
 

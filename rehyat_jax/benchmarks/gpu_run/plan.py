@@ -7,7 +7,7 @@ import jax
 from rehyat_jax.benchmarks.gpu_run.cases import train_case, train_cases
 from rehyat_jax.benchmarks.gpu_run.machine import nvidia_smi
 from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
-from rehyat_jax.planning.chips import device_count
+from rehyat_jax.cost_model.chips import device_count
 from rehyat_jax.planning.planner import Request, make_plan
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import written_whole
-from rehyat_jax.weights.json_files import read_json_object
+from rehyat_jax.files.json_files import read_json_object
+from rehyat_jax.files.write import written_whole
 
 COMPLETE, RUNNING, CUT_OFF, FAILED, SKIPPED = "complete", "running", "cut off", "failed", "skipped"
 

@@ -8,8 +8,8 @@ from diffusers import WanTransformer3DModel
 from flax import traverse_util
 
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.weights.torch_config import UPSTREAM
-from rehyat_jax.weights.wan_table import wan_table
+from rehyat_jax.weights.wan.names import wan_table
+from rehyat_jax.weights.wan.torch_config import UPSTREAM
 
 
 def diffusers_transformer(

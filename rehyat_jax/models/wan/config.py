@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from rehyat_jax.attention.feature_map_config import FeatureMapConfig
+from rehyat_jax.attention.features.config import FeatureMapConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from rehyat_jax.attention.geometry import ChunkGeometry
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.models.wan.config import WanConfig
 
 

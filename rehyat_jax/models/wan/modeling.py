@@ -20,18 +20,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from rehyat_jax.attention import FeatureMap, InlineFeatures
-from rehyat_jax.attention.backend import IMPLEMENTATIONS
-from rehyat_jax.attention.context_parallel import padded_frames
 from rehyat_jax.attention.flat_tokens import flat, with_heads
-from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
-from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.models.wan.linear import linear
-from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
-from rehyat_jax.parallel.attention import (
+from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
+from rehyat_jax.attention.hybrid.context_parallel import padded_frames
+from rehyat_jax.attention.on_mesh import (
     cross_attention_on_mesh,
     hybrid_attention_on_mesh,
     softmax_attention_on_mesh,
 )
+from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
+from rehyat_jax.models.linear import linear
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
 from rehyat_jax.parallel.mesh import axis_size
 from rehyat_jax.parallel.sharding import HIDDEN, RESIDUAL, constrain, gathered
 

@@ -77,7 +77,7 @@ def scaled_and_rotated(
     cos, sin = table
     if target_platform() == "tpu" and cos.shape[-1] == _KERNEL_HEAD_DIM:
         # TPU kernels are imported where they are used.
-        from rehyat_jax.models.wan.rope_tpu import scale_and_rotate
+        from rehyat_jax.attention.tpu.norm_rotate import scale_and_rotate
 
         run = scale_and_rotate
         if is_cut():

@@ -1,1 +1,0 @@
-"""Windows attended to by fused attention kernels on NVIDIA GPUs."""

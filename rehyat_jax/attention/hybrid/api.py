@@ -1,0 +1,252 @@
+"""Hybrid attention: what it means, what it accepts, and which implementation runs."""
+
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rehyat_jax.attention.features.inline import InlineFeatures
+from rehyat_jax.attention.hybrid.backend import Request, choose_backend
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
+from rehyat_jax.attention.hybrid.reference import normalised_weights
+from rehyat_jax.attention.hybrid.state import HybridState
+from rehyat_jax.attention.product import accumulation_dtype
+
+STABILIZERS = ("row_max", "joint")
+
+Features = jax.Array | InlineFeatures | Callable[[jax.Array], jax.Array]
+
+
+def hybrid_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: Features,
+    phi_key: Features,
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int,
+    overlap_frames: int,
+    causal: bool = True,
+    stabilizer: str = "row_max",
+    implementation: str | None = None,
+    initial_state: HybridState | None = None,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, HybridState]:
+    """Softmax attention inside a temporal window, linear attention outside it, one normalisation over both.
+
+    ReHyAt (arXiv 2601.04342), joint normalisation and recurrent form. The video's frames are cut into chunks of
+    Tc = chunk_frames. A query of chunk t attends by softmax to the frames [max(t*Tc - To, 0), (t+1)*Tc), To =
+    overlap_frames, and by the feature maps to every frame before that window (and, unless causal, after it):
+
+        aS = sum_S exp(q.k_j / sqrt(head_dim) - c) v_j      aL = phi_query(q) sum_L phi_key(k_j) v_j^T
+        nS = sum_S exp(q.k_j / sqrt(head_dim) - c)          nL = phi_query(q) sum_L phi_key(k_j)
+        y = (aS + aL) / (nS + nL)
+
+    Args:
+      query, key, value: [batch, tokens, heads, head_dim] of one floating dtype, tokens frame-major. Any number of
+        frames: the last chunk may be ragged, or the only one.
+      phi_query, phi_key: non-negative features. Either arrays [batch, tokens, heads, features] in the dtype of `query`
+        or float32; or `InlineFeatures`, which "pallas_tpu" computes inside its kernels; or feature maps to be called
+        on `query` and `key`, inlined if they have a method `inline`, as `FeatureMap` has.
+      tokens_per_frame: tokens of one latent frame.
+      chunk_frames: Tc, at least 1.
+      overlap_frames: To, between 0 and chunk_frames.
+      causal: whether linear attention is to the past only. Inside the window attention is bidirectional either way.
+      stabilizer: what c is. "row_max", the literal reading: the row's largest score in the window, so that the linear
+        weights are relative to it. "joint": zero (computed safely), so that full softmax attention is recovered where
+        phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different functions: never mix them between
+        training and inference. c is a constant in the gradient.
+      implementation: "reference" (dense, the definition), "scan" (recurrent), "xla" (chunks as a batch), "cudnn"
+        (NVIDIA GPUs: flash attention, 16 bits), "pallas_tpu" (TPUs: fused kernels), "pallas_gpu" (Hopper GPUs: one
+        fused kernel forward, cuDNN's backward; head_dim 128), or None for the best on the platform that the program is
+        made for that can do what is asked for.
+      initial_state: what was returned with the preceding chunks of the same video; None at its start. Causal only.
+      return_state: also return the state that continues the video. Causal only, and only after whole chunks.
+
+    Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`; with return_state, (y, HybridState).
+
+    Raises:
+      ValueError: on shapes, dtypes or arguments that do not fit together or that the implementation cannot do.
+    """
+    request = _checked_request(
+        (query, key, value),
+        (phi_query, phi_key),
+        tokens_per_frame=tokens_per_frame,
+        chunk_frames=chunk_frames,
+        overlap_frames=overlap_frames,
+        causal=causal,
+        stabilizer=stabilizer,
+        initial_state=initial_state,
+        return_state=return_state,
+    )
+    backend = choose_backend(request, implementation)
+    backend.check(request)
+    if initial_state is not None or return_state:
+        _check_streaming(request)
+    output, final_state = backend(request)
+    return (output, final_state) if return_state else output
+
+
+def hybrid_attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    phi_query: Features,
+    phi_key: Features,
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int,
+    overlap_frames: int,
+    causal: bool = True,
+    stabilizer: str = "row_max",
+) -> tuple[jax.Array, jax.Array]:
+    """The dense weights of `hybrid_attention`, to look at. Their memory grows with the square of the tokens.
+
+    Args: as for `hybrid_attention`.
+
+    Returns: (softmax weights, linear weights), each [batch, heads, queries, keys] in float32 (float64 for float64
+      arrays). The weights of a query, of both kinds together, sum to one.
+
+    Raises:
+      ValueError: as `hybrid_attention` does, or if there are more than 2**28 weights.
+    """
+    form = dict(chunk_frames=chunk_frames, overlap_frames=overlap_frames, causal=causal, stabilizer=stabilizer)
+    request = _checked_request((query, key, key), (phi_query, phi_key), tokens_per_frame=tokens_per_frame, **form)
+    batch, tokens, heads, _ = request.query.shape
+    if (count := batch * heads * tokens**2) > _MOST_WEIGHTS:
+        raise ValueError(f"expected at most {_MOST_WEIGHTS} weights, found {count} for {tokens} tokens: give fewer")
+    return normalised_weights(request.with_arrays())
+
+
+_MOST_WEIGHTS = 2**28
+
+
+def _checked_request(
+    tokens: tuple[jax.Array, jax.Array, jax.Array],
+    features: tuple[Features, Features],
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int,
+    overlap_frames: int,
+    causal: bool,
+    stabilizer: str,
+    initial_state: HybridState | None = None,
+    return_state: bool = False,
+) -> Request:
+    """The arguments of `hybrid_attention` as a request, feature maps called. Raises ValueError."""
+    query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in tokens)
+    _check_tokens(query, key, value)
+    numbers = dict(tokens_per_frame=tokens_per_frame, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
+    geometry = _checked_geometry(query, **{name: _integer(name, number) for name, number in numbers.items()})
+    _check_choice("stabilizer", stabilizer, STABILIZERS)
+    phi_query, phi_key = (
+        _features(name, phi, x) for name, phi, x in zip(("phi_query", "phi_key"), features, (query, key), strict=True)
+    )
+    _check_features(query, phi_query, phi_key)
+    return Request(
+        query,
+        key,
+        value,
+        phi_query,
+        phi_key,
+        geometry,
+        causal=causal,
+        stabilizer=stabilizer,
+        initial_state=initial_state,
+        return_state=return_state,
+    )
+
+
+def _check_tokens(query, key, value):
+    if query.ndim != 4:
+        raise ValueError(f"query must be [batch, tokens, heads, head_dim], found shape {query.shape}")
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(f"query must be of a floating dtype, found {query.dtype}")
+    for name, array in (("key", key), ("value", value)):
+        if (array.shape, array.dtype) != (query.shape, query.dtype):
+            raise ValueError(
+                f"{name} must have query's shape {query.shape} and dtype {query.dtype}, "
+                f"found {array.shape} and {array.dtype}"
+            )
+
+
+def _features(name: str, features: Features, x: jax.Array) -> jax.Array | InlineFeatures:
+    """Features as an array or inlined; `name` is the argument's."""
+    if features is None:
+        raise ValueError(
+            f"{name} must be features [batch, tokens, heads, features], InlineFeatures or a feature map, found None"
+        )
+    if hasattr(features, "inline"):
+        features = features.inline(x)
+    elif callable(features):
+        features = features(x)
+    if not isinstance(features, InlineFeatures):
+        return features if isinstance(features, jax.Array) else jnp.asarray(features)
+    for matrix in features.weights:
+        if matrix.shape[0] != x.shape[2]:
+            raise ValueError(f"{name}: expected a map of {x.shape[2]} heads, as query has, found {matrix.shape[0]}")
+    return features
+
+
+def _check_features(query, phi_query, phi_key):
+    dtypes = (query.dtype, accumulation_dtype(query.dtype))
+    for name, array in (("phi_query", phi_query), ("phi_key", phi_key)):
+        if array.ndim != 4 or array.shape[:3] != query.shape[:3] or array.shape != phi_query.shape:
+            raise ValueError(
+                f"phi_query and phi_key must both be [batch, tokens, heads, features] with query's "
+                f"{query.shape[:3]}, found {name} of shape {array.shape}"
+            )
+        if array.dtype not in dtypes:
+            raise ValueError(f"{name} must be of dtype {' or '.join(map(str, dtypes))}, found {array.dtype}")
+
+
+def _integer(name: str, number: int) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, found {number!r}") from None
+
+
+def _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames) -> ChunkGeometry:
+    tokens = query.shape[1]
+    if tokens_per_frame < 1 or tokens < 1 or tokens % tokens_per_frame:
+        raise ValueError(
+            f"query must hold whole frames: found {tokens} tokens, not a positive multiple of "
+            f"tokens_per_frame={tokens_per_frame}; its shape {query.shape} must be [batch, tokens, heads, head_dim]"
+        )
+    if chunk_frames < 1:
+        raise ValueError(f"chunk_frames must be at least 1, found {chunk_frames}")
+    if not 0 <= overlap_frames <= chunk_frames:
+        raise ValueError(
+            f"overlap_frames must be between 0 and chunk_frames={chunk_frames}, so that the overlap lies within the "
+            f"preceding chunk; found {overlap_frames}"
+        )
+    return ChunkGeometry(tokens // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
+
+
+def _check_choice(name: str, found: str, allowed: tuple[str, ...]):
+    if found not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, found {found!r}")
+
+
+def _check_streaming(request: Request):
+    geometry, initial_state = request.geometry, request.initial_state
+    if not request.causal:
+        raise ValueError("initial_state and return_state need causal=True: a bidirectional video has no past alone")
+    if request.return_state and geometry.is_ragged:
+        raise ValueError(
+            f"return_state needs whole chunks: found {geometry.num_frames} frames, not a multiple of "
+            f"chunk_frames={geometry.chunk_frames}; give the last, ragged chunk without return_state"
+        )
+    if initial_state is None:
+        return
+    if not isinstance(initial_state, HybridState):
+        raise ValueError(f"initial_state must be a HybridState, found {type(initial_state).__name__}")
+    leaves = (jax.tree_util.tree_leaves_with_path(state) for state in (request.zero_state, initial_state))
+    for (path, expected), (_, found) in zip(*leaves, strict=True):
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"initial_state{jax.tree_util.keystr(path)} must be {expected.dtype}{list(expected.shape)}, "
+                f"found {found.dtype}{list(found.shape)}: it comes from another video, geometry or dtype"
+            )

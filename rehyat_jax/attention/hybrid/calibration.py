@@ -1,0 +1,88 @@
+"""The scale of the feature maps at which the linear branch carries the share of attention that it stands for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
+
+_LARGEST_LOG_SCALE = 60.0
+# Queries whose scores are held at a time.
+_QUERIES = 256
+
+
+def linear_mass_log_scale(
+    query: jax.Array,
+    key: jax.Array,
+    phi_query: jax.Array,
+    phi_key: jax.Array,
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int,
+    overlap_frames: int,
+    causal: bool,
+    stabilizer: str,
+) -> jax.Array:
+    """The factor of phi_query.phi_key that makes the linear branch's mass right, head by head, as a logarithm.
+
+    A token's linear share is the linear part of its normalisation, nL / (nS + nL) in the notation of
+    `hybrid_attention`. Its true share is the same of softmax attention to the same keys: nL is then the sum of
+    exp(q.k / sqrt(head_dim)) over the linear keys. The factor makes the means over tokens of the two shares equal.
+    Adding half of the result to the `log_scale` of each of the two feature maps applies it.
+
+    Shares are bounded, masses are not: a mean of masses is ruled by the few tokens with the largest, a mean of their
+    logarithms by the tokens that hardly look outside their window. Left out are tokens without linear keys, and tokens
+    without linear mass, which no factor changes.
+
+    Args:
+      query, key: [batch, tokens, heads, head_dim].
+      phi_query, phi_key: current features [batch, tokens, heads, features].
+      others: as in `hybrid_attention`.
+
+    Returns: [heads] float32, between -60 and 60; 0 where no token is left.
+    """
+    geometry = ChunkGeometry(query.shape[1] // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
+    softmax_keys, linear_keys = geometry.key_masks(causal=causal)
+
+    def frames_first(tokens: jax.Array) -> jax.Array:
+        frames = tokens.astype(jnp.float32).reshape(tokens.shape[0], -1, tokens_per_frame, *tokens.shape[2:])
+        return jnp.moveaxis(frames, 1, 0)
+
+    def softmax_masses(part) -> tuple[jax.Array, jax.Array]:
+        """Log of the true linear mass over the window's, and log nS, of one part's tokens: [batch, heads, tokens]."""
+        query, softmax_keys, linear_keys = part
+        scores = jnp.einsum("bqhd,tbkhd->bhqtk", query, frames_first(key)) / query.shape[-1] ** 0.5
+        log_window, log_outside = (
+            jax.nn.logsumexp(scores, axis=(-2, -1), where=jnp.broadcast_to(keys[:, None], scores.shape))
+            for keys in (softmax_keys, linear_keys)
+        )
+        row_max = jnp.max(scores, axis=(-2, -1), where=softmax_keys[:, None], initial=-jnp.inf)
+        return log_outside - log_window, log_window - (row_max if stabilizer == "row_max" else 0)
+
+    # A part of a frame's queries at a time: the scores of all tokens at once would not fit in memory.
+    rows = max(n for n in range(1, _QUERIES + 1) if tokens_per_frame % n == 0)
+    parts = rearrange(query.astype(jnp.float32), "b (part n) h d -> part b n h d", n=rows)
+    frame_of_part = np.arange(len(parts)) * rows // tokens_per_frame
+    masses = jax.lax.map(softmax_masses, (parts, softmax_keys[frame_of_part], linear_keys[frame_of_part]))
+    true_log_odds, log_softmax_mass = (
+        rearrange(mass, "(t part) b h n -> t b h (part n)", part=tokens_per_frame // rows) for mass in masses
+    )
+    normalizer = jnp.einsum("qt,tbkhf->qbhf", linear_keys.astype(jnp.float32), frames_first(phi_key))
+    linear_mass = jnp.einsum("tbqhf,tbhf->tbhq", frames_first(phi_query), normalizer)
+
+    included = linear_mass > 0
+    log_odds = jnp.log(jnp.where(included, linear_mass, 1)) - log_softmax_mass
+
+    def mean_share(log_odds: jax.Array) -> jax.Array:
+        return jnp.mean(jax.nn.sigmoid(log_odds), axis=(0, 1, 3), where=included)
+
+    def halve(_, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        too_low = mean_share(log_odds + middle[:, None]) < mean_share(true_log_odds)
+        return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
+
+    largest = jnp.full(query.shape[2], _LARGEST_LOG_SCALE)
+    low, high = jax.lax.fori_loop(0, 40, halve, (-largest, largest))
+    return jnp.where(included.any(axis=(0, 1, 3)), (low + high) / 2, 0)

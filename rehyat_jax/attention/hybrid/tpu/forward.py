@@ -1,0 +1,262 @@
+"""The kernel that attends to the softmax window and to the state of the keys outside it.
+
+Score tiles are transposed, [keys, queries]: what belongs to a query (maximum, sum, log-sum-exp) is then a row that
+fills whole registers, and reductions over keys are elementwise. Exponents are base 2.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rehyat_jax.attention.features.inline import InlineFeatures
+from rehyat_jax.attention.hybrid.tpu.states import has_linear_keys
+from rehyat_jax.attention.hybrid.tpu.tiling import FEATURE_ROWS, Tiling, is_key
+from rehyat_jax.attention.tpu.blocks import NT, TN, HeadBlocks, dot, for_tiles
+from rehyat_jax.attention.tpu.kernel_call import call_kernel, new_rows, per_head, scalars, state_block, token_blocks
+
+# A finite stand-in for minus infinity: differences of two such scores are zero, not NaN.
+_LOWEST = -1e30
+# Scores, in base 2, up to which they are exponentiated as they are: 2**90 times a million keys and values of 2**16
+# stays below 2**127, and 2**-90 is a normal number.
+FIXED_SHIFT_LIMIT = 90.0
+# Tiles whose scores are issued before the tile in work goes through its maximum; columns in one stretch of code.
+_LOOK_AHEAD = 3
+_STRETCH = 1536
+
+
+def score_scale(head_dim: int) -> float:
+    """From q.k to the exponent of 2."""
+    return 1 / (math.sqrt(head_dim) * math.log(2))
+
+
+def needs_running_maximum(
+    query_squares: jax.Array, key_squares: jax.Array, head_dim: int, tiling: Tiling, *, continues: bool
+) -> jax.Array:
+    """Whether a chunk's scores can be too large to be exponentiated as they are; int32 [batch, heads, chunks].
+
+    They are bounded by |q||k| (Cauchy and Schwarz).
+
+    Args:
+      query_squares: largest squared norm of every frame's queries, [batch, heads, frames].
+      key_squares: the same of keys; with `continues` the first chunk's overlap goes before.
+    """
+    geometry = tiling.geometry
+    frame = np.arange(key_squares.shape[2]) + (0 if not continues else -geometry.overlap_frames)
+    chunk = np.arange(geometry.num_chunks)[:, None]
+    in_chunk = (frame >= chunk * geometry.chunk_frames) & (frame < (chunk + 1) * geometry.chunk_frames)
+    in_overlap = (frame < chunk * geometry.chunk_frames) & (
+        frame >= chunk * geometry.chunk_frames - geometry.overlap_frames
+    )
+    largest = lambda squares, frames: jnp.where(frames, squares[:, :, None], 0).max(axis=-1)
+    query_frames = in_chunk[:, -query_squares.shape[2] :]
+    bound = score_scale(head_dim) * jnp.sqrt(
+        largest(query_squares, query_frames) * largest(key_squares, in_chunk | in_overlap)
+    )
+    return jnp.where(bound <= FIXED_SHIFT_LIMIT, 0, 1).astype(jnp.int32)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    features: InlineFeatures,
+    states: jax.Array,
+    is_running: jax.Array,
+    tiling: Tiling,
+    *,
+    causal: bool,
+    stabilizer: str,
+    missing_frames: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Attention to the window and to the state of the queries' chunk, jointly normalised.
+
+    Args:
+      query: [batch, tokens, heads, head_dim].
+      key, value: the same, or longer by the overlap_frames before the first chunk if missing_frames is given.
+      features: phi_query.
+      states: of every chunk, float32 [chunks, batch, heads, state_rows, features]; not read where `has_linear_keys`
+        is false.
+      is_running: int32 [batch, heads, chunks], whether the exponents of a chunk are relative to a running maximum.
+      missing_frames: int32 [2, chunks], how many frames at the start and at the end of each chunk's window are no keys.
+
+    Returns:
+      (output; the joint log-sum-exp, base 2; with "row_max" the stabilizer c, base 2, else None), the last two
+      [batch, heads, query blocks, 1, query_block].
+    """
+    batch, _, heads, head_dim = query.shape
+    geometry, scale = tiling.geometry, score_scale(head_dim)
+    parts = tiling.key_blocks_per_frame
+    steps = (geometry.chunk_frames + geometry.overlap_frames) * parts
+    num_key_blocks = key.shape[1] // tiling.key_block
+    window = functools.partial(window_block, tiling=tiling, continues=missing_frames is not None)
+
+    # Not `//`, whose care for negative numbers costs instructions.
+    chunk_of = lambda block: jax.lax.div(block, tiling.query_blocks_per_chunk)
+
+    def kernel(inputs, outputs, scratch):
+        block, step = pl.program_id(2), pl.program_id(3)
+        chunk = chunk_of(block)
+        key_block = window(chunk, step)
+        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+        source = inputs.get("source", query)
+        maximum, total, sums = scratch["maximum"], scratch["total"], scratch["sums"]
+        row_max = scratch.get("row_max")
+
+        def for_queries(condition, width, body):
+            """`for_tiles` over the block's queries, of which the last block of a ragged video has fewer."""
+            is_last_block = block == tiling.num_query_blocks - 1
+            rows = {tiling.query_block: ~is_last_block, tiling.last_query_block: is_last_block}
+            if len(rows) == 1:
+                rows = {tiling.query_block: True}
+            for length, is_length in rows.items():
+                run = functools.partial(for_tiles, length, width, _STRETCH // width, body)
+                pl.when(condition & is_length)(run)
+
+        @pl.when(step == 0)
+        def _():
+            maximum[...] = jnp.full_like(maximum, _LOWEST)
+            total[...] = jnp.zeros_like(total)
+            sums[...] = jnp.zeros_like(sums)
+            if row_max is not None:
+                row_max[...] = jnp.full_like(row_max, _LOWEST)
+
+        def scores(tile, part):
+            (start, size), (low, high) = tile, part
+            tile_scores = dot(key[low:high, :], query[pl.ds(start, size), :], NT)
+            if tiling.is_padded:
+                valid = is_key(jax.lax.rem(key_block, parts), low, high - low, tiling)
+                tile_scores = jnp.where(valid, tile_scores, _LOWEST)
+            return tile_scores
+
+        def add_window(tiles, *, running: bool):
+            work = [(tile, part) for tile in tiles for part in tiling.key_tiles()]
+            look_ahead = _LOOK_AHEAD if running else 1
+            ahead = [scores(*item) for item in work[:look_ahead]]
+            for n, (tile, (low, high)) in enumerate(work):
+                tile_scores = ahead.pop(0)
+                if n + look_ahead < len(work):
+                    ahead.append(scores(*work[n + look_ahead]))
+                columns = pl.ds(*tile)
+                tile_total, tile_sums = total[:, columns], sums[:, columns]
+                if running or row_max is not None:
+                    tile_max = tile_scores.max(axis=0, keepdims=True)
+                if row_max is not None:
+                    row_max[:, columns] = jnp.maximum(row_max[:, columns], tile_max)
+                if running:
+                    before = maximum[:, columns]
+                    after = jnp.maximum(before, tile_max)
+                    shrink = jnp.exp2((before - after) * scale)
+                    tile_total, tile_sums = tile_total * shrink, tile_sums * shrink
+                    maximum[:, columns] = after
+                    tile_scores = tile_scores - after
+                weights = jnp.exp2(tile_scores * scale)
+                total[:, columns] = tile_total + weights.sum(axis=0, keepdims=True)
+                sums[:, columns] = tile_sums + dot(value[low:high, :], weights.astype(value.dtype), TN)
+
+        is_key_block = (key_block >= 0) & (key_block < num_key_blocks)
+        if missing_frames is not None:
+            is_key_block &= is_in_window(step, chunk, inputs["missing_frames"], tiling)
+        is_running = inputs["is_running"][0, chunk] == 1
+
+        @pl.when(is_key_block & ~is_running)
+        def _():
+            maximum[...] = jnp.zeros_like(maximum)
+
+        add_fixed, add_running = (functools.partial(add_window, running=running) for running in (False, True))
+        for_queries(is_key_block & ~is_running, tiling.fixed_columns, add_fixed)
+        for_queries(is_key_block & is_running, tiling.running_columns, add_running)
+
+        def write(columns, shift, tile_total, tile_sums):
+            outputs["output"][columns, :] = (tile_sums / tile_total).T.astype(query.dtype)
+            outputs["log_sum_exp"][:, columns] = shift + jnp.log2(tile_total)
+            if row_max is not None:
+                outputs["stabilizer"][:, columns] = row_max[:, columns] * scale
+
+        def finish_without_state(tiles):
+            for tile in tiles:
+                columns = pl.ds(*tile)
+                write(columns, maximum[:, columns] * scale, total[:, columns], sums[:, columns])
+
+        def finish(tiles):
+            weights = tuple(matrix[...] for matrix in inputs["weights"])
+            # All features first: the next tile's products go beside the arithmetic of the one before.
+            phis = [features.function(source[pl.ds(*tile), :], *weights) for tile in tiles]
+            for tile, phi in zip(tiles, phis, strict=True):
+                columns = pl.ds(*tile)
+                linear = dot(inputs["states"][...].astype(phi.dtype), phi, NT)
+                linear_sums, linear_total = linear[:head_dim], linear[head_dim : head_dim + 1]
+                shift, tile_total, tile_sums = maximum[:, columns] * scale, total[:, columns], sums[:, columns]
+                if row_max is not None:
+                    weight = jnp.exp2(row_max[:, columns] * scale - shift)
+                else:
+                    # Relative to max(shift, 0), so that neither part overflows; without linear mass to the window's.
+                    common = jnp.where(linear_total > 0, jnp.maximum(shift, 0), shift)
+                    shrink = jnp.exp2(shift - common)
+                    tile_total, tile_sums = tile_total * shrink, tile_sums * shrink
+                    weight = jnp.where(linear_total > 0, jnp.exp2(-common), 0)
+                    shift = common
+                write(columns, shift, tile_total + linear_total * weight, tile_sums + linear_sums * weight)
+
+        is_last = step == steps - 1
+        has_state = has_linear_keys(chunk, tiling, causal=causal, continues=missing_frames is not None)
+
+        for_queries(is_last & has_state, FEATURE_ROWS, finish)
+        for_queries(is_last & ~has_state, FEATURE_ROWS, finish_without_state)
+
+    queries = lambda block, step: block
+    keys = lambda block, step: jnp.clip(window(chunk_of(block), step), 0, num_key_blocks - 1)
+    output = HeadBlocks.of(query)
+    row = new_rows(batch, heads, tiling.num_query_blocks, tiling.query_block, queries)
+    is_row_max = stabilizer == "row_max"
+    results = call_kernel(
+        "hybrid_attend",
+        kernel,
+        (batch, heads, tiling.num_query_blocks, steps),
+        {
+            "query": token_blocks(query, tiling.query_block, queries),
+            "key": token_blocks(key, tiling.key_block, keys),
+            "value": token_blocks(value, tiling.key_block, keys),
+            "source": None if features.source is query else token_blocks(features.source, tiling.query_block, queries),
+            "weights": per_head(features.weights),
+            "states": state_block(states, lambda block, step: chunk_of(block)),
+            "is_running": (
+                is_running[:, :, None],
+                pl.BlockSpec(
+                    (None, None, 1, geometry.num_chunks), lambda b, h, *_: (b, h, 0, 0), memory_space=pltpu.SMEM
+                ),
+            ),
+            "missing_frames": scalars(missing_frames),
+        },
+        {"output": (output.shape, output.spec(tiling.query_block, queries)), "log_sum_exp": row}
+        | ({"stabilizer": row} if is_row_max else {}),
+        {
+            "maximum": pltpu.VMEM((1, tiling.query_block), jnp.float32),
+            "total": pltpu.VMEM((1, tiling.query_block), jnp.float32),
+            "sums": pltpu.VMEM((head_dim, tiling.query_block), jnp.float32),
+        }
+        | ({"row_max": pltpu.VMEM((1, tiling.query_block), jnp.float32)} if is_row_max else {}),
+        parallel=3,
+    )
+    return output.unview(results["output"]), results["log_sum_exp"], results.get("stabilizer")
+
+
+def window_block(chunk: jax.Array, step: jax.Array, *, tiling: Tiling, continues: bool) -> jax.Array:
+    """The `step`-th key block of a chunk's window, among all key blocks; out of range where there is none.
+
+    With `continues`, the keys begin with the overlap of the first chunk.
+    """
+    first_frame = chunk * tiling.geometry.chunk_frames - (0 if continues else tiling.geometry.overlap_frames)
+    return first_frame * tiling.key_blocks_per_frame + step
+
+
+def is_in_window(step: jax.Array, chunk: jax.Array, missing_frames: jax.Array, tiling: Tiling) -> jax.Array:
+    """Whether the `step`-th key block of a chunk's window is of a frame that is not missing; see `attend`."""
+    geometry, parts = tiling.geometry, tiling.key_blocks_per_frame
+    first = missing_frames[0, chunk] * parts
+    end = (geometry.overlap_frames + geometry.chunk_frames - missing_frames[1, chunk]) * parts
+    return (step >= first) & (step < end)

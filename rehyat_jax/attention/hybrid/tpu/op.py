@@ -1,0 +1,442 @@
+"""implementation="pallas_tpu": hybrid attention, feature maps included, as fused TPU kernels with their gradients."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from rehyat_jax.attention.features.inline import InlineFeatures, as_inline
+from rehyat_jax.attention.flat_tokens import cut, joined
+from rehyat_jax.attention.hybrid.backend import Backend, Request
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
+from rehyat_jax.attention.hybrid.state import HybridState, LinearState
+from rehyat_jax.attention.hybrid.tpu.backward import readout_backward, window_backward
+from rehyat_jax.attention.hybrid.tpu.forward import attend, needs_running_maximum
+from rehyat_jax.attention.hybrid.tpu.states import (
+    Walk,
+    chunk_states,
+    chunk_states_backward,
+    first_chunk_with_past,
+    state_rows,
+)
+from rehyat_jax.attention.hybrid.tpu.tiling import Tiling
+from rehyat_jax.attention.residuals import kept
+from rehyat_jax.attention.tpu.blocks import HeadBlocks, unview
+
+
+def run(request: Request) -> tuple[jax.Array, HybridState | None]:
+    """One kernel sums keys to the chunks' states, one attends to window and state.
+
+    Inlined features never leave the chip. Differentiation runs a kernel for the readout of the states, one for their
+    keys, and, only if the gradient of a query, key or value is wanted, two for the softmax window.
+    """
+    query, key, value, geometry = request.query, request.key, request.value, request.geometry
+    initial_state, num_frames, causal = request.initial_state, request.num_frames, request.causal
+    phi_query, phi_key = (as_inline(features, query.dtype) for features in (request.phi_query, request.phi_key))
+    tiling = Tiling.choose(
+        geometry,
+        head_dim=query.shape[-1],
+        source_width=max(phi_query.source.shape[-1], phi_key.source.shape[-1]),
+        dtype=query.dtype,
+    )
+    pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
+    # A map of the query itself is told so by None: then one copy is kept in VMEM, and one gradient is returned.
+    operands = {
+        "query": pad(query),
+        "key": pad(key),
+        "value": pad(value),
+        "query_source": None if phi_query.source is query else pad(phi_query.source),
+        "key_source": None if phi_key.source is key else pad(phi_key.source),
+        "query_weights": phi_query.weights,
+        "key_weights": phi_key.weights,
+    }
+    if initial_state is not None:
+        # The first chunk's overlap goes before the keys. Its sums are in the state, so it is no source of any.
+        operands |= {
+            "key_source": pad(phi_key.source),
+            "state_value": operands["value"],
+            "key": joined(pad(initial_state.overlap_key), operands["key"]),
+            "value": joined(pad(initial_state.overlap_value), operands["value"]),
+            "past": _sum_rows(initial_state.past),
+            "overlap": _sum_rows(initial_state.overlap),
+            "missing_frames": _missing_frames(tiling.geometry, initial_state.chunks > 0, num_frames),
+        }
+    if request.later is not None:
+        operands["later"] = _sum_rows(request.later)
+    if num_frames is not None and not causal:
+        operands["padding_frames"] = (tiling.geometry.num_frames - num_frames)[None]
+    functions = phi_query.function, phi_key.function
+    call = _Call(tiling, query.shape[2], request.return_state, causal, request.stabilizer, *functions)
+    output, past, overlap = _attention(call, _views(operands))
+    output = _drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
+    if not request.return_state:
+        return output, None
+
+    split = geometry.overlap_start - geometry.chunk_frames * geometry.tokens_per_frame or key.shape[1]
+    final_state = HybridState(
+        past=_sums_of_rows(past),
+        overlap=_sums_of_rows(overlap),
+        overlap_key=cut(key, split, None),
+        overlap_value=cut(value, split, None),
+        chunks=(0 if initial_state is None else initial_state.chunks) + jnp.int32(geometry.num_chunks),
+    )
+    return output, final_state
+
+
+def video_sums(
+    phi_key: jax.Array | InlineFeatures, value: jax.Array, geometry: ChunkGeometry, num_frames: jax.Array | None
+) -> tuple[LinearState, LinearState]:
+    """Sums over the frames before the video's last overlap_frames, and over all its frames, by the same kernels."""
+    phi_key = as_inline(phi_key, value.dtype)
+    tiling = Tiling.choose(geometry, head_dim=value.shape[-1], source_width=phi_key.source.shape[-1], dtype=value.dtype)
+    # As if the video were one chunk, with another to come: state 1 is what that one reads, state 2 what is after it.
+    whole = dataclasses.replace(tiling.geometry, chunk_frames=tiling.geometry.num_frames)
+    call = _Call(
+        dataclasses.replace(tiling, geometry=whole),
+        value.shape[2],
+        return_state=True,
+        causal=True,
+        stabilizer="",
+        query_function=phi_key.function,
+        key_function=phi_key.function,
+    )
+    pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
+    operands = {"key_source": pad(phi_key.source), "value": pad(value), "key_weights": phi_key.weights}
+    if num_frames is not None:
+        operands["padding_frames"] = (tiling.geometry.num_frames - num_frames)[None]
+    return tuple(map(_sums_of_rows, _video_sums(call, _views(operands))))
+
+
+def why_not(request: Request) -> str | None:
+    """The reason why the kernels cannot do a request, and the remedy; None if they can."""
+    query, instead = request.query, 'use implementation="xla"'
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
+    if query.shape[-1] % 64:
+        return f"query of head_dim {query.shape[-1]}, only of multiples of 64: {instead}"
+    if request.phi_query.shape[-1] % 128:
+        return f"phi_query of {request.phi_query.shape[-1]} features, only of multiples of 128: {instead}"
+    return None
+
+
+BACKEND = Backend("pallas_tpu", run, why_not, takes_inline_features=True, video_sums=video_sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is static of a call."""
+
+    tiling: Tiling
+    heads: int
+    return_state: bool
+    causal: bool
+    stabilizer: str
+    query_function: Callable[..., jax.Array]
+    key_function: Callable[..., jax.Array]
+
+    @property
+    def num_chunks(self) -> int:
+        return self.tiling.geometry.num_chunks
+
+    @property
+    def overlap_tokens(self) -> int:
+        return self.tiling.geometry.overlap_frames * self.tiling.frame
+
+    def walks(self) -> list[Walk]:
+        """The orders in which keys enter the chunks' states: of the past, and, unless causal, of the future."""
+        past = Walk(self.tiling, is_future=False, num_states=self.num_chunks + self.return_state)
+        return [past] if self.causal else [past, Walk(self.tiling, is_future=True, num_states=self.num_chunks)]
+
+    def overlap_walk(self) -> Walk:
+        """Over the last overlap alone, as if it were a chunk with another to come: state 1 holds it."""
+        frames = self.tiling.geometry.overlap_frames
+        geometry = dataclasses.replace(self.tiling.geometry, num_frames=frames, chunk_frames=frames, overlap_frames=0)
+        return Walk(dataclasses.replace(self.tiling, geometry=geometry), is_future=False, num_states=2)
+
+    def video_walk(self) -> Walk:
+        """Over the video as one chunk: state 1 holds the frames before the overlap, state 2 these too, if any."""
+        return Walk(self.tiling, is_future=False, num_states=3 if self.tiling.geometry.overlap_frames else 2)
+
+    def last_overlap(self, features: InlineFeatures, value: jax.Array) -> tuple[InlineFeatures, jax.Array]:
+        """phi_key and value of the last overlap_frames."""
+        last = lambda tokens: cut(tokens, -self.overlap_tokens, None)
+        return dataclasses.replace(features, source=last(features.source)), last(value)
+
+    def query_features(self, operands: dict[str, Any]) -> InlineFeatures:
+        source = operands["query"] if operands["query_source"] is None else operands["query_source"]
+        weights = tuple(weight.astype(source.dtype) for weight in operands["query_weights"])
+        return InlineFeatures(source, weights, self.query_function)
+
+    def key_features(self, operands: dict[str, Any]) -> InlineFeatures:
+        source = operands["key"] if operands["key_source"] is None else operands["key_source"]
+        weights = tuple(weight.astype(source.dtype) for weight in operands["key_weights"])
+        return InlineFeatures(source, weights, self.key_function)
+
+
+# Operands of this many tokens are passed, kept for the backward pass and returned as the views that kernels read:
+# of [batch, tokens, heads, head_dim] as such, a TPU would pad the heads to a multiple of eight.
+_TOKEN_ARRAYS = ("query", "key", "value", "query_source", "key_source", "state_value")
+
+
+def _views(operands: dict[str, Any]) -> dict[str, Any]:
+    views = {
+        name: HeadBlocks.of(operands[name]).view(operands[name])
+        for name in _TOKEN_ARRAYS
+        if operands.get(name) is not None
+    }
+    return operands | views
+
+
+def _unviews(operands: dict[str, Any], heads: int) -> dict[str, Any]:
+    arrays = {name: unview(operands[name], heads) for name in _TOKEN_ARRAYS if operands.get(name) is not None}
+    return operands | arrays
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: _Call, operands: dict[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(output, sums over the frames before the next chunk's window, sums over its overlap), from and to views."""
+    return _forward(call, operands)[0]
+
+
+def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    operands = _unviews(operands, call.heads)
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    continues = "past" in operands
+    features, state_value = call.key_features(operands), operands.get("state_value", value)
+
+    # The initial overlap leaves the window when the first chunk is done.
+    seen = operands["past"] + operands["overlap"] if continues else None
+    measured = {"query": query, "key": cut(key, -query.shape[1], None)}
+    past_walk, *future_walks = call.walks()
+    states, squares = chunk_states(features, state_value, past_walk, initial=seen, measured=measured)
+    first = first_chunk_with_past(call.tiling)
+    if continues:
+        states = states.at[:first].set(seen).at[0].set(operands["past"])
+        overlap_squares = _frame_squares(cut(key, None, -query.shape[1]), call.tiling.frame)
+        squares["key"] = jnp.concatenate([overlap_squares, squares["key"]], axis=-1)
+    elif not call.causal:
+        states = states.at[:first].set(0)
+    for walk in future_walks:
+        after, _ = chunk_states(features, state_value, walk, padding_frames=operands.get("padding_frames"))
+        states += after.at[-1].set(0)
+    if "later" in operands:
+        states += operands["later"]
+
+    output, log_sum_exp, stabilizer = attend(
+        query,
+        key,
+        value,
+        call.query_features(operands),
+        states,
+        needs_running_maximum(squares["query"], squares["key"], query.shape[-1], call.tiling, continues=continues),
+        call.tiling,
+        causal=call.causal,
+        stabilizer=call.stabilizer,
+        missing_frames=operands.get("missing_frames"),
+    )
+    output = HeadBlocks.of(output).view(output)
+    output, log_sum_exp, stabilizer, states = kept((output, log_sum_exp, stabilizer, states))
+    past = overlap = None
+    if call.return_state:
+        past, overlap = states[call.num_chunks], jnp.zeros_like(states[0])
+        if call.overlap_tokens:
+            overlap = chunk_states(*call.last_overlap(features, state_value), call.overlap_walk())[0][1]
+    return (output, past, overlap), (output, log_sum_exp, stabilizer, states)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Names of the operands whose gradients are wanted."""
+
+    names: frozenset[str]
+
+
+def _forward_rule(call: _Call, operands: dict[str, Any]):
+    operands, wanted = _primals(operands)
+    outputs, residuals = _forward(call, operands)
+    return outputs, (operands, residuals, wanted)
+
+
+def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[dict[str, Any]]:
+    operands, (output, log_sum_exp, stabilizer, states), wanted = saved
+    operands, output = _unviews(operands, call.heads), unview(output, call.heads)
+    d_output, d_past, d_overlap = map(_materialised, cotangents)
+    d_output = unview(d_output, call.heads)
+    query_features, key_features = call.query_features(operands), call.key_features(operands)
+    state_value = operands.get("state_value", operands["value"])
+
+    delta, d_states, d_query_weights, d_query_source = readout_backward(
+        d_output,
+        output,
+        log_sum_exp,
+        stabilizer,
+        query_features,
+        states[: call.num_chunks],
+        call.tiling,
+        causal=call.causal,
+        continues="past" in operands,
+        source_gradient=bool(wanted.names & {"query", "query_source"}),
+    )
+    if call.return_state:
+        d_states = jnp.concatenate([d_states, d_past[None]])
+    sum_backward = functools.partial(
+        chunk_states_backward, token_gradients=bool(wanted.names & {"key", "value", "key_source", "state_value"})
+    )
+    by_walk = [
+        sum_backward(
+            d_states[: walk.num_states],
+            key_features,
+            state_value,
+            walk,
+            padding_frames=operands.get("padding_frames") if walk.is_future else None,
+        )
+        for walk in call.walks()
+    ]
+    d_key_weights, d_key_source, d_state_value = jax.tree.map(lambda *leaves: sum(leaves), *by_walk)
+    if call.return_state and call.overlap_tokens:
+        d_overlaps = jnp.stack([jnp.zeros_like(d_overlap), d_overlap])
+        last = sum_backward(d_overlaps, *call.last_overlap(key_features, state_value), call.overlap_walk())
+        d_key_weights = jax.tree.map(jnp.add, d_key_weights, last[0])
+        if d_key_source is not None:
+            d_key_source = d_key_source.at[:, -call.overlap_tokens :].add(last[1])
+            d_state_value = d_state_value.at[:, -call.overlap_tokens :].add(last[2])
+
+    gradients = dict.fromkeys(operands)
+    for name, sums in (("query_weights", d_query_weights), ("key_weights", d_key_weights)):
+        gradients[name] = _summed(sums, operands[name])
+    if "past" in operands:
+        gradients["overlap"] = d_states[1:].sum(axis=0)
+        gradients["past"] = d_states[0] + gradients["overlap"]
+    if "later" in operands:
+        gradients["later"] = d_states.sum(axis=0)
+
+    # A source of its own has a gradient of its own; else it is where the softmax window's begins.
+    begin = {"query": d_query_source, "key": d_key_source, "value": d_state_value}
+    for name, source in (("query", "query_source"), ("key", "key_source"), ("value", "state_value")):
+        if operands.get(source) is not None:
+            gradients[source], begin[name] = begin[name], None
+    if wanted.names & {"query", "key", "value"}:
+        begin = (jnp.zeros_like(operands[name]) if d is None else d for name, d in begin.items())
+        gradients["query"], gradients["key"], gradients["value"] = window_backward(
+            operands["query"],
+            operands["key"],
+            operands["value"],
+            d_output,
+            log_sum_exp,
+            delta,
+            tuple(begin),
+            call.tiling,
+            missing_frames=operands.get("missing_frames"),
+        )
+    return (_views(gradients),)
+
+
+_attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _video_sums(call: _Call, operands: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    operands, walk = _unviews(operands, call.heads), call.video_walk()
+    features, padding_frames = call.key_features(operands), operands.get("padding_frames")
+    states, _ = chunk_states(features, operands["value"], walk, padding_frames=padding_frames)
+    geometry = call.tiling.geometry
+    before_overlap = states[1] if geometry.overlap_frames < geometry.num_frames else jnp.zeros_like(states[1])
+    return before_overlap, states[-1]
+
+
+def _video_sums_forward_rule(call: _Call, operands: dict[str, Any]):
+    operands, wanted = _primals(operands)
+    return _video_sums(call, operands), (operands, wanted)
+
+
+def _video_sums_backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, ...]):
+    operands, wanted = saved
+    operands, walk = _unviews(operands, call.heads), call.video_walk()
+    d_before, d_total = map(_materialised, cotangents)
+    d_states = [jnp.zeros_like(d_total), d_before, d_total] if walk.num_states == 3 else [d_total, d_before + d_total]
+    d_weights, d_source, d_value = chunk_states_backward(
+        jnp.stack(d_states),
+        call.key_features(operands),
+        operands["value"],
+        walk,
+        padding_frames=operands.get("padding_frames"),
+        token_gradients=bool(wanted.names & {"key_source", "value"}),
+    )
+    gradients = dict.fromkeys(operands)
+    gradients |= {"key_source": d_source, "value": d_value, "key_weights": _summed(d_weights, operands["key_weights"])}
+    return (_views(gradients),)
+
+
+_video_sums.defvjp(_video_sums_forward_rule, _video_sums_backward_rule, symbolic_zeros=True)
+
+
+def _primals(operands: dict[str, Any]) -> tuple[dict[str, Any], _Wanted]:
+    """What `symbolic_zeros` hands to a forward rule, as values and names."""
+    is_primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+    wanted = {
+        name
+        for name, tree in operands.items()
+        if any(leaf.perturbed for leaf in jax.tree.leaves(tree, is_leaf=is_primal))
+    }
+    return jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=is_primal), _Wanted(frozenset(wanted))
+
+
+def _materialised(cotangent: jax.Array | SymbolicZero) -> jax.Array:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
+
+
+def _summed(gradients: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Over the batch, in the weights' dtype."""
+    return tuple(d.sum(axis=0).astype(weight.dtype) for d, weight in zip(gradients, weights, strict=True))
+
+
+def _missing_frames(geometry: ChunkGeometry, has_past: jax.Array, num_frames: jax.Array | None) -> jax.Array:
+    """How many frames at the start and at the end of each chunk's window there are not, int32 [2, chunks].
+
+    The overlap of the first chunk if there is no past, and padding at the end of the last one.
+    """
+    chunk = np.arange(geometry.num_chunks)
+    at_start = jnp.where((chunk == 0) & ~has_past, geometry.overlap_frames, 0)
+    at_end = geometry.chunk_frames - geometry.chunk_tokens(num_frames) // geometry.tokens_per_frame
+    return jnp.stack([at_start, at_end]).astype(jnp.int32)
+
+
+def _frame_squares(tokens: jax.Array, tokens_per_frame: int) -> jax.Array:
+    """The largest squared norm of every frame, float32 [batch, heads, frames]."""
+    squares = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
+    return jnp.moveaxis(squares.reshape(tokens.shape[0], -1, tokens_per_frame, tokens.shape[2]).max(axis=2), -1, 1)
+
+
+def _sum_rows(sums: LinearState) -> jax.Array:
+    """State and normalizer as the kernels hold them, [batch, heads, state_rows, features]."""
+    head_dim = sums.state.shape[-1]
+    rows = jnp.concatenate([jnp.swapaxes(sums.state, -1, -2), sums.normalizer[..., None, :]], axis=-2)
+    return jnp.pad(rows, [(0, 0)] * 2 + [(0, state_rows(head_dim) - head_dim - 1), (0, 0)])
+
+
+def _sums_of_rows(rows: jax.Array) -> LinearState:
+    head_dim = rows.shape[-2] - state_rows(0)
+    return LinearState(state=jnp.swapaxes(rows[..., :head_dim, :], -1, -2), normalizer=rows[..., head_dim, :])
+
+
+def _pad_frames(tokens: jax.Array, tokens_per_frame: int, padded: int) -> jax.Array:
+    """Appends zeros to every frame of [batch, tokens, heads, width]."""
+    if tokens_per_frame == padded:
+        return tokens
+    batch, _, *rest = tokens.shape
+    frames = tokens.reshape(batch, -1, tokens_per_frame, *rest)
+    frames = jnp.pad(frames, [(0, 0), (0, 0), (0, padded - tokens_per_frame)] + [(0, 0)] * len(rest))
+    return frames.reshape(batch, -1, *rest)
+
+
+def _drop_padding(tokens: jax.Array, tokens_per_frame: int, padded: int) -> jax.Array:
+    if tokens_per_frame == padded:
+        return tokens
+    batch, _, *rest = tokens.shape
+    return tokens.reshape(batch, -1, padded, *rest)[:, :, :tokens_per_frame].reshape(batch, -1, *rest)

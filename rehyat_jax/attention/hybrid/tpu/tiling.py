@@ -1,0 +1,163 @@
+"""Sizes of the blocks that the TPU kernels hold in VMEM."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
+from rehyat_jax.attention.tpu.blocks import LANES
+
+# What XLA gives a kernel by default on the chips with least (v5e, v5p); what a kernel itself keeps there besides its
+# blocks (score tiles, spilled registers) is bounded by the tile sizes below.
+_VMEM_BYTES = 16 * 2**20
+_VMEM_FOR_TILES = 4 * 2**20
+
+# Rows of queries, keys and features for which a product is issued at a time where no scores are involved.
+FEATURE_ROWS = 768
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Blocks and tiles, in tokens. All blocks are multiples of 8 tokens, the height of a vector register.
+
+    Attributes:
+      geometry: frames of `frame` tokens.
+      tokens_per_frame: how many of a frame's tokens are real; the others are zeros appended to it.
+      query_block: queries of a forward step, a divisor of the chunk.
+      backward_group: queries whose gradients are kept while the backward pass walks over their window's keys, a divisor
+        of the chunk.
+      backward_block: queries of a backward step, a divisor of query_block, of backward_group and of the frame.
+      key_block: keys of a step, a divisor of the frame.
+      running_columns: columns (queries) of a score tile under a running maximum.
+      fixed_columns: columns of a score tile under a fixed shift.
+      key_parts: how many score tiles a key block is cut into.
+    """
+
+    geometry: ChunkGeometry
+    tokens_per_frame: int
+    query_block: int
+    backward_group: int
+    backward_block: int
+    key_block: int
+    running_columns: int
+    fixed_columns: int
+    key_parts: int
+
+    @property
+    def frame(self) -> int:
+        return self.geometry.tokens_per_frame
+
+    @property
+    def tokens(self) -> int:
+        return self.geometry.num_frames * self.frame
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether frames end in tokens that are none."""
+        return self.tokens_per_frame < self.frame
+
+    @property
+    def num_query_blocks(self) -> int:
+        return -(-self.tokens // self.query_block)
+
+    @property
+    def last_query_block(self) -> int:
+        """Queries in the last block, which a ragged video may end early."""
+        return self.tokens - (self.num_query_blocks - 1) * self.query_block
+
+    @property
+    def query_blocks_per_chunk(self) -> int:
+        return self.geometry.chunk_frames * self.frame // self.query_block
+
+    @property
+    def key_blocks_per_frame(self) -> int:
+        return self.frame // self.key_block
+
+    def key_tiles(self) -> list[tuple[int, int]]:
+        """(start, stop) of the parts of a key block, cut at multiples of 128, the depth of a matrix unit."""
+        parts = min(self.key_parts, -(-self.key_block // LANES))
+        edges = [self.key_block * n // parts // LANES * LANES for n in range(parts)] + [self.key_block]
+        return [(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
+
+    @classmethod
+    def choose(cls, geometry: ChunkGeometry, *, head_dim: int, source_width: int, dtype: jnp.dtype) -> "Tiling":
+        """The largest blocks that fit, with frames padded only where they cannot be cut otherwise.
+
+        Large blocks: a frame of 1560 queries fills 13 columns of 128 lanes by 94%, a chunk of three fills 37 by 99%.
+        """
+        chunk_frames = min(geometry.chunk_frames, geometry.num_frames)
+        vmem = _Vmem(max(head_dim, LANES), max(source_width, LANES), np.dtype(dtype).itemsize)
+        for frame, group in _cuts(geometry.tokens_per_frame, chunk_frames):
+            key_block = _largest_block(frame, functools.partial(vmem.holds_keys, group))
+            query_block = _largest_block(chunk_frames * frame, functools.partial(vmem.holds_forward, key_block))
+            backward_block = _largest_block(
+                math.gcd(query_block, frame, group), functools.partial(vmem.holds_backward, group, key_block)
+            )
+            if min(key_block, query_block, backward_block) >= min(frame, 2 * LANES):
+                break
+        padded = dataclasses.replace(geometry, tokens_per_frame=frame, chunk_frames=chunk_frames)
+        return cls(padded, geometry.tokens_per_frame, query_block, group, backward_block, key_block, *_score_tiles())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vmem:
+    """Bytes that the kernels' blocks take, and whether they fit.
+
+    Every input and output is there twice: the block in use, and the one on its way.
+    """
+
+    width: int
+    source_width: int
+    item: int
+
+    def holds_forward(self, key_block: int, query_block: int) -> bool:
+        # Query, output and source of features; float32 sums. Key and value.
+        queries = query_block * (2 * self.item * (2 * self.width + self.source_width) + 4 * self.width)
+        return queries + 4 * key_block * self.width * self.item <= _VMEM_BYTES - _VMEM_FOR_TILES
+
+    def holds_backward(self, group: int, key_block: int, query_block: int) -> bool:
+        # Query, output's cotangent, query's gradient so far and then. Key and value with their gradients so far and
+        # then. In float32, the gradients of a group of queries and of the keys and values.
+        queries = query_block * 8 * self.width * self.item + group * 4 * self.width
+        keys = key_block * (12 * self.width * self.item + 8 * self.width)
+        return queries + keys <= _VMEM_BYTES - _VMEM_FOR_TILES
+
+    def holds_keys(self, group: int, key_block: int) -> bool:
+        return self.holds_backward(group, key_block, min(key_block, 4 * LANES))
+
+
+def _cuts(tokens_per_frame: int, chunk_frames: int) -> Iterator[tuple[int, int]]:
+    """(frame, backward group) to try: as little padding as can be, groups as large; the last fits whatever comes."""
+    frames = [tokens_per_frame] if tokens_per_frame % 8 == 0 else []
+    for frame in (*frames, -(-tokens_per_frame // 16) * 16, -(-tokens_per_frame // 256) * 256):
+        yield frame, chunk_frames * frame
+        yield frame, frame
+    yield frame, 256
+
+
+def _largest_block(length: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of `length` that is a multiple of 8 and fits; 8 if none does."""
+    blocks = [n for n in range(8, length + 1, 8) if length % n == 0 and fits(n)]
+    return blocks[-1] if blocks else 8
+
+
+def _score_tiles() -> tuple[int, int, int]:
+    """(running_columns, fixed_columns, key_parts) for the chip that is compiled for; static cycles decided."""
+    try:
+        mxu_columns = pltpu.get_tpu_info().mxu_column_size
+    except ValueError:  # interpreted, on another platform
+        mxu_columns = LANES
+    return (256, 512, 1) if mxu_columns > LANES else (256, 256, 2)
+
+
+def is_key(part: jax.Array, start: int | jax.Array, size: int, tiling: Tiling) -> jax.Array:
+    """Boolean [size, 1]: whether tokens of the `part`-th key block of a frame are more than padding."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+    return part * tiling.key_block + start + row < tiling.tokens_per_frame

@@ -1,0 +1,104 @@
+"""Attention on a mesh: every device calls the kernels on its own examples, heads and tokens.
+
+Arrays are [batch, tokens, heads, head_dim], cut as `TOKENS` says. XLA cannot cut a kernel by itself, hence `shard_map`.
+Where a video is cut along time its tokens are padded to whole chunks (`context_parallel.padded_frames`); padding is no
+key, and the attention to it is zero.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rehyat_jax.attention import softmax_attention
+from rehyat_jax.attention.features.inline import InlineFeatures, identity
+from rehyat_jax.attention.hybrid.api import hybrid_attention
+from rehyat_jax.attention.hybrid.context_parallel import hybrid_attention_in_parts
+from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
+
+CONTEXT = "context"
+TOKENS = PartitionSpec(BATCH, CONTEXT, "tensor", None)
+_TEXT = PartitionSpec(BATCH, None, "tensor", None)
+_PER_HEAD = PartitionSpec("tensor")
+
+
+def hybrid_attention_on_mesh(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: jax.Array | InlineFeatures,
+    phi_key: jax.Array | InlineFeatures,
+    *,
+    num_frames: int,
+    implementation: str | None = None,
+    **form: Any,
+) -> jax.Array:
+    """`hybrid_attention` over the mesh in use.
+
+    Args:
+      num_frames: frames of the video, without padding.
+      **form: tokens_per_frame, chunk_frames, overlap_frames, causal and stabilizer.
+    """
+    if not is_cut():
+        return hybrid_attention(query, key, value, phi_query, phi_key, implementation=implementation, **form)
+    features = [
+        phi if isinstance(phi, InlineFeatures) else InlineFeatures(phi, (), identity) for phi in (phi_query, phi_key)
+    ]
+    # A kernel that is to see that features are of its query itself must not be given that query twice.
+    sources = [None if phi.source is x else phi.source for phi, x in zip(features, (query, key), strict=True)]
+
+    def part(query, key, value, sources, weights):
+        tokens = (query, key, value)
+        phis = [
+            InlineFeatures(x if source is None else source, matrices, phi.function)
+            for x, source, matrices, phi in zip(tokens, sources, weights, features, strict=False)
+        ]
+        if axis_size(CONTEXT) == 1:
+            return hybrid_attention(*tokens, *phis, implementation=implementation, **form)
+        return hybrid_attention_in_parts(
+            *tokens, *phis, axis=CONTEXT, num_frames=num_frames, implementation=implementation, **form
+        )
+
+    return jax.shard_map(
+        part,
+        in_specs=(TOKENS, TOKENS, TOKENS, TOKENS, _PER_HEAD),
+        out_specs=TOKENS,
+        check_vma=False,
+    )(query, key, value, sources, [phi.weights for phi in features])
+
+
+def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array, *, num_tokens: int) -> jax.Array:
+    """`softmax_attention` of a video to itself over the mesh in use; `num_tokens` of its tokens are not padding.
+
+    Along "context", devices trade tokens for heads (an all-to-all, as DeepSpeed-Ulysses does, arXiv 2309.14509), or,
+    where there are not enough heads to trade, gather keys and values.
+    """
+    if not is_cut():
+        return softmax_attention(query, key, value)
+
+    def part(query, key, value):
+        devices = axis_size(CONTEXT)
+        if devices == 1:
+            return softmax_attention(query, key, value)
+        if query.shape[2] % devices == 0:
+            trade = lambda x, split, join: jax.lax.all_to_all(x, CONTEXT, split, join, tiled=True)
+            whole = [trade(x, 2, 1) for x in (query, key, value)]
+            y = softmax_attention(*(x[:, :num_tokens] for x in whole))
+            y = jnp.pad(y, [(0, 0), (0, whole[0].shape[1] - num_tokens), (0, 0), (0, 0)])
+            return trade(y, 1, 2)
+        key, value = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True)[:, :num_tokens] for x in (key, value))
+        token = jax.lax.axis_index(CONTEXT) * query.shape[1] + jnp.arange(query.shape[1])
+        y = softmax_attention(query, key, value)
+        return jnp.where((token < num_tokens)[:, None, None], y, 0)
+
+    return jax.shard_map(part, in_specs=(TOKENS,) * 3, out_specs=TOKENS, check_vma=False)(query, key, value)
+
+
+def cross_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`softmax_attention` of a video to a text, which every device along "context" holds whole."""
+    if not is_cut():
+        return softmax_attention(query, key, value)
+    return jax.shard_map(softmax_attention, in_specs=(TOKENS, _TEXT, _TEXT), out_specs=TOKENS, check_vma=False)(
+        query, key, value
+    )

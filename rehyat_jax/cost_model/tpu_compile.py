@@ -1,0 +1,189 @@
+"""Ahead-of-time compilation for a TPU that is not there, with the compiler's own listings kept.
+
+libtpu compiles on any machine. It reads the options that make it write its listings (the VLIW bundles of every kernel)
+once, when it is loaded, so every program is compiled by a process of its own:
+python -m rehyat_jax.cost_model.tpu_compile MODULE:FUNCTION ARGUMENTS TOPOLOGY DIRECTORY MESH.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rehyat_jax.cost_model.tpu_bundles import LISTINGS, generation_of
+from rehyat_jax.errors import InputError
+
+NO_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    # Nothing is run, so compilations need not wait for one another's lock on the chip.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Environment in which libtpu, when it is loaded, looks for no TPU and asks no cloud machine what it runs on."""
+
+
+class DoesNotFitError(Exception):
+    """The compiler found that the program needs more memory (HBM, or VMEM for a kernel) than the chip has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram:
+    """What the compiler left: `hlo` is the optimised module's text; sizes are bytes of HBM on one device.
+
+    `result_bytes` counts all results, `output_bytes` those that do not take the place of arguments. `peak_bytes` is
+    the most that is in use at a time, without the program itself. `host_bytes` is what it keeps in the host's memory
+    for one device while it runs. `directory` has the compiler's listings.
+    """
+
+    generation: str
+    hlo: str
+    temporary_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    result_bytes: int
+    peak_bytes: int
+    code_bytes: int
+    host_bytes: int
+    directory: Path | None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.temporary_bytes + self.argument_bytes + self.output_bytes
+
+
+def check_libtpu() -> None:
+    """Raises InputError if the TPU compiler is missing."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "libtpu: expected the TPU compiler to be installed, found no such package; run `pip install libtpu` "
+            "(no TPU is needed)"
+        )
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+    """The devices of a topology, in this process. Raises InputError if libtpu is missing or does not know it."""
+    check_libtpu()
+    os.environ.update(NO_TPU)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # jaxlib's own, or whatever libtpu's plugin makes of it
+        raise _unknown_topology(topology, str(error).splitlines()[0]) from error
+
+
+@contextmanager
+def compiled_for_tpu(
+    case: str, arguments: dict, topology: str, *, for_all_devices: bool = False
+) -> Iterator[CompiledProgram]:
+    """Compiles one case for a topology; its listings last as long as the context.
+
+    Args:
+      case: "module:function". The function takes `arguments` as keywords, and returns a function to be jitted and a
+        tuple of its arguments, trees of `jax.ShapeDtypeStruct`: for one chip.
+      arguments: JSON-ready.
+      topology: as in `jax.experimental.topologies`: "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1" or larger.
+      for_all_devices: the case is a program of all of the topology's devices instead: the function takes them first,
+        and returns a `jax.stages.Lowered`.
+
+    Raises:
+      InputError: libtpu is missing, or the topology is not known to it or here.
+      DoesNotFitError: the program needs more memory than the chip has.
+      RuntimeError: anything else that the compiler says.
+    """
+    check_libtpu()
+    generation = generation_of(topology)
+    with tempfile.TemporaryDirectory(prefix="tpu_compile_") as directory:
+        mesh = "all" if for_all_devices else "one"
+        command = [sys.executable, "-m", __spec__.name, case, json.dumps(arguments), topology, directory, mesh]
+        environment = (
+            os.environ
+            | NO_TPU
+            | {
+                # Of the seventy passes of a large kernel all listings would be half a gigabyte.
+                "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
+                f"--xla_jf_dump_llo_pass_label_regex={'|'.join(LISTINGS)}",
+            }
+        )
+        child = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if child.returncode:
+            _raise(child.stderr, textwrap.shorten(f"{case} {arguments}", 200), topology)
+        result = Path(directory, "result.json").read_text()
+        yield CompiledProgram(generation, **json.loads(result), directory=Path(directory))
+
+
+def _raise(stderr: str, case: str, topology: str):
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    message = next((line for line in reversed(lines) if "Error" in line or "exceeded" in line), "".join(lines[-1:]))
+    if "RESOURCE_EXHAUSTED" in stderr:
+        raise DoesNotFitError(message)
+    if "get_topology_desc" in stderr:
+        raise _unknown_topology(topology, message)
+    raise RuntimeError(f"{case}: cannot be compiled for {topology}: {message}")
+
+
+def _unknown_topology(topology: str, message: str) -> InputError:
+    return InputError(
+        f"--topology {topology}: expected a name that libtpu knows, for example v5e:2x2, v5p:2x2x1, v6e:2x2 or "
+        f"tpu7x:2x2x1; found {message}"
+    )
+
+
+def _compile(case: str, arguments: dict, topology: str, directory: Path, *, for_all_devices: bool) -> None:
+    """The child process: compiles, and leaves result.json beside the listings."""
+    module, function = case.split(":")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    make_case = getattr(importlib.import_module(module), function)
+    compiled = (
+        make_case(devices, **arguments) if for_all_devices else _for_one(devices[0], make_case, arguments)
+    ).compile()
+    result = dataclasses.asdict(compiled_program(compiled, topology))
+    del result["directory"], result["generation"]
+    directory.joinpath("result.json").write_text(json.dumps(result))
+
+
+def compiled_program(compiled: jax.stages.Compiled, topology: str) -> CompiledProgram:
+    """What a program says of itself, without listings."""
+    memory = compiled.memory_analysis()
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return CompiledProgram(
+        generation=topology.split(":")[0],
+        hlo=compiled.as_text(),
+        temporary_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=output,
+        result_bytes=memory.output_size_in_bytes,
+        # XLA's GPU compiler counts no peak.
+        peak_bytes=memory.peak_memory_in_bytes or memory.argument_size_in_bytes + memory.temp_size_in_bytes + output,
+        code_bytes=memory.generated_code_size_in_bytes,
+        host_bytes=memory.host_temp_size_in_bytes,
+        directory=None,
+    )
+
+
+def _for_one(device: jax.Device, make_case: Callable, arguments: dict) -> jax.stages.Lowered:
+    mesh = Mesh(np.array([device]), ("chip",))
+    here = NamedSharding(mesh, PartitionSpec())
+    # Without a mesh Pallas, and what chooses its blocks, would ask the default device which TPU it is.
+    with jax.set_mesh(mesh):
+        function, abstract = make_case(**arguments)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+        return jax.jit(function).lower(*abstract)
+
+
+if __name__ == "__main__":
+    case, keywords, topology, directory, mesh = sys.argv[1:]
+    _compile(case, json.loads(keywords), topology, Path(directory), for_all_devices=mesh == "all")

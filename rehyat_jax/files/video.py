@@ -1,0 +1,198 @@
+"""Writing videos to MP4 files and reading video files, with the ffmpeg program of imageio-ffmpeg or of the machine."""
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.files.write import reported_write_errors, written_whole
+
+SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+"""Names of the files that `frame_size` and `read_clip` can read."""
+
+_DEMUXERS = "mov,matroska,webm,avi"
+"""Theirs; ffmpeg goes by content, and some other formats name further files to open."""
+
+_SECONDS = 600
+"""Until ffmpeg is given up."""
+
+_MAX_PIXELS = 2**26
+"""Of a frame; 8K has half as many."""
+
+
+class UnreadableVideo(OSError):
+    """A video that ffmpeg cannot read wherever it runs; any other OSError may be the machine's."""
+
+
+class NoFfmpeg(InputError):
+    """This machine has no ffmpeg program."""
+
+
+def find_ffmpeg() -> str:
+    """The ffmpeg program: imageio-ffmpeg's, or else the one on PATH. Raises NoFfmpeg if there is neither."""
+    try:
+        import imageio_ffmpeg  # not at the top: commands that handle no videos do without it
+
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        program = shutil.which("ffmpeg")
+        if program is None:
+            raise NoFfmpeg(
+                f"videos need the ffmpeg program: expected the package imageio-ffmpeg or ffmpeg on PATH, found neither "
+                f"({error}); `pip install imageio-ffmpeg`, or install ffmpeg"
+            ) from error
+        return program
+
+
+def write_video(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> Path:
+    """Writes an MP4 file with `write_mp4`, or where ffmpeg is missing or fails, the frames as a NumPy array.
+
+    The array is uint8 [frames, height, width, 3], not enlarged. A warning on stderr gives the reason.
+
+    Returns:
+      The file: `path`, or the array's, which has the suffix .npy.
+
+    Raises:
+      ValueError: as `write_mp4` does.
+      InputError: neither file can be written.
+    """
+    try:
+        write_mp4(path, video, fps=fps, scale=scale)
+        return Path(path)
+    except (NoFfmpeg, OSError) as error:
+        array = Path(path).with_suffix(".npy")
+        with reported_write_errors(array), written_whole(array) as temporary, temporary.open("wb") as file:
+            np.save(file, _as_bytes(np.asarray(video)))
+        print(f"warning: {error}", file=sys.stderr)
+        print(f"warning: {array} has the frames instead: uint8 [frames, height, width, 3]", file=sys.stderr)
+        return array
+
+
+def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> None:
+    """Writes an H.264 file that every player understands (yuv420p). A file already at `path` is replaced at the end.
+
+    Args:
+      path: the file; missing directories are created.
+      video: [frames, height, width, 3] floating point in [0, 1] (clipped to it), or uint8.
+      fps: frames per second.
+      scale: whole number of times to enlarge, without smoothing, so that a tiny video can be watched. A height or width
+        that is still odd is repeated once at the edge, because the format needs even ones.
+
+    Raises:
+      ValueError: another shape or type, a value that is not finite, or a scale below 1.
+      NoFfmpeg: there is no ffmpeg program.
+      OSError: ffmpeg failed; the message is its own.
+    """
+    if scale < 1:
+        raise ValueError(f"scale: expected a whole number of at least 1, found {scale}")
+    pixels = _as_bytes(np.asarray(video))
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
+    height, width = pixels.shape[1:3]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(fps)]
+    # crf 17 is visually lossless; without yuv420p, RGB input gives a file that most players refuse.
+    encoding = ["-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p", "-f", "mp4"]
+    with written_whole(path) as temporary:
+        # imageio-ffmpeg brings the program, but its own writer forks this process, which JAX's threads make unsafe.
+        ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-y"]
+        run = subprocess.run(
+            [*ffmpeg, *source, "-i", "-", *encoding, temporary], input=pixels.tobytes(), stderr=subprocess.PIPE
+        )
+        if run.returncode:
+            raise OSError(f"{path}: ffmpeg could not write the video: {run.stderr.decode(errors='replace').strip()}")
+
+
+def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
+    """([frames, height, width, 3] uint8, frames per second). Raises OSError if `path` is not a readable video.
+
+    Only tests call it: it needs the package imageio-ffmpeg.
+    """
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(str(path))
+    metadata = next(reader)
+    width, height = metadata["size"]
+    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+    return np.stack(frames), metadata["fps"]
+
+
+def frame_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of a video as it is shown. Raises what `read_clip` does."""
+    picture = _ffmpeg_reads(path, ["-frames:v", "1", "-c:v", "ppm", "-f", "image2pipe", "-"])
+    # A PPM begins with "P6", the width, the height and the largest value, each before white space.
+    kind, width, height = picture[:50].split(maxsplit=3)[:3] if picture else (b"", b"", b"")
+    if kind != b"P6":
+        raise UnreadableVideo(f"{path}: ffmpeg found no frame in it")
+    return int(height), int(width)
+
+
+def read_clip(path: str | Path, *, fps: int, frames: int, height: int, width: int) -> np.ndarray:
+    """The start of a video at another frame rate and size.
+
+    It is scaled to cover the size, by areas of pixels where it shrinks, and what is too much is cut off on both sides
+    alike. Frames are repeated or left out to make the rate.
+
+    Args:
+      path: the file.
+      fps: frames per second of the result.
+      frames: how many of them at most.
+      height, width: of the result, in pixels.
+
+    Returns:
+      [frames or fewer, height, width, 3] uint8; fewer where the video ends before.
+
+    Raises:
+      NoFfmpeg: there is no ffmpeg program.
+      UnreadableVideo: a frame cannot be read; the message is ffmpeg's.
+      OSError: ffmpeg was killed or took too long, or the file itself cannot be read.
+    """
+    scale = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area+accurate_rnd+bitexact"
+    crop = f"crop={width}:{height}"
+    options = ["-vf", f"fps={fps},{scale},{crop}", "-frames:v", str(frames), "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    pixels = np.frombuffer(_ffmpeg_reads(path, options), np.uint8)
+    frame = math.prod((height, width, 3))
+    return pixels[: len(pixels) // frame * frame].reshape(-1, height, width, 3)
+
+
+def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
+    """What ffmpeg writes of a file's first video stream. The file may be anybody's: nothing else is opened."""
+    safely = ["-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS, "-max_pixels", str(_MAX_PIXELS)]
+    ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-nostdin", "-xerror", *safely]
+    try:
+        run = subprocess.run(
+            [*ffmpeg, "-i", f"file:{path}", "-map", "0:v:0", *options], capture_output=True, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{path}: ffmpeg did not come to an end within {_SECONDS} s") from error
+    if run.returncode < 0:
+        raise OSError(f"{path}: ffmpeg was ended by signal {-run.returncode}; perhaps for lack of memory")
+    if run.returncode:
+        with open(path, "rb") as file:
+            while file.read(2**24):  # a disk that fails does not make the video a bad one
+                pass
+        raise UnreadableVideo(f"{path}: ffmpeg could not read the video: {_reason(run.stderr)}")
+    return run.stdout
+
+
+def _reason(message: bytes) -> str:
+    """The first of ffmpeg's messages, without addresses of its memory, which differ from run to run."""
+    lines = message.decode(errors="replace").strip().splitlines() or ["no reason given"]
+    return re.sub(r" @ 0x[0-9a-f]+", "", lines[0])
+
+
+def _as_bytes(video: np.ndarray) -> np.ndarray:
+    if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
+        raise ValueError(f"video: expected [frames, height, width, 3], found shape {video.shape}")
+    if video.dtype == np.uint8:
+        return video
+    if video.dtype.kind not in "fV":  # bfloat16 is of kind V.
+        raise ValueError(f"video: expected floating point in [0, 1] or uint8, found {video.dtype}")
+    video = video.astype(np.float32)
+    if not np.isfinite(video).all():
+        raise ValueError("video: expected finite values, found NaN or infinity; look at the latents it comes from")
+    return (video.clip(0, 1) * 255).round().astype(np.uint8)

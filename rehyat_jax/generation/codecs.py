@@ -1,0 +1,109 @@
+"""Codecs between videos and the latents that the diffusion transformer works on."""
+
+import difflib
+from typing import Any, Protocol
+
+from einops import rearrange, repeat
+
+from rehyat_jax.errors import InputError
+
+Array = Any
+"""A numpy or JAX array; a codec returns the kind that it was given."""
+
+
+class Codec(Protocol):
+    """What sampling and data preparation need of a codec.
+
+    Videos are RGB, [batch, frames, height, width, 3] float32 in [0, 1]; latents are [batch, T, H, W, C] float32,
+    already normalised to roughly zero mean and unit variance.
+
+    Attributes:
+      fps: frames per second of the videos.
+      default_size: (frames, height, width) of the videos the codec's models were made for.
+    """
+
+    fps: int
+    default_size: tuple[int, int, int]
+
+    def encode(self, video: Array) -> Array:
+        """Video to latents."""
+
+    def decode(self, latents: Array) -> Array:
+        """Latents to video, clipped to [0, 1]."""
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(T, H, W, C) of one encoded video. Raises InputError for a size the codec cannot represent."""
+
+
+class WanVaeLatents:
+    """The size of the latents of Wan2.1's VAE: 4 frames and 8x8 pixels become one latent pixel of 16 channels."""
+
+    default_size = (81, 480, 832)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """((frames - 1) / 4 + 1, height / 8, width / 8, 16), which the transformer's patches of 2x2 divide.
+
+        Raises InputError unless there are 4n + 1 frames, and 16 divides both sides.
+        """
+        if min(frames, height, width) < 1 or frames % 4 != 1 or height % 16 or width % 16:
+            raise InputError(
+                f"--frames {frames} --height {height} --width {width}: expected 4n + 1 frames, and a height and width "
+                f"that are multiples of 16; nearest below are {max(frames - 1, 0) // 4 * 4 + 1} frames of "
+                f"{max(height // 16, 1) * 16}x{max(width // 16, 1) * 16}"
+            )
+        return (frames - 1) // 4 + 1, height // 8, width // 8, 16
+
+
+class SpaceToDepth:
+    """The demo's lossless codec for grey videos: every 4x4 block of pixels becomes one latent pixel of 16 channels.
+
+    There is no temporal compression. Colour is averaged away by `encode`, and `decode` returns three equal channels.
+    """
+
+    block = 4
+    fps = 16
+    default_size = (21, 24, 24)
+
+    # Mean and standard deviation of the moving digits' pixels (0.136 and 0.253 over 1,000 videos), so that latents are
+    # as large as the noise they are mixed with.
+    pixel_mean = 0.13
+    pixel_std = 0.25
+
+    def encode(self, video: Array) -> Array:
+        """[B, T, 4H, 4W, 3] float32 in [0, 1] -> [B, T, H, W, 16] float32."""
+        self.latent_shape(*video.shape[1:4])
+        blocks = rearrange(video.mean(-1), "b t (h p) (w q) -> b t h w (p q)", p=self.block, q=self.block)
+        return (blocks - self.pixel_mean) / self.pixel_std
+
+    def decode(self, latents: Array) -> Array:
+        """[B, T, H, W, 16] float32 -> [B, T, 4H, 4W, 3] float32 in [0, 1]."""
+        grey = rearrange(latents, "b t h w (p q) -> b t (h p) (w q)", p=self.block, q=self.block)
+        return repeat((grey * self.pixel_std + self.pixel_mean).clip(0, 1), "b t h w -> b t h w rgb", rgb=3)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(frames, height / 4, width / 4, 16). Raises InputError unless all are positive and 4 divides both sides."""
+        if frames < 1 or height < 1 or width < 1 or height % self.block or width % self.block:
+            raise InputError(
+                f"codec space_to_depth: expected at least one frame and a height and width that are multiples of "
+                f"{self.block}, found {frames} frames of {height}x{width}; choose a size such as "
+                f"{self.default_size[1]}x{self.default_size[2]}"
+            )
+        return frames, height // self.block, width // self.block, self.block**2
+
+
+LATENT_SIZES = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
+"""By the codec's name: `default_size` and `latent_shape`, as in `Codec`."""
+
+
+def get_codec(name: str) -> Codec:
+    """The codec that a model's checkpoint names. Raises InputError for an unknown or not yet available one."""
+    if name == "space_to_depth":
+        return SpaceToDepth()
+    if name == "wan_vae":
+        raise InputError(
+            'codec "wan_vae" is not available yet in this version of rehyat_jax: the transformer can be converted, '
+            "trained on latents encoded elsewhere and sampled to latents, but not decoded to video; only "
+            '"space_to_depth" can decode'
+        )
+    known = difflib.get_close_matches(name, ("space_to_depth", "wan_vae"), n=2, cutoff=0)
+    raise InputError(f"unknown codec {name!r}; the known ones, closest first: {', '.join(known)}")

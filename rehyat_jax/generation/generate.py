@@ -1,0 +1,171 @@
+"""Prompts to videos: encode the text, integrate the guided flow from noise, decode the latents."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tqdm import tqdm
+
+from rehyat_jax.diffusion.samplers import (
+    Coefficients,
+    Sampler,
+    SolverState,
+    coefficient_table,
+    initial_state,
+    solver_step,
+)
+from rehyat_jax.diffusion.sigma_grid import wan_grid
+from rehyat_jax.errors import InputError
+from rehyat_jax.generation.codecs import Codec
+from rehyat_jax.generation.guidance import guided_velocity
+from rehyat_jax.generation.text_encoders import TextEncoder
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+
+Array = jax.Array
+
+
+def generate(
+    model: WanTransformer,
+    codec: Codec,
+    text_encoder: TextEncoder,
+    prompts: Sequence[str],
+    noise: Array,
+    *,
+    negative_prompt: str = "",
+    steps: int = 50,
+    guidance_scale: float = 5.0,
+    flow_shift: float = 5.0,
+    sampler: Sampler = "unipc",
+    progress: bool = False,
+) -> Array:
+    """One video for every prompt. The defaults are Wan2.1's for text to video.
+
+    Two models given the same noise sample the same videos as far as they agree.
+
+    Args:
+      model: softmax or hybrid; it runs in its own compute dtype, everything around it in float32.
+      codec, text_encoder: those the model was trained with.
+      prompts: B prompts.
+      noise: [B, T, H, W, C] float32 standard normal; see `initial_noise`. Its shape decides the size of the videos.
+      negative_prompt: what to move away from, for all prompts.
+      steps: evaluations of the guided model.
+      guidance_scale: 1 turns guidance off, and `negative_prompt` with it.
+      flow_shift: see `rehyat_jax.diffusion.flow.shift_sigma`.
+      sampler: "unipc" or "euler".
+      progress: show the steps' rate and remaining time.
+
+    Returns:
+      [B, frames, height, width, 3] float32 in [0, 1].
+    """
+    text = jnp.asarray(text_encoder(prompts))
+    negative_text = jnp.asarray(text_encoder([negative_prompt] * len(prompts)))
+    latents = generate_latents(
+        model,
+        text,
+        negative_text,
+        noise,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        flow_shift=flow_shift,
+        sampler=sampler,
+        progress=progress,
+    )
+    return codec.decode(latents)
+
+
+def generate_latents(
+    model: WanTransformer,
+    text: Array,
+    negative_text: Array,
+    noise: Array,
+    *,
+    steps: int,
+    guidance_scale: float,
+    flow_shift: float,
+    sampler: Sampler = "unipc",
+    progress: bool = False,
+    on_step: Callable[[int, Coefficients, Array], None] | None = None,
+) -> Array:
+    """`generate` between embedded prompts [B, L, text_dim] and latents [B, T, H, W, C], for encoders used elsewhere.
+
+    A step is compiled once for each model architecture and shape, and reused by later calls. Before each of them,
+    `on_step` is told its number, its sigma and timestep, and the latents [B, T, H, W, C] that the model will see.
+    """
+    graphdef, params = nnx.split(model)
+    table = coefficient_table(wan_grid(steps, flow_shift), sampler, noise.dtype)
+    state = initial_state(noise)
+    for index in tqdm(range(steps), desc="sampling", unit="step", disable=not progress):
+        step = Coefficients(*(column[index] for column in table))
+        if on_step is not None:
+            on_step(index, step, state.latents)
+        if guidance_scale == 1:
+            state = _conditional_step(graphdef, params, state, step, text)
+        else:
+            state = _guided_step(graphdef, params, state, step, text, negative_text, guidance_scale)
+        # JAX returns before the device is done; without waiting, the bar would show how fast steps are queued.
+        jax.block_until_ready(state)
+    return state.latents
+
+
+def initial_noise(seed: int, videos: int | Sequence[int], latent_shape: Sequence[int]) -> Array:
+    """Standard normal float32 [B, T, H, W, C]; video i's noise depends on the seed, i and the shape only.
+
+    Args:
+      seed: from 0 to 2**32 - 1.
+      videos: the numbers i of B videos, or how many there are from 0 on.
+      latent_shape: (T, H, W, C).
+    """
+
+    def draw(index: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        return jax.random.normal(key, tuple(latent_shape), jnp.float32)
+
+    return jax.vmap(draw)(jnp.arange(videos) if isinstance(videos, int) else jnp.array(videos))
+
+
+def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(T, H, W, C) of the latents of a video that both the codec and the model can represent.
+
+    Raises:
+      InputError: the codec's strides or the model's patches don't divide the size, or their channels differ.
+    """
+    *size, channels = codec.latent_shape(frames, height, width)
+    if channels != config.in_channels:
+        raise InputError(
+            f"the model has in_channels {config.in_channels}, but its codec {type(codec).__name__} makes latents of "
+            f"{channels} channels; name the codec that the model was trained with"
+        )
+    for axis, latent, patch, pixels in zip(
+        ("frames", "height", "width"), size, config.patch_size, (frames, height, width), strict=True
+    ):
+        if latent % patch:
+            raise InputError(
+                f"{axis} {pixels}: expected a latent {axis} that is a multiple of the model's patch size {patch}, "
+                f"found {latent}; choose a multiple of {pixels // latent * patch}"
+            )
+    return *size, channels
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _conditional_step(
+    graphdef: nnx.GraphDef, params: nnx.State, state: SolverState, step: Coefficients, text: Array
+) -> SolverState:
+    model = functools.partial(apply_model(graphdef), params)
+    return solver_step(lambda latents, timestep: model(latents, timestep, text), state, step)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _guided_step(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: SolverState,
+    step: Coefficients,
+    text: Array,
+    negative_text: Array,
+    guidance_scale: Array,
+) -> SolverState:
+    model = functools.partial(apply_model(graphdef), params)
+    return solver_step(guided_velocity(model, text, negative_text, guidance_scale), state, step)

@@ -1,0 +1,148 @@
+"""The options of commands that sample from a model, and the model that they name."""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from rehyat_jax.diffusion.samplers import Sampler
+from rehyat_jax.generation.codecs import Codec, get_codec
+from rehyat_jax.generation.generate import latent_shape
+from rehyat_jax.generation.text_encoders import TextEncoder, get_text_encoder
+from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
+from rehyat_jax.weights import load_wan, read_model_metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample: everything but the model, the prompts and where the result goes.
+
+    Attributes:
+      negative_prompt: what to move away from.
+      seed: of the initial noise, 0 to 2**32 - 1.
+      steps, guidance_scale, flow_shift, sampler: see `rehyat_jax.generation.generate.generate`.
+      frames, height, width: of the videos, in pixels; None for the codec's.
+      batch: videos that are sampled at once.
+      dtype: compute dtype of the transformer.
+      mesh: sizes of mesh axes; empty for one device.
+    """
+
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 50
+    guidance_scale: float = 5.0
+    flow_shift: float = 5.0
+    sampler: Sampler = "unipc"
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    dtype: str = "float32"
+    mesh: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Adds an option for each field."""
+        parser.set_defaults(**dataclasses.asdict(cls()))
+        option = parser.add_argument
+        default = " (default: %(default)s)"
+        option("--negative-prompt", help="what to move away from (default: the empty prompt)")
+        option("--seed", type=number(int, 0, 2**32 - 1), help="of the initial noise" + default)
+        option("--steps", type=number(int, 1, 10_000), help="evaluations of the model" + default)
+        option("--guidance-scale", type=number(float, 0, 1000), help="1 turns guidance off" + default)
+        option("--flow-shift", type=number(float, 0.001, 1000), help="above 1, more steps near noise" + default)
+        option("--sampler", choices=get_args(Sampler), help="solver of the flow" + default)
+        option("--frames", type=number(int, 1, 10_000), help="of the video (default: the codec's)")
+        option("--height", type=number(int, 1, 10_000), help="in pixels (default: the codec's)")
+        option("--width", type=number(int, 1, 10_000), help="in pixels (default: the codec's)")
+        option("--batch", type=number(int, 1, 10_000), help="videos, each from its own noise" + default)
+        option("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the transformer" + default)
+        option(
+            "--mesh",
+            nargs="+",
+            type=axis_and_size,
+            metavar="AXIS=DEVICES",
+            help="shard along data, fsdp, context or tensor over all devices, e.g. context=4 (default: one device)",
+        )
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> "SamplingOptions":
+        """The options of a command line that `add_to` described."""
+        values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)}
+        return cls(**values | {"mesh": tuple(arguments.mesh)})
+
+    @property
+    def solver(self) -> dict[str, Any]:
+        """Keyword arguments of `rehyat_jax.generation.generate.generate` and `generate_latents`."""
+        return {name: getattr(self, name) for name in ("steps", "guidance_scale", "flow_shift", "sampler")}
+
+
+class OpenedModel(NamedTuple):
+    """What a checkpoint says, before its weights are read.
+
+    Attributes:
+      codec_name, text_encoder_name: what the checkpoint calls them.
+      codec, text_encoder: the same, to be used.
+      latent_shape: (T, H, W, C) of the videos to sample.
+      on_mesh: `with on_mesh():` everything that computes runs where the options say.
+      load: reads the weights; within `on_mesh`.
+    """
+
+    codec_name: str
+    text_encoder_name: str
+    codec: Codec
+    text_encoder: TextEncoder
+    latent_shape: tuple[int, int, int, int]
+    on_mesh: Callable[[], contextlib.AbstractContextManager]
+    load: Callable[[], WanTransformer]
+
+
+def open_model(checkpoint: Path, options: SamplingOptions) -> OpenedModel:
+    """Checks the options against a model checkpoint or a PyTorch folder.
+
+    Raises:
+      InputError: the checkpoint, the size or the mesh is wrong.
+    """
+    config, metadata = read_model_metadata(checkpoint)
+    codec, text_encoder = get_codec(metadata["codec"]), get_text_encoder(metadata["text_encoder"])
+    asked_size = options.frames, options.height, options.width
+    size = [asked or default for asked, default in zip(asked_size, codec.default_size, strict=True)]
+    shape = latent_shape(config, codec, *size)
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(options.mesh)) if options.mesh else None
+    if mesh is not None:
+        # Guidance evaluates every video twice at once.
+        check_batch(mesh, options.batch * (1 if options.guidance_scale == 1 else 2))
+        check_heads(mesh, config.num_heads)
+    on_mesh = lambda: contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    load = lambda: load_wan(checkpoint, dtype=jnp.dtype(options.dtype))
+    return OpenedModel(metadata["codec"], metadata["text_encoder"], codec, text_encoder, shape, on_mesh, load)
+
+
+def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` within the bounds."""
+
+    def parse(text: str) -> float:
+        expected = f"expected {kind.__name__} from {minimum} to {maximum}, found {text!r}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(expected) from None
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(expected)
+        return value
+
+    return parse
+
+
+def axis_and_size(text: str) -> tuple[str, int]:
+    """An argparse type: a mesh axis and its size, as in "context=4"."""
+    axis, _, size = text.partition("=")
+    if axis not in AXES or not size.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"expected AXIS=DEVICES with an axis of {', '.join(AXES)}, found {text!r}")
+    return axis, int(size)
