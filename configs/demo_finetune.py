@@ -1,9 +1,10 @@
-"""Stage 2 of the demo: the whole transformer, all six blocks hybrid and causal, by flow matching.
+"""Stage 2 of the demo: the complete transformer by flow matching, all six blocks hybrid and causal.
 
-python -m rehyat_jax.train --config configs/demo_finetune.py --workdir runs/demo/finetune
+    python -m rehyat_jax.train --config configs/demo_finetune.py --workdir runs/demo/finetune
 
-Hardware: two CPU cores; 0.75 seconds a step (measured), memory as for the teacher. Expect samples that show the
-asked-for digit in 97% of all frames, where the teacher's do in 99%.
+Hardware: two CPU cores, 0.75 seconds a step (measured). It takes as much memory as the teacher.
+
+Expectation: samples show the asked-for digit in 97% of all frames. The teacher's samples show it in 99%.
 """
 
 from rehyat_jax.training.config import default_config
