@@ -1,10 +1,11 @@
-"""Pretrains the demo's softmax teacher: a Wan transformer of 1.8M parameters on moving handwritten digits.
+"""The demo's softmax teacher: a Wan transformer of 1.8M parameters, pretrained on moving handwritten digits.
 
-python -m rehyat_jax.train --config configs/demo_teacher.py --workdir runs/demo_teacher
-python -m rehyat_jax.convert to-torch --layout diffusers runs/demo_teacher/model assets/demo_teacher
+    python -m rehyat_jax.train --config configs/demo_teacher.py --workdir runs/demo_teacher
+    python -m rehyat_jax.convert to-torch --layout diffusers runs/demo_teacher/model assets/demo_teacher
 
-Hardware: two CPU cores; 1.7 GB of memory and 0.9 seconds a step, with other work beside it (measured).
-`assets/demo_teacher/README.md` says how good the result is.
+Hardware: two CPU cores that also did other work, 1.7 GB of memory, 0.9 seconds a step (measured).
+
+Expectation: `assets/demo_teacher/README.md` reports the quality of the result.
 """
 
 from rehyat_jax.training.config import default_config
