@@ -1,4 +1,4 @@
-"""Stage 1 on Wan2.1 T2V 14B: as for 1.3B (wan_1_3b_distill.py), 480x832, 81 frames.
+"""Stage 1 on Wan2.1 T2V 14B: the same as for 1.3B (wan_1_3b_distill.py), 480x832, 81 frames.
 
     python -m rehyat_jax.train --config configs/wan_14b_distill.py --workdir runs/wan_14b/distill \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
@@ -7,8 +7,11 @@ Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video a chip; planned
 
     python -m rehyat_jax.plan --config configs/wan_14b_distill.py --topology v5p:4x4x4
 
-4.3 of 95.74 GiB a chip, 4.9 to 7.9 seconds a step, 175 to 279 chip-hours; on v6e 4.3 of 31.25 GiB, 5.0 to 7.8 seconds,
-177 to 277 chip-hours.
+Expectation:
+
+    chip   GiB a chip      seconds a step   chip-hours
+    v5p    4.3 of 95.74    4.9 to 7.9       175 to 279
+    v6e    4.3 of 31.25    5.0 to 7.8       177 to 277
 """
 
 from configs import wan_1_3b_distill
