@@ -1,4 +1,4 @@
-"""Stage 1 on Wan2.1 T2V 14B (wan_14b_distill.py) at 720x1280, 81 frames, every video cut in two along time.
+"""Stage 1 on Wan2.1 T2V 14B (wan_14b_distill.py) at 720x1280, 81 frames, every video sharded in two along time.
 
     python -m rehyat_jax.train --config configs/wan_14b_distill_720p.py --workdir runs/wan_14b/distill_720p \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
@@ -7,8 +7,11 @@ Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on two chips; p
 
     python -m rehyat_jax.plan --config configs/wan_14b_distill_720p.py --topology v5p:4x4x4 --height 720 --width 1280
 
-5.3 of 95.74 GiB a chip, 10.8 to 18.1 seconds a step, 384 to 642 chip-hours; on v6e 5.2 of 31.25 GiB, 12.1 to 20.6
-seconds, 429 to 732 chip-hours.
+Expectation:
+
+    chip   GiB a chip      seconds a step   chip-hours
+    v5p    5.3 of 95.74    10.8 to 18.1     384 to 642
+    v6e    5.2 of 31.25    12.1 to 20.6     429 to 732
 """
 
 from configs import wan_14b_distill
