@@ -1,4 +1,4 @@
-"""Stage 2 on Wan2.1 T2V 14B (wan_14b_finetune.py) at 720x1280, 81 frames, every video cut in four along time.
+"""Stage 2 on Wan2.1 T2V 14B (wan_14b_finetune.py) at 720x1280, 81 frames, every video sharded in four along time.
 
     python -m rehyat_jax.train --config configs/wan_14b_finetune_720p.py --workdir runs/wan_14b/finetune_720p \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
@@ -8,8 +8,11 @@ Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 
 
     python -m rehyat_jax.plan --config configs/wan_14b_finetune_720p.py --topology v5p:4x4x4 --height 720 --width 1280
 
-22.7 of 95.74 GiB a chip, 16.3 to 27.6 seconds a step, 290 to 490 chip-hours; on v6e 22.7 of 31.25 GiB, 13.4 to 23.3
-seconds, 238 to 415 chip-hours.
+Expectation:
+
+    chip   GiB a chip      seconds a step   chip-hours
+    v5p    22.7 of 95.74   16.3 to 27.6     290 to 490
+    v6e    22.7 of 31.25   13.4 to 23.3     238 to 415
 """
 
 from configs import wan_14b_finetune
