@@ -4,15 +4,20 @@
     python -m rehyat_jax.train --config configs/wan_1_3b_distill.py --workdir runs/wan_1_3b/distill \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
-Every block's maps are trained on their own, so one run serves any choice of blocks: stage 2 picks its own.
+Every block's maps are trained on their own. One run therefore serves any choice of blocks in stage 2.
 
-Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip; all of this planned, none of it run:
+Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip. All figures are planned; none of these runs has been made:
 
     python -m rehyat_jax.plan --config configs/wan_1_3b_distill.py --topology v5e:4x4
 
-1.4 of 15.75 GiB a chip; 2.0 to 3.2 seconds a step, 1.2 times the teacher's forward pass; 18 to 28 chip-hours. On v5p-8
-(`v5p:2x2x1`) 5.4 of 95.74 GiB, 3.7 to 5.6 seconds; on 8 H100 or H200 (`h100:8`) 9.1 GiB of the 59 that JAX takes of an
-H100, 0.9 to 2.3 seconds.
+Expectation: a step takes 1.2 times the teacher's forward pass.
+
+    hardware                    GiB a chip      seconds a step   chip-hours
+    v5e-16 (`v5e:4x4`)          1.4 of 15.75    2.0 to 3.2       18 to 28
+    v5p-8 (`v5p:2x2x1`)         5.4 of 95.74    3.7 to 5.6
+    8 H100 or H200 (`h100:8`)   9.1 of 59       0.9 to 2.3
+
+JAX takes 59 GiB of an H100.
 """
 
 from rehyat_jax.training.config import default_config
