@@ -3,13 +3,13 @@
     python -m rehyat_jax.train --config configs/wan_1_3b_long.py --workdir runs/wan_1_3b/long \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
-641 frames are 161 latent frames, 251,160 tokens, cut along time over 4 devices.
+641 frames are 161 latent frames or 251,160 tokens. They are sharded along time over 4 devices.
 
-Hardware: 16 TPU v6e (`v6e:4x4`), one video on four chips; all of this planned, none of it run:
+Hardware: 16 TPU v6e (`v6e:4x4`), one video on four chips. All figures are planned; none of these runs has been made:
 
     python -m rehyat_jax.plan --config configs/wan_1_3b_long.py --topology v6e:4x4 --frames 641
 
-13.0 of 31.25 GiB a chip; 2.5 to 4.3 seconds a step, 11 to 19 chip-hours.
+Expectation: 13.0 of 31.25 GiB a chip, 2.5 to 4.3 seconds a step, 11 to 19 chip-hours.
 """
 
 from configs import wan_1_3b_finetune
