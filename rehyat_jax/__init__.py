@@ -9,7 +9,9 @@ from rehyat_jax.attention import (
     interpreted_tpu,
     softmax_attention,
 )
-from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
+from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.models.student import make_student
+from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.weights import load_wan
 
@@ -26,5 +28,6 @@ __all__ = [
     "hybrid_attention_weights",
     "interpreted_tpu",
     "load_wan",
+    "make_student",
     "softmax_attention",
 ]

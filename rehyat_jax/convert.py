@@ -15,7 +15,7 @@ import jax
 
 from rehyat_jax.cli import report_input_errors
 from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
-from rehyat_jax.weights.wan.names import LAYOUTS
+from rehyat_jax.weights.table import LAYOUTS
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -101,7 +101,7 @@ def planned_model(config: ml_collections.ConfigDict) -> WanConfig:
     stage = STAGES[config.stage]
     if stage.starts_from_model and Path(config.init_from).exists():
         return student_config(open_checkpoint(config.init_from).config, config)
-    if stage.starts_from_model and not config.hybrid.blocks:
+    if stage.starts_from_model and not config.hybrid.blocks and not config.forms:
         raise InputError(
             f"config.init_from: {config.init_from} is not here, and config.hybrid.blocks is unset, so which of its "
             f'blocks are hybrid is not known; give --config.hybrid.blocks=all, or indices as "(1,3)"'

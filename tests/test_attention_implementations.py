@@ -261,7 +261,15 @@ def test_state_holds_the_sums_over_frames_that_left_and_the_overlap_itself(imple
     assert state.chunks == 3
 
     sizes = (*query.shape[2:], phi_key.shape[-1])
-    start = HybridState.zeros(1, *sizes, tokens_per_frame=12, overlap_frames=overlap_frames, dtype=query.dtype)
+    start = HybridState.zeros(
+        1,
+        *sizes,
+        tokens_per_frame=12,
+        chunk_frames=2,
+        overlap_frames=overlap_frames,
+        stabilizer="row_max",
+        dtype=query.dtype,
+    )
     kind = lambda leaf: (leaf.shape, leaf.dtype)
     assert jax.tree.map(kind, state) == jax.tree.map(kind, start)
     expected = reference_results(form, True, "row_max", **implementation.inputs)["output"]

@@ -241,7 +241,7 @@ CONFIGS = {
         lambda w: (w / "single/rehyat.json").write_text('{"hybrid_blocks": [5]}'),
         "rehyat.json",
         "hybrid_blocks",
-        "[5]",
+        "(5,)",
     ),
     "side-car against config": (
         lambda w: [
@@ -252,10 +252,10 @@ CONFIGS = {
         "512",
     ),
     "side-car form": (
-        lambda w: (w / "single/rehyat.json").write_text('{"hybrid": {"chunk_frames": 3}}'),
+        lambda w: (w / "single/rehyat.json").write_text('{"hybrid": {"chunk_frame": 3}}'),
         "rehyat.json",
-        "hybrid.",
-        "missing",
+        "'hybrid.chunk_frame'",
+        "'hybrid.chunk_frames'",
     ),
 }
 
@@ -355,7 +355,11 @@ CHUNK = f"model/params/{FFN_PATH}/0.0.0"
 MODELS = {
     "no model.json": (lambda work: (work / "model/model.json").unlink(), "model.json"),
     "not JSON": (edit_bytes("model/model.json", lambda b: b[:50]), "model.json", "not JSON"),
-    "version": (edit_json("model/model.json", lambda m: m.update(format_version=2)), "format_version should be 1", "2"),
+    "version": (
+        edit_json("model/model.json", lambda m: m.update(format_version=3)),
+        "format_version should be one of (1, 2)",
+        "3",
+    ),
     "architecture": (edit_json("model/model.json", lambda m: m.update(architecture="unet")), "architecture", "'unet'"),
     "unknown field": (edit_json("model/model.json", lambda m: m.update(codecs="x")), "'codecs'", "'codec'"),
     "no codec": (edit_json("model/model.json", lambda m: m.pop("codec")), "'codec' is missing"),
@@ -368,7 +372,7 @@ MODELS = {
         "'2'",
     ),
     "config value": (
-        edit_json("model/model.json", lambda m: m["config"]["hybrid"].update(chunk_frames=0)),
+        edit_json("model/model.json", lambda m: m["config"].update(attention=[{"blocks": [0], "chunk_frames": 0}])),
         "chunk_frames",
         "0",
     ),
@@ -379,7 +383,7 @@ MODELS = {
         "(48, 64)",
     ),
     "fewer parameters": (
-        edit_json("model/model.json", lambda m: m["config"].update(hybrid_blocks=[0])),
+        edit_json("model/model.json", lambda m: m["config"].update(attention=[{"blocks": [0]}])),
         "feature_maps.key.layer_0.kernel is missing",
     ),
     "no params": (lambda work: shutil.rmtree(work / "model/params"), "params", "does not exist"),

@@ -70,6 +70,38 @@ def test_features_equal_grouped_convolutions_and_powers(fields):
     assert found.min() >= 0 and found.max() > 0
 
 
+def test_hedgehogs_features_are_two_softmaxes_of_each_token():
+    feature_map, x = make_map(kind="hedgehog"), make_inputs()
+    kernel = feature_map.layer_0.kernel[...]
+    np.testing.assert_array_equal(kernel, np.broadcast_to(np.eye(HEAD_DIM, 6), kernel.shape))
+    feature_map.layer_0.kernel[...] = kernel = jax.random.normal(jax.random.key(2), kernel.shape)
+    scores = torch.einsum("bnhd,hdf->bnhf", *(torch.tensor(np.asarray(a, np.float64)) for a in (x, kernel)))
+    features = torch.cat([scores.softmax(-1), (-scores).softmax(-1)], dim=-1).numpy()
+    scale = np.exp(np.asarray(feature_map.log_scale[...], np.float64))[:, None] * np.sqrt(12) / 2
+    # Float32 rounding of a softmax over 6 features. 2e-7 was seen.
+    np.testing.assert_allclose(jax.jit(feature_map)(x), features * scale, rtol=0, atol=2e-6)
+
+
+def test_equal_features_of_hedgehog_are_weights_of_one():
+    feature_map = make_map(kind="hedgehog")
+    feature_map.log_scale[...] = jnp.zeros(HEADS)
+    phi = feature_map(jnp.zeros((1, 1, HEADS, HEAD_DIM)))
+    np.testing.assert_allclose((phi * phi).sum(-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(kind="hedgehog", degree=3), 'degree is not a field of kind "hedgehog"'),
+        (dict(kind="hedgehog", features=7), "features must be even"),
+        (dict(kind="taylor"), "kind must be one of"),
+    ],
+)
+def test_fields_that_a_kind_does_not_have_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureMapConfig(**fields)
+
+
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_gradients_equal_those_of_pytorch(hidden):
     """Of the features' sum of squares, by the first layer, the last and the tokens, in float64."""

@@ -21,8 +21,10 @@ from rehyat_jax.train import parse_arguments as train_arguments
 from rehyat_jax.training.config import check_config, default_config, load_config, save_config
 from rehyat_jax.weights.model_checkpoint import MODEL_FILE, read_model_description
 from rehyat_jax.weights.safetensors_file import create_file, read_header, read_tensor, write_tensor
+from rehyat_jax.weights.spec import Inferred
+from rehyat_jax.weights.torch_config import SIDE_CAR, read_torch_config, write_torch_config
 from rehyat_jax.weights.torch_folder import create_files, find_tensors
-from rehyat_jax.weights.wan.torch_config import SIDE_CAR, Inferred, read_torch_config, write_torch_config
+from rehyat_jax.weights.wan.spec import WAN as SPEC
 
 WAN = WAN_PRESETS["tiny"].replace(hybrid_blocks=(1,))
 TENSORS = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16), "empty": np.zeros((0, 5), np.float32)}
@@ -101,12 +103,12 @@ INFERRED = {
 @fuzzed
 @given(data=st.data(), layout=st.sampled_from(["diffusers", "original"]))
 def test_config_of_a_pytorch_checkpoint(folder, data, layout):
-    write_torch_config(folder, WAN, {"codec": "space_to_depth", "text_encoder": "word_vectors"}, layout)
+    write_torch_config(SPEC, folder, WAN, {"codec": "space_to_depth", "text_encoder": "word_vectors"}, layout)
     for name in ("config.json", SIDE_CAR):
         content = json.loads((folder / name).read_text())
         (folder / name).write_bytes(data.draw(damaged_json_text(content)))
     with only_input_errors("config.json", SIDE_CAR):
-        config, metadata = read_torch_config(folder, INFERRED)
+        config, metadata = read_torch_config(SPEC, folder, INFERRED)
         assert config.width == WAN.width and all(isinstance(value, str) for value in metadata.values())
 
 

@@ -126,6 +126,23 @@ def test_state_of_another_geometry_is_refused():
         call(*make_arrays(4, 2, dtype=np.float32))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((4, 2, 4, 1), "is of chunk_frames=2, found chunk_frames=4"),
+        ((4, 2, 2, 0), "is of overlap_frames=1, found overlap_frames=0"),
+        ((4, 2, 2, 1, "joint"), "is of stabilizer='row_max', found stabilizer='joint'"),
+    ],
+)
+def test_a_video_continues_in_the_form_that_it_began_with(change, message):
+    arrays = make_arrays(4, 2, dtype=np.float32)
+    _, state = attention((4, 2, 2, 1), implementation="scan", return_state=True)(*arrays)
+    form, stabilizer = change[:4], change[4:] or ("row_max",)
+    call = attention(form, implementation="scan", initial_state=state, stabilizer=stabilizer[0])
+    with pytest.raises(ValueError, match=message):
+        call(*arrays)
+
+
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_weights_sum_to_one_and_give_the_output(causal, stabilizer):

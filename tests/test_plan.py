@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
+from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.attention.on_mesh import hybrid_attention_on_mesh
 from rehyat_jax.cost_model.chips import CHIPS, chip_of, device_count, larger_topology
 from rehyat_jax.cost_model.collectives import collective_bytes
@@ -22,7 +23,7 @@ from rehyat_jax.cost_model.hlo_operations import Branch, Operation, executed_ope
 from rehyat_jax.cost_model.memory_bound import memory_bytes
 from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, topology_devices
 from rehyat_jax.errors import InputError
-from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
+from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_flops, training_flops
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh
@@ -78,31 +79,33 @@ def test_hybrid_attentions_flops_are_those_of_its_definition_without_what_masks_
     all_maps = 2 * 2 * tokens * 2 * (64 * 32 + 32 * 32)
     assert (hybrid - softmax) / 2 == dense_linear + all_maps
     # Chunks of 3, 3 and 1 frames see 3, 4 and 2 of them; frames 3 to 6 have a past, frames 0 to 4 are in one.
-    assert count.window == count.softmax * (3 * 3 + 3 * 4 + 1 * 2) // 7**2
-    assert count.feature_maps == all_maps * (4 + 5) // (2 * 7)
-    assert count.linear == 2 * (4 + 5) * frame * 32 * (128 + 2)
+    block = count.attention[0]
+    assert block.softmax == count.softmax * (3 * 3 + 3 * 4 + 1 * 2) // 7**2
+    assert block.feature_maps == all_maps * (4 + 5) // (2 * 7)
+    assert block.linear == 2 * (4 + 5) * frame * 32 * (128 + 2)
 
 
 def test_hybrid_attention_grows_with_length_and_softmax_attention_with_its_square():
     config = WAN_PRESETS["t2v-1.3B"].replace(hybrid_blocks="all")
     short, long = (forward_flops(config, (frames, 60, 104)) for frames in (60, 120))
     assert long.softmax == 4 * short.softmax
-    assert 2 <= long.hybrid / short.hybrid < 2.05
+    assert 2 <= long.attention[0].total / short.attention[0].total < 2.05
     assert long.block / short.block == pytest.approx(2, rel=1e-2)  # the text's projections do not grow
 
 
 def test_recomputation_and_the_teacher_are_not_the_models_flops():
     config = SMALL.replace(hybrid_blocks=(1,))
     count = forward_flops(config, LATENTS)
-    forward = count.outside + 2 * count.block + count.softmax + count.hybrid
+    hybrid = count.attention[1].total
+    forward = count.outside + 2 * count.block + count.softmax + hybrid
     assert training_flops(config, LATENTS, remat="none") == StepFlops(3 * forward, 0)
     assert training_flops(config, LATENTS, remat="block") == StepFlops(3 * forward, forward - count.outside)
     narrow = dataclasses.replace(config, ffn_dim=64)  # columns, fewer than the video's 168 tokens
     narrow_count = forward_flops(narrow, LATENTS)
-    again = 2 * (narrow_count.block - narrow_count.last_product) + narrow_count.softmax + narrow_count.hybrid
+    again = 2 * (narrow_count.block - narrow_count.last_product) + narrow_count.softmax + hybrid
     assert training_flops(narrow, LATENTS, remat="block").recomputed == again
     distill = distillation_flops(config, LATENTS, remat="none").model
-    assert distill < count.outside + 2 * (count.block + count.softmax) + 3 * count.hybrid
+    assert distill < count.outside + 2 * (count.block + count.softmax) + 3 * hybrid
 
 
 # ----------------------------------------------------------------------------------------------------------- programs

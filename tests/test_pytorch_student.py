@@ -148,17 +148,18 @@ def test_bfloat16_is_as_close_to_float32_as_with_softmax_attention(student):
         FeatureMapConfig(8, num_layers=2, degree=2, hidden_activation="silu", output_activation="relu"),
         FeatureMapConfig(12, num_layers=3, degree=3, hidden_activation="relu", output_activation="softplus"),
         FeatureMapConfig(8, num_layers=2, degree=4, hidden_activation="gelu"),
+        FeatureMapConfig(12, kind="hedgehog"),
     ],
-    ids=lambda config: f"{config.hidden_activation}-{config.output_activation}",
+    ids=lambda config: f"{config.kind}-{config.hidden_activation}-{config.output_activation}",
 )
 def test_feature_map_matches_jax(config):
     reference = FeatureMap(config, heads=3, head_dim=4, rngs=nnx.Rngs(0))
     reference.log_scale[...] = jnp.array([-1.0, 0.0, 2.0])
     options = dataclasses.asdict(config)
     del options["input"]
-    feature_map = rehyat_torch.FeatureMap(3, 4, **options)
+    feature_map = rehyat_torch.make_feature_map(3, 4, **options)
     state = {"log_scale": torch.tensor(np.asarray(reference.log_scale[...]))}
-    for i in range(config.num_layers):
+    for i in range(reference.num_kernels):
         state[f"layers.{i}.weight"] = torch.tensor(np.asarray(getattr(reference, f"layer_{i}").kernel[...]))
     feature_map.load_state_dict(state)
 
@@ -380,9 +381,9 @@ FEATURE_MAP = "blocks.1.attn1.feature_map_query.layers.0.weight"
         (damage_tensors(lambda tensors: tensors.update({SCALE: torch.zeros(3)})), RuntimeError, SCALE),
         (lambda folder: (folder / "rehyat.json").unlink(), FileNotFoundError, "rehyat.json"),
         (lambda folder: (folder / WEIGHTS).unlink(), FileNotFoundError, WEIGHTS),
-        (damage_json("rehyat.json", lambda form: form.pop("hybrid_blocks")), ValueError, "hybrid_blocks"),
+        (damage_json("rehyat.json", lambda form: form.pop("attention")), ValueError, "no hybrid blocks"),
         (
-            damage_json("rehyat.json", lambda form: form["hybrid"]["feature_map"].update(input="both")),
+            damage_json("rehyat.json", lambda form: form["attention"][0]["feature_map"].update(input="both")),
             ValueError,
             "rotated.*found 'both'",
         ),

@@ -18,8 +18,10 @@ from oracles import random_wan
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from rehyat_jax.attention import FeatureMapConfig
+from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.errors import InputError
-from rehyat_jax.models.wan.config import WAN_PRESETS, FeatureMapConfig, HybridConfig, WanConfig
+from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.weights import load_params, load_wan, read_model_metadata, save_model
 from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
@@ -27,8 +29,9 @@ from rehyat_jax.weights.model_checkpoint import write_model_checkpoint
 from rehyat_jax.weights.safetensors_file import read_header, read_tensor
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import write_torch_checkpoint
+from rehyat_jax.weights.torch_config import write_torch_config
 from rehyat_jax.weights.wan.names import wan_table
-from rehyat_jax.weights.wan.torch_config import write_torch_config
+from rehyat_jax.weights.wan.spec import WAN
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -163,7 +166,7 @@ def test_weights_are_laid_out_as_flax_expects(tmp_path):
 
 def test_original_config_is_the_published_one(tmp_path):
     metadata = {"codec": "wan_vae", "text_encoder": "umt5"}
-    write_torch_config(tmp_path, WAN_PRESETS["t2v-1.3B"], metadata, "original")
+    write_torch_config(WAN, tmp_path, WAN_PRESETS["t2v-1.3B"], metadata, "original")
     # config.json of Wan-AI/Wan2.1-T2V-1.3B.
     published = """{
   "_class_name": "WanModel",

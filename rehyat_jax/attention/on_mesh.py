@@ -45,13 +45,12 @@ def hybrid_attention_on_mesh(
     features = [
         phi if isinstance(phi, InlineFeatures) else InlineFeatures(phi, (), identity) for phi in (phi_query, phi_key)
     ]
-    # A kernel that is to see that features are of its query itself must not be given that query twice.
-    sources = [None if phi.source is x else phi.source for phi, x in zip(features, (query, key), strict=True)]
+    sources = [None if phi.of_own_tokens else phi.source for phi in features]
 
     def part(query, key, value, sources, weights):
         tokens = (query, key, value)
         phis = [
-            InlineFeatures(x if source is None else source, matrices, phi.function)
+            InlineFeatures(source, matrices, phi.function).bound(x)
             for x, source, matrices, phi in zip(tokens, sources, weights, features, strict=False)
         ]
         if axis_size(CONTEXT) == 1:

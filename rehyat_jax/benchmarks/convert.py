@@ -21,9 +21,10 @@ from tqdm import tqdm
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
+from rehyat_jax.weights.table import Layout
 from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, write_torch_checkpoint
-from rehyat_jax.weights.wan.names import Layout, wan_table
-from rehyat_jax.weights.wan.torch_config import DEFAULT_METADATA
+from rehyat_jax.weights.torch_config import DEFAULT_METADATA
+from rehyat_jax.weights.wan.names import wan_table
 
 
 def write_random_checkpoint(folder: Path, config: WanConfig, layout: Layout) -> StreamedModel:

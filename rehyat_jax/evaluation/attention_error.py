@@ -8,8 +8,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from rehyat_jax.models.wan.modeling import AttentionInputs
-from rehyat_jax.training.distill import teacher_scan
+from rehyat_jax.attention.form import AttentionInputs, Form
+from rehyat_jax.models.student import converted_rows, teacher_scan
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.step import Batch
 
@@ -20,13 +20,14 @@ def relative_error(output: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.abs(output - target).mean() / jnp.abs(target).mean()
 
 
-def exact_causal_attention(inputs: AttentionInputs, chunk_frames: int) -> jax.Array:
-    """Softmax attention to every frame up to the end of the query's own chunk; [B, N, H, d].
+def exact_attention(form: Form, inputs: AttentionInputs) -> jax.Array:
+    """Softmax attention to every frame that the form attends to, by softmax or linearly; [B, N, H, d].
 
-    What causal hybrid attention would be with perfect feature maps: the error that causality alone costs.
+    This is the form's attention with perfect feature maps. Its error is the cost of causality alone.
     """
-    chunk = np.arange(inputs.query.shape[1]) // (inputs.tokens_per_frame * chunk_frames)
-    mask = jnp.asarray(chunk[:, None] >= chunk[None, :])[None, None]
+    softmax_keys, linear_keys = form.keys(inputs.query.shape[1] // inputs.tokens_per_frame)
+    frame = np.arange(inputs.query.shape[1]) // inputs.tokens_per_frame
+    mask = jnp.asarray((softmax_keys | linear_keys)[frame[:, None], frame[None, :]])[None, None]
     return jax.nn.dot_product_attention(inputs.query, inputs.key, inputs.value, mask=mask)
 
 
@@ -50,16 +51,17 @@ def attention_errors(
       "exact" (with perfect maps: 0 unless the form is causal).
     """
     model = nnx.merge(model_def, params)
-    form = model.config.hybrid
 
-    def errors(inputs: AttentionInputs, target: jax.Array, maps: Any) -> dict[str, jax.Array]:
-        phi_query, phi_key = model.block_features(inputs, maps)
-        nothing = jnp.zeros_like(phi_query)
-        exact = exact_causal_attention(inputs, form.chunk_frames) if form.causal else target
+    def errors(form: Form, inputs: AttentionInputs, target: jax.Array, maps: Any) -> dict[str, jax.Array]:
+        features = model.features(form, inputs, maps)
+        nothing = tuple(map(jnp.zeros_like, features))
+        attend = lambda features: form.attend(inputs, features, implementation=model.attention_implementation)
+        exact = exact_attention(form, inputs) if form.causal else target
         return {
-            "hybrid": relative_error(model.hybrid(inputs, phi_query, phi_key), target),
-            "window_only": relative_error(model.hybrid(inputs, nothing, nothing), target),
+            "hybrid": relative_error(attend(features), target),
+            "window_only": relative_error(attend(nothing), target),
             "exact": relative_error(exact, target),
         }
 
-    return teacher_scan(model, noise_batch(batch, null_text, key, config), errors)
+    noisy = noise_batch(batch, null_text, key, config)
+    return converted_rows(model, teacher_scan(model, (noisy.latents, noisy.timestep, noisy.text), errors))

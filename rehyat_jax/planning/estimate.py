@@ -12,6 +12,7 @@ from rehyat_jax.cost_model.hlo_operations import Branch, executed_operations
 from rehyat_jax.cost_model.memory_bound import memory_bytes
 from rehyat_jax.cost_model.static_cycles import SPLASH_DATA, ProgramCost, StaticProgram
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError
+from rehyat_jax.models.hybrid import FORM_SWITCH
 from rehyat_jax.models.wan.config import WanConfig
 
 STALLS = 1.5
@@ -158,24 +159,29 @@ def cycles_of_kernels(static: ProgramCost, moved: Mapping[str, int], chip: Chip)
 def program_cost(program: CompiledProgram, wan: WanConfig) -> ProgramCost:
     """Static cycles. Kernels take the usual way: full masks in splash attention, fixed shifts in hybrid attention."""
     return StaticProgram(program).cost(
-        lambda kernel: SPLASH_DATA if kernel.startswith("splash") else 0.0, share_of=shares_of_blocks(wan)
+        lambda kernel: SPLASH_DATA if kernel.startswith("splash") else 0.0, share_of=shares_of_forms(wan)
     )
 
 
-def shares_of_blocks(wan: WanConfig) -> ShareOf:
-    """How often the branches of the model's conditionals run.
+def shares_of_forms(wan: WanConfig) -> ShareOf:
+    """How often the branches of a program's conditionals run.
 
-    A choice of two between a softmax and a hybrid block (true) is made once a block. What a device chooses by its place
-    along time, inside of `shard_map`, differs between devices: the slowest counts, which has the largest branch.
+    The choice of a form is made once a block, and its branches are the model's forms in their order. It is known by its
+    name scope. For any other conditional the largest branch counts: inside of `shard_map`, devices may choose
+    differently, and the slowest one decides.
     """
-    hybrid = Fraction(len(wan.hybrid_block_indices), wan.num_layers)
+    forms = wan.block_forms
+    blocks_of_form = [forms.indices.count(index) for index in range(len(forms.forms))]
 
     def share(branch: Branch) -> Fraction | None:
-        if "shard_map" in branch.source or branch.count != 2:
+        if not _IS_FORM_SWITCH.search(branch.source) or branch.count != len(blocks_of_form):
             return None
-        return hybrid if branch.number == 1 else 1 - hybrid
+        return Fraction(blocks_of_form[branch.number], wan.num_layers)
 
     return share
+
+
+_IS_FORM_SWITCH = re.compile(rf"\b{FORM_SWITCH}\)*/cond$")
 
 
 def memory_by_kind(program: CompiledProgram, arguments: dict[str, int]) -> dict[str, int]:

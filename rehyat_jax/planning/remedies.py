@@ -115,4 +115,4 @@ def _tokens(request: Request, mesh: dict[str, int]) -> float:
     config, wan = request.config, request.wan
     frames = request.latents[0] // wan.patch_size[0]
     videos = config.batch_size / (config.accumulation_steps * mesh["data"] * mesh["fsdp"])
-    return videos * padded_frames(frames, wan.hybrid.chunk_frames, mesh["context"]) / mesh["context"]
+    return videos * padded_frames(frames, wan.block_forms.chunk_frames, mesh["context"]) / mesh["context"]

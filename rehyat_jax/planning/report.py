@@ -1,6 +1,8 @@
 """A plan as a table for people."""
 
+from rehyat_jax.attention.form import SOFTMAX
 from rehyat_jax.cost_model.chips import chip_of
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.planning.estimate import TpuCost
 from rehyat_jax.planning.planner import Plan
 
@@ -17,7 +19,7 @@ def report(plan: Plan) -> str:
             f"{config.stage}, {config.batch_size} videos a step, accumulation_steps {config.accumulation_steps}, "
             f"remat {config.remat}",
         ),
-        ("model", f"{wan.num_layers} blocks of width {wan.width}, {len(wan.hybrid_block_indices)} hybrid"),
+        ("model", f"{wan.num_layers} blocks of width {wan.width}, {_forms(wan)}"),
         ("latents", f"{frames} frames of {height} x {width}"),
         ("devices", f"{plan.devices} ({plan.chips} chips), {mesh}"),
         ("", ""),
@@ -30,6 +32,15 @@ def report(plan: Plan) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
     return "\n".join([*lines, *(["", f"Nothing was run. Step time, {plan.cost.assumptions}."] if plan.fits else [])])
+
+
+def _forms(wan: WanConfig) -> str:
+    """How many blocks are hybrid; if their forms differ, how many have each."""
+    forms = wan.block_forms
+    if len(set(forms.of_block[block] for block in forms.converted)) < 2:
+        return f"{len(forms.converted)} hybrid"
+    shown = lambda form: form.kind if form == SOFTMAX else f"{form.kind} {form.chunk_frames}+{form.overlap_frames}"
+    return ", ".join(f"{forms.of_block.count(form)} {shown(form)}" for form in forms.forms)
 
 
 def _cost_rows(plan: Plan) -> list[tuple[str, str]]:

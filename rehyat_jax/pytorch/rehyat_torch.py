@@ -42,7 +42,7 @@ class HeadwiseLinear(nn.Module):
 
 
 class FeatureMap(nn.Module):
-    """phi of linear attention: a network per head, its output cut into `degree` parts, part i raised to the power i.
+    """ReHyAt's map: a network per head, its output split into `degree` parts, part i raised to the power i.
 
     Parameters: layers.I.weight [heads, in, features] and log_scale [heads]; the features are multiplied by
     exp(log_scale) / sqrt(features).
@@ -76,6 +76,36 @@ class FeatureMap(nn.Module):
         powers = [part**power for power, part in enumerate(x.chunk(self.degree, dim=-1), start=1)]
         scale = self.log_scale.to(accumulation).exp() / x.shape[-1] ** 0.5
         return (torch.cat(powers, dim=-1) * scale[:, None]).to(dtype)
+
+
+class HedgehogMap(nn.Module):
+    """Hedgehog's map (arXiv 2402.04347): softmax over the features of x W and of -x W.
+
+    Parameters: layers.0.weight [heads, head_dim, features / 2] and log_scale [heads]; the features are multiplied by
+    exp(log_scale) * sqrt(features) / 2.
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, features: int = 256, **fields_of_other_kinds):
+        super().__init__()
+        layer = HeadwiseLinear(heads, head_dim, features // 2)
+        layer.weight = nn.Parameter(torch.eye(head_dim, features // 2).repeat(heads, 1, 1))
+        self.layers = nn.ModuleList([layer])
+        self.log_scale = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Queries or keys [batch, tokens, heads, head_dim] -> features [batch, tokens, heads, features], at least 0."""
+        scores = self.layers[0](x).to(_accumulation_dtype(x))
+        features = torch.cat([scores.softmax(dim=-1), (-scores).softmax(dim=-1)], dim=-1)
+        scale = self.log_scale.to(features.dtype).exp() * features.shape[-1] ** 0.5 / 2
+        return (features * scale[:, None]).to(x.dtype)
+
+
+FEATURE_MAPS = {"mlp": FeatureMap, "hedgehog": HedgehogMap}
+
+
+def make_feature_map(heads: int, head_dim: int, *, kind: str = "mlp", **fields) -> nn.Module:
+    """A feature map of every head, as "feature_map" of rehyat.json describes it, without its "input"."""
+    return _choose("feature_map.kind", kind, FEATURE_MAPS)(heads, head_dim, **fields)
 
 
 def hybrid_attention(
@@ -233,9 +263,28 @@ def attach_hybrid_attention(transformer: WanTransformer3DModel, hybrid_blocks: l
     transformer.patch_embedding.register_forward_hook(processor.record_grid)
     for index in range(len(transformer.blocks)) if hybrid_blocks == "all" else hybrid_blocks:
         attn = transformer.blocks[index].attn1
-        attn.feature_map_query = FeatureMap(attn.heads, attn.inner_dim // attn.heads, **maps)
-        attn.feature_map_key = FeatureMap(attn.heads, attn.inner_dim // attn.heads, **maps)
+        attn.feature_map_query = make_feature_map(attn.heads, attn.inner_dim // attn.heads, **maps)
+        attn.feature_map_key = make_feature_map(attn.heads, attn.inner_dim // attn.heads, **maps)
         attn.set_processor(processor)
+
+
+def hybrid_forms(content: dict) -> list[tuple[list[int] | str, dict]]:
+    """(blocks, form) of every form in rehyat.json, of format version 2, or of 1 with its one form."""
+    version = content.get("format_version", 1)
+    if version == 1:
+        return [(content["hybrid_blocks"], content["hybrid"])] if content.get("hybrid_blocks") else []
+    if version != 2:
+        raise ValueError(f"{FORM}: format_version should be 1 or 2, found {version!r}; get a newer rehyat_torch.py")
+    forms = []
+    for entry in content.get("attention", []):
+        form = dict(entry)
+        kind, blocks = form.pop("kind"), form.pop("blocks")
+        if kind != "hybrid":
+            raise ValueError(
+                f'{FORM}: kind of attention should be "hybrid", found {kind!r}; get a newer rehyat_torch.py'
+            )
+        forms.append((blocks, form))
+    return forms
 
 
 def load_student(folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
@@ -262,11 +311,13 @@ def load_student(folder: str | Path, torch_dtype: torch.dtype = torch.float32) -
             f"{folder / 'config.json'}: expected _class_name WanTransformer3DModel, "
             f"found {config.get('_class_name')!r}; export the student in diffusers' layout"
         )
-    if not form.get("hybrid_blocks"):
-        raise ValueError(f"{folder / FORM}: has no hybrid_blocks; load it with WanTransformer3DModel.from_pretrained")
+    forms = hybrid_forms(form)
+    if not forms:
+        raise ValueError(f"{folder / FORM}: has no hybrid blocks; load it with WanTransformer3DModel.from_pretrained")
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(config)
-        attach_hybrid_attention(transformer, form["hybrid_blocks"], form["hybrid"])
+        for blocks, hybrid in forms:
+            attach_hybrid_attention(transformer, blocks, hybrid)
     # The tables of RoPE are computed, not loaded, so they must not stay on the meta device.
     model = transformer.config
     transformer.rope = type(transformer.rope)(model.attention_head_dim, model.patch_size, model.rope_max_seq_len)

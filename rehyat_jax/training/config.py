@@ -8,12 +8,13 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
+from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.write import reported_write_errors, written_whole
-from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
+from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
 from rehyat_jax.training.stages import STAGES
 
@@ -47,10 +48,13 @@ def default_config() -> ml_collections.ConfigDict:
     config.init_from = ""
     config.seed = 0
 
-    # Which blocks become hybrid ("all" or indices) and how. Unset, the model stays as it was loaded; of a hybrid model
-    # some of its hybrid blocks may be chosen, and the others are softmax again. `HybridConfig` explains the fields.
+    # The blocks that become hybrid ("all" or indices), and their form. If unset, the model stays as it was loaded. Some
+    # of a hybrid model's blocks may be chosen; the others are softmax again. `HybridConfig` explains the fields.
     config.hybrid = ml_collections.ConfigDict(dataclasses.asdict(HybridConfig()))
     config.hybrid.blocks = ml_collections.config_dict.placeholder(object)
+    # Other forms in other blocks: dictionaries with "blocks" and the fields that differ from config.hybrid, such as
+    # ({"blocks": (0, 1), "chunk_frames": 6}, {"blocks": (29,), "kind": "softmax"}). They go before blocks = "all".
+    config.forms = ()
 
     config.data = ml_collections.ConfigDict()
     # "digits", or "prepared" for a folder at `path` that `rehyat_jax.prepare` wrote.
@@ -95,6 +99,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.max_skipped = 10
 
     config.log_every = 10
+    # Evaluators, such as ({"type": "attention_error", "every": 500},); see `evaluation.evaluators`.
+    config.evals = ()
     config.checkpoint_every = 500
     # Which checkpoints stay: the newest, those of steps that `keep_every` divides (0: none for that), and those before
     # which the mean of the logged losses was lowest.
@@ -146,7 +152,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     stage = STAGES[config.stage]
     if stage.starts_from_model and not config.init_from:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
-    if stage.is_of_hybrid_blocks and not config.hybrid.blocks:
+    if stage.is_of_hybrid_blocks and not config.hybrid.blocks and not config.forms:
         raise InputError(
             f'config.hybrid.blocks is unset; stage "{config.stage}" needs the blocks to convert: "all" or indices'
         )

@@ -13,41 +13,12 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from rehyat_jax.attention.hybrid.calibration import linear_mass_log_scale
-from rehyat_jax.models.wan.modeling import AttentionInputs, WanTransformer
+from rehyat_jax.attention.form import AttentionInputs, Form
+from rehyat_jax.models.student import calibrated_maps, converted_rows, rows_of_stacks, teacher_scan
+from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.training.keys import calibration_key
-from rehyat_jax.training.noising import NoisyBatch, noise_batch
+from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.step import Batch, Context, GradFn, Metrics
-
-
-def hybrid_rows(model: WanTransformer, stacked: Any) -> Any:
-    """Rows of the hybrid blocks from a tree stacked over all layers."""
-    if len(model.config.hybrid_block_indices) == model.config.num_layers:
-        return stacked
-    return jax.tree.map(lambda leaf: leaf[jnp.array(model.config.hybrid_block_indices)], stacked)
-
-
-def teacher_scan(model: WanTransformer, noisy: NoisyBatch, per_hybrid_block: Any) -> Any:
-    """Runs the softmax teacher and returns `per_hybrid_block(inputs, target, feature_maps)` of every hybrid block.
-
-    Args:
-      model: a transformer with hybrid blocks; their softmax attention is the teacher.
-      noisy: model inputs.
-      per_hybrid_block: (AttentionInputs, target [B, N, H, d], parameters of one block's feature maps) -> tree.
-
-    Returns:
-      The trees, stacked on a leading axis over hybrid blocks.
-    """
-    all_hybrid = len(model.config.hybrid_block_indices) == model.config.num_layers
-
-    def attend(inputs: AttentionInputs, per_block: Any) -> tuple[jax.Array, Any]:
-        target = inputs.softmax()
-        run = lambda: per_hybrid_block(inputs, target, per_block["feature_maps"])
-        skip = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
-        return target, run() if all_hybrid else jax.lax.cond(per_block["is_hybrid"], run, skip)
-
-    _, outputs = model.forward(noisy.latents, noisy.timestep, noisy.text, attend, model.per_block_attention())
-    return hybrid_rows(model, outputs)
 
 
 def with_feature_maps(model_def: nnx.GraphDef, frozen: Any, feature_maps: Any) -> WanTransformer:
@@ -72,9 +43,10 @@ def make_grad_fn(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> 
         model = with_feature_maps(model_def, context["frozen"], feature_maps)
         noisy = noise_batch(batch, context["null_text"], key, config)
 
-        def block_loss_and_grads(inputs: AttentionInputs, target: jax.Array, maps: Any) -> Any:
+        def loss_and_grads(form: Form, inputs: AttentionInputs, target: jax.Array, maps: Any) -> Any:
             def loss_fn(maps: Any) -> jax.Array:
-                output = model.hybrid(inputs, *model.block_features(inputs, maps))
+                features = model.features(form, inputs, maps)
+                output = form.attend(inputs, features, implementation=model.attention_implementation)
                 return mean_size(output.astype(jnp.float32) - target.astype(jnp.float32))
 
             # Both are zero for padding, which is not counted.
@@ -82,13 +54,11 @@ def make_grad_fn(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> 
             loss, grads = jax.value_and_grad(loss_fn)(maps)
             return {"loss": loss, "target": mean_size(target.astype(jnp.float32)), "grads": grads}
 
-        blocks = teacher_scan(model, noisy, block_loss_and_grads)
-        metrics = {
-            "loss": blocks["loss"].mean(),
-            "block_loss": blocks["loss"],
-            "relative_error": blocks["loss"] / blocks["target"],
-        }
-        return metrics, nnx.to_pure_dict(blocks["grads"])
+        inputs = noisy.latents, noisy.timestep, noisy.text
+        blocks = teacher_scan(model, inputs, loss_and_grads)
+        loss, target = converted_rows(model, (blocks["loss"], blocks["target"]))
+        metrics = {"loss": loss.mean(), "block_loss": loss, "relative_error": loss / target}
+        return metrics, rows_of_stacks(model, blocks["grads"])
 
     return grad_fn
 
@@ -100,31 +70,12 @@ def calibrated(
     null_text: jax.Array,
     config: ml_collections.ConfigDict,
 ) -> dict[str, Any]:
-    """Parameters whose linear branches carry the softmax mass that they stand for, measured on a batch [1, B, ...].
-
-    The correction of every head is split evenly between phi_query and phi_key, which keeps both well scaled.
-    """
+    """Parameters whose feature maps are calibrated (`calibrated_maps`) on a batch [1, B, ...] of training examples."""
 
     @jax.jit
-    def correction(params: dict[str, Any], batches: Batch, null_text: jax.Array) -> jax.Array:
-        model = nnx.merge(model_def, params)
-        form = model.config.hybrid
+    def calibrate(params: dict[str, Any], batches: Batch, null_text: jax.Array) -> Any:
         batch = jax.tree.map(lambda x: x[0], batches)
-
-        def log_scale(inputs: AttentionInputs, target: jax.Array, maps: Any) -> jax.Array:
-            features = (features.compute() for features in model.block_features(inputs, maps))
-            return linear_mass_log_scale(
-                *(tokens[:, : inputs.num_tokens] for tokens in (inputs.query, inputs.key, *features)),
-                tokens_per_frame=inputs.tokens_per_frame,
-                chunk_frames=form.chunk_frames,
-                overlap_frames=form.overlap_frames,
-                causal=form.causal,
-                stabilizer=form.stabilizer,
-            )
-
         noisy = noise_batch(batch, null_text, calibration_key(config.seed), config)
-        return teacher_scan(model, noisy, log_scale)
+        return calibrated_maps(nnx.merge(model_def, params), (noisy.latents, noisy.timestep, noisy.text))
 
-    half = correction(params, batches, null_text) / 2
-    maps = {name: {**tree, "log_scale": tree["log_scale"] + half} for name, tree in params["feature_maps"].items()}
-    return {**params, "feature_maps": maps}
+    return {**params, "feature_maps": calibrate(params, batches, null_text)}

@@ -1,5 +1,6 @@
 """From a configuration to the things a run is made of: data, and the model it starts from."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from rehyat_jax.attention import FeatureMapConfig
+from rehyat_jax.attention.features.config import FeatureMapConfig
+from rehyat_jax.attention.form import FORMS, SOFTMAX, Form, HybridConfig, MapStack
 from rehyat_jax.data.pipeline import Source
 from rehyat_jax.data.sources import make_source
 from rehyat_jax.errors import InputError
-from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig, WanConfig
-from rehyat_jax.models.wan.modeling import FeatureMaps, WanTransformer, stacked
+from rehyat_jax.models.hybrid import make_feature_maps, map_stacks
+from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
+from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.parallel.mesh import check_heads
 from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, param_specs, shardings
 from rehyat_jax.training.keys import initialisation_key
@@ -50,46 +53,95 @@ def open_data(config: ml_collections.ConfigDict) -> Source:
     return make_source(config.data.source, config.data.path, config.seed)
 
 
-def hybrid_config(config: ml_collections.ConfigDict) -> HybridConfig:
-    """The hybrid attention that the configuration describes. Raises InputError if it describes none."""
+def hybrid_config(config: ml_collections.ConfigDict, entry: Mapping[str, Any] | None = None) -> Form:
+    """The form that the configuration describes: `config.hybrid`, with the changes of an entry of `config.forms`.
+
+    Raises InputError for an unknown field or a wrong value.
+    """
+    place = "config.hybrid" if entry is None else f"config.forms entry {dict(entry)}"
     fields = config.hybrid.to_dict()
     del fields["blocks"]
+    changes = {name: value for name, value in (entry or {}).items() if name != "blocks"}
+    kind = changes.pop("kind", HybridConfig.kind)
+    if kind not in FORMS:
+        raise InputError(f"{place}: kind must be one of {tuple(FORMS)}, found {kind!r}")
+    if kind == SOFTMAX.kind:
+        fields = changes
+    else:
+        changes["feature_map"] = {**fields["feature_map"], **changes.get("feature_map", {})}
+        fields |= changes
     try:
-        return HybridConfig(**{**fields, "feature_map": FeatureMapConfig(**fields["feature_map"])})
-    except ValueError as error:
-        raise InputError(f"config.hybrid: {error}") from error
+        if "feature_map" in fields:
+            fields["feature_map"] = FeatureMapConfig(**fields["feature_map"])
+        return FORMS[kind](**fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def wanted_forms(config: ml_collections.ConfigDict, num_layers: int) -> tuple[Form, ...]:
+    """The form of every block that the configuration asks for.
+
+    Raises:
+      InputError: an entry has no such blocks, or two entries share a block.
+    """
+    of_block: dict[int, Form] = {}
+    for entry in config.forms:
+        form = hybrid_config(config, entry)
+        for block in _blocks(entry.get("blocks"), num_layers, f"config.forms entry {dict(entry)}"):
+            if block in of_block:
+                raise InputError(f"config.forms: block {block} is in two entries; leave it in one of them")
+            of_block[block] = form
+    if config.hybrid.blocks:
+        blocks, form = _blocks(config.hybrid.blocks, num_layers, "config.hybrid"), hybrid_config(config)
+        shared = sorted(of_block.keys() & set(blocks))
+        if shared and config.hybrid.blocks != "all":
+            raise InputError(f"config.forms: blocks {shared} are in config.hybrid.blocks too; leave them in one")
+        of_block = dict.fromkeys(blocks, form) | of_block
+    return tuple(of_block.get(block, SOFTMAX) for block in range(num_layers))
+
+
+def _blocks(blocks: Any, num_layers: int, place: str) -> tuple[int, ...]:
+    if blocks == "all":
+        return tuple(range(num_layers))
+    if not isinstance(blocks, tuple | list) or not all(type(block) is int for block in blocks):
+        raise InputError(f'{place}: blocks must be "all" or indices as (1, 3), found {blocks!r}')
+    if tuple(blocks) != tuple(sorted(set(blocks))) or any(not 0 <= block < num_layers for block in blocks):
+        raise InputError(f"{place}: blocks must be increasing block indices below {num_layers}, found {blocks!r}")
+    return tuple(blocks)
 
 
 def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanConfig:
-    """The architecture to train: as loaded, or with the configured blocks hybrid.
+    """The architecture to train: as loaded, or with the configured forms of attention.
 
     Raises:
       InputError: there are no such blocks; or the loaded model is hybrid already, in another form or in other blocks.
     """
-    blocks, hybrid = config.hybrid.blocks, hybrid_config(config)
-    if not blocks:
+    if not config.hybrid.blocks and not config.forms:
+        hybrid = hybrid_config(config)
         if hybrid not in (HybridConfig(), loaded.hybrid):
             raise InputError(
                 f"config.hybrid asks for {hybrid}, but config.hybrid.blocks is unset, which keeps the attention of "
                 f"{config.init_from or config.preset}; set config.hybrid.blocks, or leave all of config.hybrid alone"
             )
         return loaded
-    try:
-        wanted = loaded.replace(hybrid_blocks=blocks, hybrid=hybrid)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"config.hybrid.blocks: {error}") from error
-    if loaded.hybrid_blocks and loaded.hybrid != hybrid:
-        raise InputError(
-            f"{config.init_from}: already hybrid as {loaded.hybrid}, but config.hybrid is {hybrid}; give the same "
-            f"form, or leave config.hybrid.blocks unset to keep the checkpoint's"
-        )
-    untrained = set(wanted.hybrid_block_indices) - set(loaded.hybrid_block_indices)
-    if loaded.hybrid_blocks and untrained:
-        raise InputError(
-            f"{config.init_from}: config.hybrid.blocks asks for blocks {sorted(untrained)}, which have no feature maps "
-            f"there; choose among {loaded.hybrid_block_indices}, or distil those blocks too"
-        )
-    return wanted
+    forms = wanted_forms(config, loaded.num_layers)
+    converted = {block: form for block, form in enumerate(forms) if form != SOFTMAX}
+    if loaded.hybrid_blocks:
+        for block, form in converted.items():
+            found = loaded.block_forms.of_block[block]
+            if found == SOFTMAX:
+                raise InputError(
+                    f"{config.init_from}: config.hybrid.blocks or config.forms asks for block {block}, which has no "
+                    f"feature maps there; choose among {loaded.hybrid_block_indices}, or distil that block too"
+                )
+            if found != form:
+                raise InputError(
+                    f"{config.init_from}: block {block} is already hybrid as {found}, but the configuration asks for "
+                    f"{form}; give the same form, or leave config.hybrid.blocks and config.forms unset to keep the "
+                    f"checkpoint's"
+                )
+    is_whole = config.hybrid.blocks == "all" and not config.forms
+    return loaded.replace(hybrid_blocks="all" if is_whole else tuple(converted), hybrid=tuple(converted.values()))
 
 
 def build_model(wan: WanConfig, config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> WanTransformer:
@@ -141,17 +193,32 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
         params = jax.jit(create, out_shardings=placed)()
         return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
 
-    params = load_sharded(config.init_from, checkpoint, placed)
-    if fresh_feature_maps:
-        count = len(wan.hybrid_block_indices)
-        maps = lambda: stacked(lambda rngs: FeatureMaps(wan, rngs=rngs), count, nnx.Rngs(params=key))
-        create = lambda: nnx.to_pure_dict(nnx.state(maps()))
-        params["feature_maps"] = jax.jit(create, out_shardings=placed["feature_maps"])()
-    elif wan.hybrid_block_indices != loaded.hybrid_block_indices and wan.hybrid_blocks:
-        kept = [loaded.hybrid_block_indices.index(block) for block in wan.hybrid_block_indices]
-        keep = lambda maps: jax.tree.map(lambda leaf: leaf[jnp.array(kept)], maps)
-        params["feature_maps"] = jax.jit(keep, out_shardings=placed["feature_maps"])(params["feature_maps"])
+    _, _, loaded_specs = abstract_model(loaded, config)
+    params = load_sharded(config.init_from, checkpoint, shardings(loaded_specs))
+    loaded_maps = params.pop("feature_maps", None)
+    if wan.block_forms.stacks:
+        create = lambda _: nnx.to_pure_dict(nnx.state(_feature_maps(wan, key)))
+        make = create if fresh_feature_maps else lambda maps: chosen_maps(wan, loaded, maps)
+        params["feature_maps"] = jax.jit(make, out_shardings=placed["feature_maps"])(loaded_maps)
     return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
+
+
+def _feature_maps(wan: WanConfig, key: jax.Array) -> nnx.Module:
+    sizes = dict(num_heads=wan.num_heads, head_dim=wan.head_dim)
+    return make_feature_maps(wan.block_forms, **sizes, rngs=nnx.Rngs(params=key))
+
+
+def chosen_maps(wan: WanConfig, loaded: WanConfig, feature_maps: Any) -> Any:
+    """The "feature_maps" of a model with some of the converted blocks of a loaded one."""
+
+    def rows(stack: MapStack) -> Any:
+        source = next(found for found in loaded.block_forms.stacks if found.config == stack.config)
+        if source.blocks == stack.blocks:
+            return source.of(feature_maps)
+        kept = jnp.array([source.blocks.index(block) for block in stack.blocks])
+        return jax.tree.map(lambda leaf: leaf[kept], source.of(feature_maps))
+
+    return map_stacks(wan.block_forms, rows)
 
 
 def check_data(source: Source, model: InitialModel, config: ml_collections.ConfigDict) -> None:
@@ -185,12 +252,27 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
                 f"the training examples are of {name} {getattr(source, name)!r}, but the model is of "
                 f"{getattr(model, name)!r}; prepare them with the model's"
             )
+    if STAGES[config.stage].is_of_hybrid_blocks:
+        _check_learns(source, model.config)
     if source.kind not in STAGES[config.stage].data_kinds:
         able = " or ".join(f'"{name}"' for name, stage in STAGES.items() if source.kind in stage.data_kinds)
         raise InputError(
             f"config.data.path: {config.data.path} holds {source.kind} of a teacher, which only stage {able} can "
             f"learn from, but config.stage is {config.stage!r}; prepare videos for it"
         )
+
+
+def _check_learns(source: Source, wan: WanConfig) -> None:
+    """Raises InputError if some block's feature maps would have no gradient: videos that fit into its first window."""
+    forms = wan.block_forms
+    longest = max(bucket.latents_shape[0] // wan.patch_size[0] for bucket in source.buckets)
+    for block in forms.converted:
+        if not forms.of_block[block].keys(longest)[1].any():
+            raise InputError(
+                f"block {block}: its chunks of {forms.of_block[block].chunk_frames} frames hold all {longest} latent "
+                f"frames of the longest training examples, so no token attends linearly and its feature maps would "
+                f"learn nothing; lower chunk_frames, or prepare longer videos"
+            )
 
 
 def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""`WanConfig` from JSON, with every field checked before it is used."""
+"""A model's configuration from JSON, with every field checked before it is used."""
 
 import dataclasses
 import difflib
@@ -8,25 +8,53 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from rehyat_jax.attention.form import FORM_FIELDS, FORMS, HybridConfig
 from rehyat_jax.errors import InputError
-from rehyat_jax.models.wan.config import WanConfig
+
+CURRENT = max(FORM_FIELDS)
+"""The format version that is written."""
 
 
-def wan_config_from_json(fields: Any, source: str) -> WanConfig:
-    """Like `WanConfig.from_dict`, for JSON that may have been edited or damaged.
+def config_from_json(config_class: type, fields: Any, source: str, version: int = CURRENT) -> Any:
+    """Like `config_class.from_dict`, for JSON that may have been edited or damaged.
 
     Args:
-      fields: what `WanConfig.to_dict` gives.
+      config_class: a model's, see `weights.spec.ModelSpec`.
+      fields: what `to_dict` gives. A missing field takes its default.
       source: what the fields were read from, for messages.
+      version: of the format, which decides how forms of attention are written.
 
     Raises:
-      InputError: a field is unknown, missing, of the wrong type or out of range.
+      InputError: a field is unknown, of the wrong type or out of range, or missing and without a default.
     """
-    _check_fields(WanConfig, fields, source, "")
+    _check_object(fields, source, "")
+    forms = {name: fields[name] for name in FORM_FIELDS[version] if name in fields}
+    _check_fields(config_class, {name: value for name, value in fields.items() if name not in forms}, source, "")
+    if "hybrid_blocks" in forms:
+        _check_blocks(forms["hybrid_blocks"], source, "hybrid_blocks")
+    if "hybrid" in forms:
+        _check_fields(HybridConfig, forms["hybrid"], source, "hybrid.")
+    _check_forms(forms.get("attention", []), source)
     try:
-        return WanConfig.from_dict(fields)
+        return config_class.from_dict(fields)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def check_version(version: Any, source: str) -> int:
+    """The format version of a file. Raises InputError unless it is one that can be read."""
+    if type(version) is not int or version not in FORM_FIELDS:
+        raise InputError(
+            f"{source}: format_version should be one of {tuple(FORM_FIELDS)}, found {version!r}; another version of "
+            f"rehyat_jax wrote it"
+        )
+    return version
+
+
+def defaults(config_class: type) -> dict[str, Any]:
+    """The default of each field that has one, as `to_dict` would give it."""
+    fields = dataclasses.fields(config_class)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 def require_known(name: str, known: Iterable[str], source: str) -> None:
@@ -37,18 +65,44 @@ def require_known(name: str, known: Iterable[str], source: str) -> None:
         raise InputError(f"{source}: unknown field {name!r}, the closest known one is {closest!r}; rename or remove it")
 
 
-def _check_fields(cls: type, fields: Any, source: str, prefix: str) -> None:
+def _check_forms(forms: Any, source: str) -> None:
+    if not isinstance(forms, list | tuple):
+        raise InputError(f"{source}: field 'attention' should be a list, found {forms!r}; correct it")
+    for number, entry in enumerate(forms):
+        prefix = f"attention[{number}]."
+        _check_object(entry, source, prefix)
+        _check_blocks(entry.get("blocks"), source, prefix + "blocks")
+        kind = entry.get("kind", HybridConfig.kind)
+        if not isinstance(kind, str) or kind not in FORMS:
+            raise InputError(f"{source}: {prefix}kind should be one of {tuple(FORMS)}, found {kind!r}; correct it")
+        form = {name: value for name, value in entry.items() if name not in ("blocks", "kind")}
+        _check_fields(FORMS[kind], form, source, prefix)
+
+
+def _check_blocks(blocks: Any, source: str, name: str) -> None:
+    if blocks != "all" and not _fits(blocks, tuple[int, ...]):
+        raise InputError(f'{source}: field {name!r} should be "all" or block indices, found {blocks!r}; correct it')
+
+
+def _check_object(fields: Any, source: str, prefix: str) -> None:
     if not isinstance(fields, dict):
         raise InputError(
             f"{source}: {prefix.rstrip('.') or 'config'} should be an object, found {fields!r}; correct it"
         )
+
+
+def _check_fields(cls: type, fields: Any, source: str, prefix: str) -> None:
+    _check_object(fields, source, prefix)
+    known = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for name in fields:
-        require_known(prefix + name, [prefix + known for known in hints], source)
-    for name, hint in hints.items():
+        require_known(prefix + name, [prefix + known_name for known_name in known], source)
+    for name, field in known.items():
+        hint = hints[name]
         if name not in fields:
-            raise InputError(f"{source}: field {prefix + name!r} is missing; add it or get the file again")
-        if dataclasses.is_dataclass(hint):
+            if field.default is dataclasses.MISSING:
+                raise InputError(f"{source}: field {prefix + name!r} is missing; add it or get the file again")
+        elif dataclasses.is_dataclass(hint):
             _check_fields(hint, fields[name], source, f"{prefix}{name}.")
         elif not _fits(fields[name], hint):
             expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

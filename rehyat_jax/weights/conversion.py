@@ -9,8 +9,8 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.files.new_directory import new_directory
 from rehyat_jax.weights.model_checkpoint import open_model_checkpoint, write_model_checkpoint
 from rehyat_jax.weights.streamed import StreamedModel
+from rehyat_jax.weights.table import Layout
 from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, open_torch_checkpoint, write_torch_checkpoint
-from rehyat_jax.weights.wan.names import Layout
 
 LOADER = importlib.resources.files("rehyat_jax.pytorch") / "rehyat_torch.py"
 

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.parallel.sharding import check_divisible, param_specs, shardings
 from rehyat_jax.weights.model_checkpoint import is_model_checkpoint, open_model_checkpoint, restore_sharded
+from rehyat_jax.weights.models import spec_of
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 
 
-def load_params(path: str | Path) -> tuple[WanConfig, dict[str, Any], dict[str, str]]:
+def load_params(path: str | Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The parameters of a model checkpoint, or of a PyTorch checkpoint in either layout.
 
     Args:
@@ -33,7 +33,7 @@ def load_params(path: str | Path) -> tuple[WanConfig, dict[str, Any], dict[str, 
     return model.config, traverse_util.unflatten_dict(arrays, sep="."), model.metadata
 
 
-def read_model_metadata(path: str | Path) -> tuple[WanConfig, dict[str, str]]:
+def read_model_metadata(path: str | Path) -> tuple[Any, dict[str, str]]:
     """(config, metadata) as from `load_params`, without reading the parameters' values."""
     model = open_checkpoint(path)
     return model.config, model.metadata
@@ -51,12 +51,13 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
       TypeError or ValueError: an option's name or value is unknown to `WanTransformer`.
     """
     model = open_checkpoint(path)
-    abstract = nnx.eval_shape(lambda: WanTransformer(model.config, rngs=nnx.Rngs(0), **options))
+    make = spec_of(model.config).model
+    abstract = nnx.eval_shape(lambda: make(model.config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
     expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
     shapes = lambda arrays: {(name, array.shape) for name, array in arrays.items()}
     if different := shapes(expected) ^ shapes(model.params):
-        raise ValueError(f"{path}: expected WanTransformer's parameters, these differ: {sorted(different)}")
+        raise ValueError(f"{path}: expected {make.__name__}'s parameters, these differ: {sorted(different)}")
     if not jax.sharding.get_abstract_mesh().empty:
         specs = param_specs(state)
         check_divisible(nnx.to_pure_dict(state), specs, jax.sharding.get_mesh())

@@ -1,4 +1,7 @@
-"""Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint."""
+"""Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint.
+
+model.json has format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form in place of "attention".
+"""
 
 import functools
 from pathlib import Path
@@ -11,17 +14,14 @@ from flax import traverse_util
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.files.new_directory import new_directory, new_shared_directory
-from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.weights.config_fields import require_known, wan_config_from_json
+from rehyat_jax.weights.config_fields import CURRENT, check_version, config_from_json, require_known
+from rehyat_jax.weights.models import MODELS, spec_of
 from rehyat_jax.weights.orbax_params import open_params, restore_arrays, save_arrays, save_params
 from rehyat_jax.weights.safetensors_file import DTYPES
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
-from rehyat_jax.weights.wan.names import wan_table
 
 MODEL_FILE = "model.json"
 PARAMS = "params"
-FORMAT_VERSION = 1
-ARCHITECTURE = "wan"
 METADATA = ("codec", "text_encoder")
 
 
@@ -36,13 +36,13 @@ def check_replaceable(path: Path) -> None:
         raise InputError(f"{path}: already exists and is not a model checkpoint; move it, or choose another place")
 
 
-def save_model(path: str | Path, config: WanConfig, params: dict[str, Any], *, codec: str, text_encoder: str) -> None:
+def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: str, text_encoder: str) -> None:
     """Writes a model checkpoint, complete or not at all; replaces a model checkpoint that is already there.
 
     Args:
       path: the directory to write; missing parents are created.
       config: architecture.
-      params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a `WanTransformer`. They reach the host
+      params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a model. They reach the host
         one at a time; arrays spread over several processes are written by all of them together, into a directory that
         all of them see.
       codec: name of the codec between the model's latents and videos.
@@ -81,34 +81,37 @@ def write_model_checkpoint(directory: Path, model: StreamedModel) -> None:
     _write_description(directory, model.config, model.metadata)
 
 
-def _write_description(directory: Path, config: WanConfig, metadata: dict[str, str]) -> None:
-    versions = {"format_version": FORMAT_VERSION, "architecture": ARCHITECTURE}
+def _write_description(directory: Path, config: Any, metadata: dict[str, str]) -> None:
+    versions = {"format_version": CURRENT, "architecture": spec_of(config).architecture}
     write_json(directory / MODEL_FILE, {**versions, "config": config.to_dict(), **metadata})
 
 
-def read_model_description(path: Path) -> tuple[WanConfig, dict[str, str]]:
+def read_model_description(path: Path) -> tuple[Any, dict[str, str]]:
     """(config, metadata with "codec" and "text_encoder") of a model checkpoint. Raises InputError."""
     if not is_model_checkpoint(path):
         raise InputError(f"{path}: is not a model checkpoint (it has no {MODEL_FILE}); give the directory of one")
     file = path / MODEL_FILE
     content = read_json_object(file)
-    expected = {"format_version": FORMAT_VERSION, "architecture": ARCHITECTURE}
+    fields = ("format_version", "architecture", "config", *METADATA)
     for name in content:
-        require_known(name, [*expected, "config", *METADATA], str(file))
-    for name in (*expected, "config", *METADATA):
+        require_known(name, fields, str(file))
+    for name in fields:
         if name not in content:
             raise InputError(
                 f"{file}: field {name!r} is missing; the file is damaged, convert or train the model again"
             )
-    for name, value in expected.items():
-        if content[name] != value:
-            raise InputError(
-                f"{file}: {name} should be {value!r}, found {content[name]!r}; another version of rehyat_jax wrote it"
-            )
+    version = check_version(content["format_version"], str(file))
+    architecture = content["architecture"]
+    if not isinstance(architecture, str) or architecture not in MODELS:
+        raise InputError(
+            f"{file}: architecture should be one of {tuple(MODELS)}, found {architecture!r}; another version of "
+            f"rehyat_jax wrote it"
+        )
     for name in METADATA:
         if not isinstance(content[name], str):
             raise InputError(f"{file}: {name} should be a name, found {content[name]!r}; correct it")
-    return wan_config_from_json(content["config"], f"{file}: config"), {name: content[name] for name in METADATA}
+    config = config_from_json(MODELS[architecture].config, content["config"], f"{file}: config", version)
+    return config, {name: content[name] for name in METADATA}
 
 
 def open_model_checkpoint(path: Path) -> StreamedModel:
@@ -131,14 +134,14 @@ def restore_sharded(path: Path, shardings: dict[str, jax.sharding.Sharding]) -> 
     return restore_arrays(path.absolute() / PARAMS, shardings, np.float32)
 
 
-def check_params(params: dict[str, Any], config: WanConfig) -> None:
+def check_params(params: dict[str, Any], config: Any) -> None:
     """Raises ValueError unless `save_model` can write parameters of these shapes and dtypes, a nested dict."""
     _check_params(traverse_util.flatten_dict(params, sep="."), config, "params")
 
 
-def _check_params(params: dict[str, Any], config: WanConfig, source: str) -> None:
+def _check_params(params: dict[str, Any], config: Any, source: str) -> None:
     """Raises ValueError unless the arrays are exactly the configuration's, in dtypes of weights."""
-    expected = {row.path: row.stacked_shape for row in wan_table(config)}
+    expected = {row.path: row.stacked_shape for row in spec_of(config).table(config)}
     if missing := sorted(expected.keys() - params.keys()):
         raise ValueError(f"{source}: {missing[0]} is missing ({len(missing)} of {len(expected)} parameters are)")
     if extra := sorted(params.keys() - expected.keys()):

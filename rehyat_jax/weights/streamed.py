@@ -3,11 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-from rehyat_jax.models.wan.config import WanConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +32,12 @@ class StreamedModel(NamedTuple):
     """What both kinds of checkpoint are opened as, and written from.
 
     Attributes:
-      config: architecture.
+      config: architecture, of one of the classes in `weights.models.MODELS`.
       metadata: names of the model's "codec" and "text_encoder".
       params: arrays of the parameter tree by path, keys joined by dots.
     """
 
-    config: WanConfig
+    config: Any
     metadata: dict[str, str]
     params: dict[str, StreamedArray]
 

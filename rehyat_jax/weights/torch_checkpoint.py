@@ -1,4 +1,4 @@
-"""PyTorch checkpoints of Wan2.1 in either layout, as streamed parameters of `WanTransformer`."""
+"""PyTorch checkpoints in either layout, as streamed parameters of a model."""
 
 import re
 from collections.abc import Callable
@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.weights.models import MODELS, spec_of
 from rehyat_jax.weights.safetensors_file import StoredTensor, read_tensor, write_tensor
+from rehyat_jax.weights.spec import Inferred, ModelSpec
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
+from rehyat_jax.weights.table import LAYOUTS, Layout, Row, torch_names
+from rehyat_jax.weights.torch_config import read_torch_config, write_torch_config
 from rehyat_jax.weights.torch_folder import create_files, find_tensors
-from rehyat_jax.weights.wan.names import LAYOUTS, Layout, Row, torch_names, wan_table
-from rehyat_jax.weights.wan.torch_config import Inferred, read_torch_config, write_torch_config
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Shards of the published diffusers repositories."""
@@ -29,14 +30,14 @@ def open_torch_checkpoint(source: Path, progress: Progress = lambda nbytes: None
       progress: told the bytes of each tensor that is read.
 
     Raises:
-      InputError: the checkpoint is not one of a Wan2.1 text-to-video transformer, or is incomplete or damaged. Tensors
-        with NaN or infinity are found when they are read.
+      InputError: the checkpoint is not one of a known model, or is incomplete or damaged. Tensors with NaN or infinity
+        are found when they are read.
     """
     folder, tensors = find_tensors(source)
-    layout = _detect_layout(source, tensors)
-    config, metadata = read_torch_config(folder, _infer(source, tensors, layout))
-    table = wan_table(config)
-    _check_tensors(source, tensors, table, layout)
+    spec, layout = _detect(source, tensors)
+    config, metadata = read_torch_config(spec, folder, _infer(spec, source, tensors, layout))
+    table = spec.table(config)
+    _check_tensors(spec, source, tensors, table, layout)
     params = {}
     for row in table:
         stack = [tensors[name] for name in row.names(layout)]
@@ -64,8 +65,9 @@ def write_torch_checkpoint(
     Raises:
       InputError: a parameter can't be read or holds NaN or infinity.
     """
-    write_torch_config(folder, model.config, model.metadata, layout)
-    table = wan_table(model.config)
+    spec = spec_of(model.config)
+    write_torch_config(spec, folder, model.config, model.metadata, layout)
+    table = spec.table(model.config)
     specs = {}
     for row in table:
         for name in row.names(layout):
@@ -81,36 +83,39 @@ def _template(name: str) -> str:
     return re.sub(r"^blocks\.(0|[1-9]\d*)\.", "blocks.{block}.", name)
 
 
-def _detect_layout(source: Path, tensors: dict[str, StoredTensor]) -> Layout:
-    """The layout whose names, and not the other's, occur most."""
+def _detect(source: Path, tensors: dict[str, StoredTensor]) -> tuple[ModelSpec, Layout]:
+    """The model and the layout whose names, and no other's, occur most."""
     found = {_template(name) for name in tensors}
+    names = {
+        (spec.architecture, layout): {getattr(row, layout) for row in spec.table(spec.smallest)}
+        for spec in MODELS.values()
+        for layout in LAYOUTS
+    }
     for name in sorted(found):
-        if name.startswith(("img_emb.", "condition_embedder.image_embedder.")):
-            raise InputError(
-                f"{source}: tensor {name} belongs to an image-to-video model; only Wan's text-to-video "
-                f"transformers can be converted"
-            )
-    table = wan_table(_ANY_CONFIG)
-    names = {"diffusers": {row.diffusers for row in table}, "original": {row.original for row in table}}
-    common = names["diffusers"] & names["original"]
-    counts = {layout: len(found & names[layout] - common) for layout in LAYOUTS}
-    if counts["diffusers"] == counts["original"]:
+        for spec in MODELS.values():
+            for prefixes, owner in spec.foreign.items():
+                if name.startswith(prefixes):
+                    raise InputError(
+                        f"{source}: tensor {name} belongs to {owner}; only checkpoints of {spec.description} can be "
+                        f"converted"
+                    )
+    common = set.intersection(*names.values())
+    counts = {key: len(found & known - common) for key, known in names.items()}
+    best, *others = sorted(counts, key=counts.get, reverse=True)
+    if others and counts[best] == counts[others[0]]:
+        known = ", ".join(spec.description for spec in MODELS.values())
         raise InputError(
             f"{source}: the tensors' names ({', '.join(sorted(tensors)[:3]) or 'none'}, ...) are those of neither "
-            f"diffusers' WanTransformer3DModel nor the original WanModel; give the transformer's checkpoint"
+            f"diffusers nor the original code of {known}; give the transformer's checkpoint"
         )
-    return max(LAYOUTS, key=counts.__getitem__)
+    return MODELS[best[0]], best[1]
 
 
-_ANY_CONFIG = WanConfig(num_heads=1, head_dim=1, ffn_dim=1, num_layers=1)
-
-
-def _infer(source: Path, tensors: dict[str, StoredTensor], layout: Layout) -> dict[str, Inferred]:
-    """The fields of `WanConfig`, and "width", that tensors' names and shapes imply."""
-    rows = {row.path: row for row in wan_table(_ANY_CONFIG)}
+def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layout: Layout) -> dict[str, Inferred]:
+    """The fields of the configuration, and "width", that tensors' names and shapes imply."""
+    rows = {row.path: row for row in spec.table(spec.smallest)}
 
     def shape(path: str) -> tuple[tuple[int, ...], str]:
-        """(Shape here, PyTorch name) of a parameter, in block 0 where it is stacked."""
         row = rows[path]
         (name,) = row.names(layout)
         if name not in tensors:
@@ -119,21 +124,11 @@ def _infer(source: Path, tensors: dict[str, StoredTensor], layout: Layout) -> di
         if len(found) != len(row.torch_shape):
             raise InputError(
                 f"{source}: tensor {name} should have {len(row.torch_shape)} axes, found shape {list(found)}; "
-                f"this is not a checkpoint of Wan's text-to-video transformer"
+                f"this is not a checkpoint of {spec.description}"
             )
         return row.transform.to_jax(np.broadcast_to(np.uint8(0), found)).shape, name
 
-    (*patch, in_channels, width), patch_name = shape("patch_embedding.kernel")
-    (text_dim, _), text_name = shape("text_embedding.linear_1.kernel")
-    (freq_dim, _), time_name = shape("time_embedding.linear_1.kernel")
-    (_, ffn_dim), ffn_name = shape("blocks.feed_forward.up.kernel")
-    (patch_out,), head_name = shape("head.projection.bias")
-    patch_area = int(np.prod(patch))
-    if not patch_area or patch_out % patch_area:
-        raise InputError(
-            f"{source}: tensor {head_name} should have a multiple of {patch_area} entries for patches of {patch}, "
-            f"found {patch_out}; the tensors belong to different checkpoints"
-        )
+    inferred = spec.infer(shape, source)
     blocks = {int(name.split(".")[1]) for name in tensors if _template(name) != name}
     for block in range(len(blocks)):
         if block not in blocks:
@@ -141,19 +136,12 @@ def _infer(source: Path, tensors: dict[str, StoredTensor], layout: Layout) -> di
                 f"{source}: there are tensors of {len(blocks)} blocks up to block {max(blocks)}, but none of block "
                 f"{block}; the checkpoint is incomplete, get it again"
             )
-    return {
-        "width": Inferred(width, patch_name),
-        "in_channels": Inferred(in_channels, patch_name),
-        "patch_size": Inferred(patch, patch_name),
-        "text_dim": Inferred(text_dim, text_name),
-        "freq_dim": Inferred(freq_dim, time_name),
-        "ffn_dim": Inferred(ffn_dim, ffn_name),
-        "out_channels": Inferred(patch_out // patch_area, head_name),
-        "num_layers": Inferred(len(blocks), f"blocks.{max(blocks)}.*"),
-    }
+    return inferred | {"num_layers": Inferred(len(blocks), f"blocks.{max(blocks)}.*")}
 
 
-def _check_tensors(source: Path, tensors: dict[str, StoredTensor], table: list[Row], layout: Layout) -> None:
+def _check_tensors(
+    spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], table: list[Row], layout: Layout
+) -> None:
     """Every tensor of the table is there in its shape, nothing else is, and tensors stacked together share a dtype."""
     expected = {name: row for row in table for name in row.names(layout)}
     if missing := [name for name in expected if name not in tensors]:
@@ -163,7 +151,7 @@ def _check_tensors(source: Path, tensors: dict[str, StoredTensor], table: list[R
         )
     if extra := sorted(tensors.keys() - expected.keys()):
         raise InputError(
-            f"{source}: tensor {extra[0]} is not part of Wan's text-to-video transformer ({len(extra)} such tensors); "
+            f"{source}: tensor {extra[0]} is not part of {spec.description} ({len(extra)} such tensors); "
             f"{_why_extra(extra[0])}"
         )
     for name, row in expected.items():
@@ -184,7 +172,7 @@ def _check_tensors(source: Path, tensors: dict[str, StoredTensor], table: list[R
 
 def _why_extra(name: str) -> str:
     if "feature_map_" in name:
-        return "feature maps need the rehyat.json that was written beside them, with hybrid_blocks that include theirs"
+        return 'feature maps need the rehyat.json that was written next to them, with their blocks under "attention"'
     return "remove it, or give the checkpoint of a text-to-video model"
 
 

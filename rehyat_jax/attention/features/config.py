@@ -2,21 +2,19 @@
 
 import dataclasses
 
+from rehyat_jax.attention.features.kinds import FEATURE_MAPS, FeatureMapKind
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMapConfig:
-    """A per-head multilayer perceptron followed by powers (ReHyAt section 3; open details decided here).
+    """One feature map of every head. Its kind decides which of the fields it reads; the others keep their defaults.
 
     Attributes:
-      features: F, features per head after the powers are concatenated; also the width of the hidden layers. 256 with
-        two layers adds about 2.4M parameters to a block of Wan2.1 1.3B, the published count.
-      num_layers: number of linear layers (grouped 1x1 convolutions, groups = heads, no biases).
-      degree: P. The non-negative output is cut into P equal parts and part i is raised to the power i.
-      hidden_activation: "gelu" (tanh form), "silu" or "relu", after every layer but the last.
-      output_activation: "relu", "softplus" or "elu_plus_one" after the last layer. All are non-negative, so
-        denominators are positive by construction.
+      features: F, features per head.
+      num_layers, degree, hidden_activation, output_activation: see `features.mlp`.
       input: "rotated" feeds queries and keys after RoPE (the papers' equations reuse the softmax branch's), "unrotated"
         feeds them before it.
+      kind: a key of `FEATURE_MAPS`: "mlp" (ReHyAt's) or "hedgehog".
     """
 
     features: int = 256
@@ -25,19 +23,27 @@ class FeatureMapConfig:
     hidden_activation: str = "gelu"
     output_activation: str = "relu"
     input: str = "rotated"
+    kind: str = "mlp"
 
     def __post_init__(self):
-        if self.num_layers < 1:
-            raise ValueError(f"feature_map.num_layers must be at least 1, found {self.num_layers}")
-        if self.degree < 1 or self.features % self.degree:
-            raise ValueError(
-                f"feature_map.features ({self.features}) must be a multiple of feature_map.degree ({self.degree}), "
-                f"and the degree at least 1"
-            )
-        for field, allowed in (
-            ("hidden_activation", ("gelu", "silu", "relu")),
-            ("output_activation", ("relu", "softplus", "elu_plus_one")),
-            ("input", ("rotated", "unrotated")),
-        ):
+        for field, allowed in (("kind", tuple(FEATURE_MAPS)), ("input", ("rotated", "unrotated"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"feature_map.{field} must be one of {allowed}, found {getattr(self, field)!r}")
+        read = ("features", "input", "kind", *self.row.fields)
+        for field in dataclasses.fields(self):
+            if field.name not in read and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f'feature_map.{field.name} is not a field of kind "{self.kind}": expected its default '
+                    f"{field.default!r}, found {getattr(self, field.name)!r}"
+                )
+        if problem := self.row.problem(self):
+            raise ValueError(f"feature_map.{problem}")
+
+    @property
+    def row(self) -> FeatureMapKind:
+        """What `FEATURE_MAPS` says of its kind."""
+        return FEATURE_MAPS[self.kind]
+
+    def kernel_shapes(self, head_dim: int) -> list[tuple[int, int]]:
+        """(rows, columns) of the matrices of one head."""
+        return self.row.kernel_shapes(self, head_dim)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import jax
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("source", "weights"), meta_fields=("function",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("source", "weights"), meta_fields=("function", "of_own_tokens")
+)
 @dataclasses.dataclass(frozen=True)
 class InlineFeatures:
     """phi_query or phi_key as a recipe: `function`, applied head by head to the tokens of `source`.
@@ -16,15 +18,23 @@ class InlineFeatures:
     in place. Any map will do that is a function of one token and of matrices of its head.
 
     Attributes:
-      source: [batch, tokens, heads, width], what the map is applied to: queries or keys, rotated or not.
+      source: [batch, tokens, heads, width], what the map is applied to, such as queries before their rotation. None
+        stands for the attention's own query (for phi_query) or key (for phi_key), see `bound`.
       weights: arrays [heads, rows, columns], of any number.
       function: (tokens [tokens, width], *matrices [rows, columns]) -> features [tokens, features] in the tokens' dtype,
         of one head. Made of jax operations that Pallas can lower; compared by `==`, so give it value semantics.
+      of_own_tokens: whether the source is the attention's own query or key, as `bound` sets it. A kernel then holds one
+        copy of these tokens, and one gradient.
     """
 
-    source: jax.Array
+    source: jax.Array | None
     weights: tuple[jax.Array, ...]
     function: Callable[..., jax.Array]
+    of_own_tokens: bool = False
+
+    def bound(self, tokens: jax.Array) -> "InlineFeatures":
+        """The features with a source: `tokens`, the attention's query or key, if there is no other."""
+        return self if self.source is not None else dataclasses.replace(self, source=tokens, of_own_tokens=True)
 
     def compute(self) -> jax.Array:
         """The features, [batch, tokens, heads, features]."""

@@ -1,5 +1,6 @@
 """Hybrid attention: what it means, what it accepts, and which implementation runs."""
 
+import dataclasses
 import operator
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from rehyat_jax.attention.features.inline import InlineFeatures
 from rehyat_jax.attention.hybrid.backend import Request, choose_backend
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.reference import normalised_weights
-from rehyat_jax.attention.hybrid.state import HybridState
+from rehyat_jax.attention.hybrid.state import HybridState, StateForm
 from rehyat_jax.attention.product import accumulation_dtype
 
 STABILIZERS = ("row_max", "joint")
@@ -83,10 +84,14 @@ def hybrid_attention(
     )
     backend = choose_backend(request, implementation)
     backend.check(request)
-    if initial_state is not None or return_state:
-        _check_streaming(request)
-    output, final_state = backend(request)
-    return (output, final_state) if return_state else output
+    if initial_state is None and not return_state:
+        return backend(request)[0]
+    _check_streaming(request)
+    form = request.state_form
+    if initial_state is not None:
+        form, initial_state = initial_state.form, dataclasses.replace(initial_state, form=None)
+    output, final_state = backend(dataclasses.replace(request, initial_state=initial_state))
+    return (output, dataclasses.replace(final_state, form=form)) if return_state else output
 
 
 def hybrid_attention_weights(
@@ -178,11 +183,12 @@ def _features(name: str, features: Features, x: jax.Array) -> jax.Array | Inline
             f"{name} must be features [batch, tokens, heads, features], InlineFeatures or a feature map, found None"
         )
     if hasattr(features, "inline"):
-        features = features.inline(x)
+        features = features.inline()
     elif callable(features):
         features = features(x)
     if not isinstance(features, InlineFeatures):
         return features if isinstance(features, jax.Array) else jnp.asarray(features)
+    features = features.bound(x)
     for matrix in features.weights:
         if matrix.shape[0] != x.shape[2]:
             raise ValueError(f"{name}: expected a map of {x.shape[2]} heads, as query has, found {matrix.shape[0]}")
@@ -243,6 +249,13 @@ def _check_streaming(request: Request):
         return
     if not isinstance(initial_state, HybridState):
         raise ValueError(f"initial_state must be a HybridState, found {type(initial_state).__name__}")
+    if initial_state.form not in (None, request.state_form):
+        for name, found, expected in zip(StateForm._fields, initial_state.form, request.state_form, strict=True):
+            if found != expected:
+                raise ValueError(
+                    f"initial_state is of {name}={found!r}, found {name}={expected!r}: a video continues in the form "
+                    f"that it began with"
+                )
     leaves = (jax.tree_util.tree_leaves_with_path(state) for state in (request.zero_state, initial_state))
     for (path, expected), (_, found) in zip(*leaves, strict=True):
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):

@@ -10,7 +10,7 @@ import jax
 from rehyat_jax.attention.features.inline import InlineFeatures, as_array
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry, without_padding
 from rehyat_jax.attention.hybrid.linear_products import sum_keys
-from rehyat_jax.attention.hybrid.state import HybridState, LinearState
+from rehyat_jax.attention.hybrid.state import HybridState, LinearState, StateForm
 from rehyat_jax.attention.platform import target_platform
 
 
@@ -55,6 +55,13 @@ class Request:
             overlap_frames=self.geometry.overlap_frames,
             dtype=self.query.dtype,
         )
+
+    @property
+    def state_form(self) -> StateForm:
+        """What a state of this video must belong to."""
+        geometry = self.geometry
+        sizes = geometry.tokens_per_frame, geometry.chunk_frames, geometry.overlap_frames
+        return StateForm(*sizes, self.stabilizer)
 
     def with_arrays(self) -> "Request":
         """The same with its features computed; those of padding are zero."""

@@ -1,6 +1,7 @@
 """What the recurrent form remembers of the frames it has seen."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,20 @@ def _summary(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else repr(leaf)
 
 
-@jax.tree_util.register_dataclass
+class StateForm(NamedTuple):
+    """The form of attention that a state belongs to: a video cannot continue in another one."""
+
+    tokens_per_frame: int
+    chunk_frames: int
+    overlap_frames: int
+    stabilizer: str
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("past", "overlap", "overlap_key", "overlap_value", "chunks"),
+    meta_fields=("form",),
+)
 @dataclasses.dataclass(frozen=True, repr=False)
 class HybridState:
     """All that the chunks of a causal video yet to come need of the chunks already seen.
@@ -59,6 +73,7 @@ class HybridState:
       overlap: sums over the frames of the overlap, same shapes.
       overlap_key, overlap_value: [batch, overlap_frames * tokens_per_frame, heads, head_dim], in the inputs' dtype.
       chunks: int32 scalar, how many chunks have been seen. At 0 the overlap holds no frames, only zeros.
+      form: checked when the video continues; None fits any form. It is part of the structure, not an array.
     """
 
     past: LinearState
@@ -66,12 +81,14 @@ class HybridState:
     overlap_key: jax.Array
     overlap_value: jax.Array
     chunks: jax.Array
+    form: StateForm | None = None
 
     def __repr__(self) -> str:
         is_number = isinstance(self.chunks, jax.Array) and not isinstance(self.chunks, jax.core.Tracer)
         chunks = int(self.chunks) if is_number and not self.chunks.ndim else _summary(self.chunks)
         overlap = f"overlap_key={_summary(self.overlap_key)}, overlap_value={_summary(self.overlap_value)}"
-        return f"HybridState(chunks={chunks}, past={self.past}, overlap={self.overlap}, {overlap})"
+        form = f", form={tuple(self.form)}" if self.form else ""
+        return f"HybridState(chunks={chunks}, past={self.past}, overlap={self.overlap}, {overlap}{form})"
 
     @classmethod
     def zeros(
@@ -83,12 +100,25 @@ class HybridState:
         *,
         tokens_per_frame: int,
         overlap_frames: int,
+        chunk_frames: int | None = None,
+        stabilizer: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> "HybridState":
-        """The state before the first chunk of a video. `dtype` is that of the queries, keys and values."""
+        """The state before the first chunk of a video. `dtype` is that of the queries, keys and values.
+
+        With chunk_frames and stabilizer the state knows its form.
+        """
         sums = LinearState(
             state=jnp.zeros((batch, heads, features, head_dim), accumulation_dtype(dtype)),
             normalizer=jnp.zeros((batch, heads, features), accumulation_dtype(dtype)),
         )
         overlap = jnp.zeros((batch, overlap_frames * tokens_per_frame, heads, head_dim), dtype)
-        return cls(past=sums, overlap=sums, overlap_key=overlap, overlap_value=overlap, chunks=jnp.zeros((), jnp.int32))
+        is_known = chunk_frames is not None and stabilizer is not None
+        return cls(
+            past=sums,
+            overlap=sums,
+            overlap_key=overlap,
+            overlap_value=overlap,
+            chunks=jnp.zeros((), jnp.int32),
+            form=StateForm(tokens_per_frame, chunk_frames, overlap_frames, stabilizer) if is_known else None,
+        )

@@ -72,8 +72,7 @@ def _milliseconds(run: Callable[[], Any], repeats: int) -> float:
 def _row(model: str, config: WanConfig, inputs: dict[str, jax.Array], took: float) -> Row:
     latents = inputs["latents"].shape[1:4]
     count = forward_flops(config, latents)
-    attention = count.hybrid if config.hybrid_blocks else count.softmax
-    total = count.outside + config.num_layers * (count.block + attention)
+    total = count.outside + count.blocks
     return {"model": model, "frames": latents[0], "milliseconds": took, "tflop": GUIDED * total / 1e12}
 
 

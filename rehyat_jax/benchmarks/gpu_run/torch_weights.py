@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.weights.wan.names import wan_table
-from rehyat_jax.weights.wan.torch_config import UPSTREAM
+from rehyat_jax.weights.wan.spec import UPSTREAM
 
 
 def diffusers_transformer(

@@ -1,30 +1,10 @@
 """Hyper-parameters of the Wan diffusion transformer, and presets of the published sizes."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
-from rehyat_jax.attention.features.config import FeatureMapConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class HybridConfig:
-    """The form of the hybrid attention in converted blocks (see `rehyat_jax.attention.hybrid_attention`)."""
-
-    chunk_frames: int = 3
-    overlap_frames: int = 1
-    causal: bool = True
-    stabilizer: Literal["row_max", "joint"] = "row_max"
-    feature_map: FeatureMapConfig = FeatureMapConfig()
-
-    def __post_init__(self):
-        if self.chunk_frames < 1:
-            raise ValueError(f"chunk_frames must be at least 1, found {self.chunk_frames}")
-        if not 0 <= self.overlap_frames <= self.chunk_frames:
-            raise ValueError(
-                f"overlap_frames must be between 0 and chunk_frames ({self.chunk_frames}), found {self.overlap_frames}"
-            )
-        if self.stabilizer not in ("row_max", "joint"):
-            raise ValueError(f'stabilizer must be "row_max" or "joint", found {self.stabilizer!r}')
+from rehyat_jax.attention.form import FORM_FIELDS, SOFTMAX, BlockForms, HybridConfig, forms_from_json, forms_to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +21,8 @@ class WanConfig:
       freq_dim: width of the sinusoidal timestep embedding.
       patch_size: (frames, height, width) of one token, in latent pixels.
       eps: epsilon of every normalisation.
-      hybrid_blocks: indices of the blocks with hybrid attention, or "all"; () is the softmax teacher.
-      hybrid: the form of the hybrid attention in those blocks.
+      hybrid_blocks: indices of the converted blocks, or "all"; () is the softmax teacher.
+      hybrid: the form of attention in those blocks, or one form for each of them.
     """
 
     num_heads: int
@@ -57,18 +37,28 @@ class WanConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     hybrid_blocks: tuple[int, ...] | Literal["all"] = ()
-    hybrid: HybridConfig = HybridConfig()
+    hybrid: HybridConfig | tuple[HybridConfig, ...] = HybridConfig()
 
     def __post_init__(self):
-        if self.hybrid_blocks == "all":
-            return
-        blocks = tuple(self.hybrid_blocks)
+        blocks = tuple(range(self.num_layers)) if self.hybrid_blocks == "all" else tuple(self.hybrid_blocks)
         if blocks != tuple(sorted(set(blocks))) or any(not 0 <= block < self.num_layers for block in blocks):
             raise ValueError(
                 f'hybrid_blocks must be "all" or increasing block indices below {self.num_layers}, '
                 f"found {self.hybrid_blocks!r}"
             )
-        object.__setattr__(self, "hybrid_blocks", blocks)
+        # Equal architectures are equal however they were written.
+        hybrid = self.hybrid if isinstance(self.hybrid, tuple | list) else (self.hybrid,) * len(blocks)
+        if len(hybrid) != len(blocks):
+            raise ValueError(
+                f"hybrid must be one form, or one for each of the {len(blocks)} hybrid_blocks, "
+                f"found {len(hybrid)} forms"
+            )
+        if len(different := dict.fromkeys(hybrid)) < 2:
+            object.__setattr__(self, "hybrid", next(iter(different), HybridConfig()))
+        else:
+            object.__setattr__(self, "hybrid", tuple(hybrid))
+        if self.hybrid_blocks != "all" or len(different) > 1:
+            object.__setattr__(self, "hybrid_blocks", blocks)
 
     @property
     def width(self) -> int:
@@ -80,21 +70,37 @@ class WanConfig:
         """The converted blocks as explicit indices."""
         return tuple(range(self.num_layers)) if self.hybrid_blocks == "all" else self.hybrid_blocks
 
+    @functools.cached_property
+    def block_forms(self) -> BlockForms:
+        """The form of every block."""
+        blocks = self.hybrid_block_indices
+        hybrid = self.hybrid if isinstance(self.hybrid, tuple) else (self.hybrid,) * len(blocks)
+        converted = dict(zip(blocks, hybrid, strict=True))
+        return BlockForms(tuple(converted.get(block, SOFTMAX) for block in range(self.num_layers)))
+
     def replace(self, **changes: Any) -> "WanConfig":
+        """A copy with other values. Blocks chosen among the hybrid ones keep their forms."""
+        if "hybrid_blocks" in changes and "hybrid" not in changes and isinstance(self.hybrid, tuple):
+            blocks = changes["hybrid_blocks"]
+            chosen = range(self.num_layers) if blocks == "all" else blocks
+            changes["hybrid"] = tuple(self.block_forms.of_block[block] for block in chosen) or HybridConfig()
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready nested dict; `from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        """JSON-ready nested dict; `from_dict` reads it back. It has "attention" only if a block is converted."""
+        fields = dataclasses.asdict(self)
+        del fields["hybrid_blocks"], fields["hybrid"]
+        return fields | ({"attention": forms_to_json(self.hybrid_blocks, self.hybrid)} if self.hybrid_blocks else {})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "WanConfig":
-        """Inverse of `to_dict`. Raises TypeError on an unknown field."""
+        """Inverse of `to_dict`, of format version 1 or 2. Raises TypeError on an unknown field."""
         fields = dict(fields)
-        hybrid = dict(fields.pop("hybrid"))
-        hybrid["feature_map"] = FeatureMapConfig(**hybrid["feature_map"])
-        fields["patch_size"] = tuple(fields["patch_size"])
-        return cls(**fields, hybrid=HybridConfig(**hybrid))
+        if "patch_size" in fields:
+            fields["patch_size"] = tuple(fields["patch_size"])
+        form_fields = [name for names in FORM_FIELDS.values() for name in names if name in fields]
+        forms = forms_from_json({name: fields.pop(name) for name in form_fields})
+        return cls(**fields, **forms)
 
 
 WAN_PRESETS: dict[str, WanConfig] = {

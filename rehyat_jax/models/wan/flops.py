@@ -18,29 +18,32 @@ With N tokens of width D = H d, L text tokens, a feed-forward width M and P = to
 import dataclasses
 import math
 
-import numpy as np
-
-from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
+from rehyat_jax.attention.form import SOFTMAX, FormFlops, Sizes
 from rehyat_jax.models.wan.config import WanConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-    """Of one video through the model: embeddings and head, and of one block each: all but self-attention's inner part
-    (of which the last product, down from the feed-forward width), softmax attention, and hybrid attention's window,
-    readout with sums, and feature maps."""
+    """Operations of one video through the model.
+
+    Attributes:
+      outside: embeddings and head.
+      block: one block without the inner part of self-attention.
+      last_product: the part of `block` that leads from the feed-forward width down to the model's width.
+      softmax: full softmax attention in one block.
+      attention: the attention of every block, in the block's own form.
+    """
 
     outside: int
     block: int
     last_product: int
     softmax: int
-    window: int
-    linear: int
-    feature_maps: int
+    attention: list[FormFlops]
 
     @property
-    def hybrid(self) -> int:
-        return self.window + self.linear + self.feature_maps
+    def blocks(self) -> int:
+        """All blocks."""
+        return len(self.attention) * self.block + sum(flops.total for flops in self.attention)
 
 
 def forward_flops(config: WanConfig, latents: tuple[int, int, int]) -> ForwardFlops:
@@ -55,19 +58,13 @@ def forward_flops(config: WanConfig, latents: tuple[int, int, int]) -> ForwardFl
     in_and_out = 2 * tokens * width * patch * (config.in_channels + config.out_channels)
 
     cross = 4 * tokens * width**2 + 4 * text * width**2 + 4 * tokens * text * width
-    form, maps = config.hybrid, config.hybrid.feature_map
-    geometry = ChunkGeometry(frames, per_frame, form.chunk_frames, form.overlap_frames)
-    window, linear = geometry.key_masks(causal=form.causal)
-    ends = per_frame * int(np.count_nonzero(linear.any(axis=1)) + np.count_nonzero(linear.any(axis=0)))
-    per_head = config.head_dim * maps.features + (maps.num_layers - 1) * maps.features**2
+    sizes = Sizes(frames, per_frame, config.num_heads, config.head_dim)
     return ForwardFlops(
         outside=embed_text + embed_time + in_and_out,
         block=8 * tokens * width**2 + cross + 4 * tokens * width * config.ffn_dim,
         last_product=2 * tokens * width * config.ffn_dim,
-        softmax=4 * tokens**2 * width,
-        window=4 * width * per_frame**2 * int(window.sum()),
-        linear=2 * ends * maps.features * (width + config.num_heads),
-        feature_maps=2 * ends * config.num_heads * per_head,
+        softmax=SOFTMAX.flops(sizes).total,
+        attention=config.block_forms.flops(sizes),
     )
 
 
@@ -86,21 +83,21 @@ def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, rema
     for their products and the readout, twice the forward pass; for the sums, once, because values have no gradient.
     """
     del remat
-    count, hybrid = forward_flops(config, latents), len(config.hybrid_block_indices)
+    count, forms = forward_flops(config, latents), config.block_forms
     teacher = count.outside + config.num_layers * (count.block + count.softmax)
-    gradients = 2 * count.feature_maps + count.linear * 3 // 2
-    return StepFlops(teacher + hybrid * (count.hybrid + gradients), 0)
+    students = [count.attention[block] for block in forms.converted]
+    gradients = sum(2 * student.feature_maps + student.linear * 3 // 2 for student in students)
+    return StepFlops(teacher + sum(student.total for student in students) + gradients, 0)
 
 
 def training_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: str) -> StepFlops:
     """Counts for the gradient of all parameters under a remat policy. A backward pass is twice its forward pass."""
-    count, hybrid = forward_flops(config, latents), len(config.hybrid_block_indices)
-    blocks = config.num_layers * count.block + hybrid * count.hybrid + (config.num_layers - hybrid) * count.softmax
+    count = forward_flops(config, latents)
     # "dots" keeps what the weights' products return, "attention" what attention does; others a block's input alone.
     # No gradient needs what a block ends with, where that is worth it (see `linear.Linear.gated`).
     tokens = math.prod(length // patch for length, patch in zip(latents, config.patch_size, strict=True))
     last = config.num_layers * count.last_product if tokens >= config.ffn_dim else 0
     products = config.num_layers * count.block
-    attention = blocks - products
+    attention = count.blocks - products
     recomputed = {"none": 0, "dots": attention, "attention": products - last, "attention_offload": products - last}
-    return StepFlops(3 * (count.outside + blocks), recomputed.get(remat, blocks - last))
+    return StepFlops(3 * (count.outside + count.blocks), recomputed.get(remat, count.blocks - last))

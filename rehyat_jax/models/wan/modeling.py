@@ -8,7 +8,6 @@ attention it runs: it is given `attend`, a function from queries, keys and value
 blocks, hybrid blocks and the distillation of one into the other are three such functions.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,16 +18,13 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from rehyat_jax.attention import FeatureMap, InlineFeatures
 from rehyat_jax.attention.flat_tokens import flat, with_heads
+from rehyat_jax.attention.form import AttentionInputs, Features, Form
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.attention.hybrid.context_parallel import padded_frames
-from rehyat_jax.attention.on_mesh import (
-    cross_attention_on_mesh,
-    hybrid_attention_on_mesh,
-    softmax_attention_on_mesh,
-)
+from rehyat_jax.attention.on_mesh import cross_attention_on_mesh
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
+from rehyat_jax.models.hybrid import block_features, by_form, make_feature_maps, per_block_arguments, stacked
 from rehyat_jax.models.linear import linear
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
@@ -59,36 +55,6 @@ REMAT_POLICIES = {
 """What a block keeps for the backward pass: everything; only its input; what fused kernels keep of self-attention's
 results too; or the outputs of its weight products too; or as "block" and "attention" with the input in the host's
 memory."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionInputs:
-    """What one block hands to `attend`.
-
-    Attributes:
-      query, key, value: [B, N, H, d] in the compute dtype; query and key are normalised and rotated.
-      unrotated_query, unrotated_key: the same before RoPE, for feature maps that want them.
-      tokens_per_frame: tokens of one latent frame.
-      num_frames: frames of the video. Where it is cut along time over devices there may be further ones, of padding,
-        at the end; attention to them must be, and attention of them is, none: zero.
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    unrotated_query: jax.Array
-    unrotated_key: jax.Array
-    tokens_per_frame: int
-    num_frames: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are not padding."""
-        return self.num_frames * self.tokens_per_frame
-
-    def softmax(self) -> jax.Array:
-        """Full softmax attention, [B, N, H, d]."""
-        return softmax_attention_on_mesh(self.query, self.key, self.value, num_tokens=self.num_tokens)
 
 
 Attend = Callable[[AttentionInputs, Any], tuple[jax.Array, Any]]
@@ -286,27 +252,6 @@ class Head(nnx.Module):
         return self.projection(layer_norm(x, self.eps) * (1 + scale) + shift)
 
 
-class FeatureMaps(nnx.Module):
-    """phi_query and phi_key of one hybrid block."""
-
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
-        make = lambda: FeatureMap(
-            config.hybrid.feature_map, heads=config.num_heads, head_dim=config.head_dim, rngs=rngs
-        )
-        self.query, self.key = make(), make()
-
-    def features(self, inputs: AttentionInputs, config: WanConfig) -> tuple[InlineFeatures, InlineFeatures]:
-        """(phi_query, phi_key), each of [B, N, H, F]."""
-        if config.hybrid.feature_map.input == "unrotated":
-            return self.query.inline(inputs.unrotated_query), self.key.inline(inputs.unrotated_key)
-        return self.query.inline(inputs.query), self.key.inline(inputs.key)
-
-
-def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` independently initialised modules as one, parameters stacked on a new leading axis."""
-    return nnx.vmap(create, in_axes=0, out_axes=0)(rngs.split(count))
-
-
 class WanTransformer(nnx.Module):
     """Wan2.1 text-to-video transformer; maps noisy latents to the flow-matching velocity.
 
@@ -352,9 +297,9 @@ class WanTransformer(nnx.Module):
         self.time_projection = linear(width, 6 * width, ("fsdp", None), kernel_init=zeros, precision=exact, rngs=rngs)
         self.blocks = stacked(lambda r: WanBlock(config, dtype=dtype, rngs=r), config.num_layers, rngs)
         self.head = Head(config, rngs=rngs)
-        if config.hybrid_block_indices:
-            count = len(config.hybrid_block_indices)
-            self.feature_maps = stacked(lambda r: FeatureMaps(config, rngs=r), count, rngs)
+        sizes = dict(num_heads=config.num_heads, head_dim=config.head_dim)
+        if (feature_maps := make_feature_maps(config.block_forms, **sizes, rngs=rngs)) is not None:
+            self.feature_maps = feature_maps
 
     def __call__(self, latents: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
         """Velocity of noisy latents.
@@ -396,9 +341,9 @@ class WanTransformer(nnx.Module):
 
         patches = self.patch_embedding(latents)
         num_frames, *_ = grid = patches.shape[1:4]
-        # Where a video is cut along time, all devices hold as many whole chunks.
-        chunk_frames = config.hybrid.chunk_frames if config.hybrid_block_indices else 1
-        grid = (padded_frames(num_frames, chunk_frames, axis_size("context")), *grid[1:])
+        # If a video is sharded along time, all devices hold the same number of whole chunks, of every form.
+        frames = padded_frames(num_frames, config.block_forms.chunk_frames, axis_size("context"))
+        grid = (frames, *grid[1:])
         patches = jnp.pad(patches, [(0, 0), (0, grid[0] - num_frames), (0, 0), (0, 0), (0, 0)])
         rope = rope_table(grid, config.head_dim)
         x = constrain(rearrange(patches, "b t h w d -> b (t h w) d"), RESIDUAL)
@@ -438,53 +383,22 @@ class WanTransformer(nnx.Module):
         return velocity[:, : num_frames * pt], aux
 
     def attend(self, inputs: AttentionInputs, per_block: Any) -> tuple[jax.Array, None]:
-        """Softmax or hybrid self-attention, as the config says for this block; one of `Attend`."""
-        softmax = inputs.softmax
-        hybrid = lambda: self.hybrid(inputs, *self.block_features(inputs, per_block["feature_maps"]))
-        if not self.config.hybrid_block_indices:
-            return softmax(), None
-        if len(self.config.hybrid_block_indices) == self.config.num_layers:
-            return hybrid(), None
-        return jax.lax.cond(per_block["is_hybrid"], hybrid, softmax), None
+        """Self-attention in the block's own form; one of `Attend`."""
 
-    def block_features(self, inputs: AttentionInputs, feature_maps: Any) -> tuple[InlineFeatures, InlineFeatures]:
-        """Features of one block's queries and keys under one block's feature-map parameters."""
-        return nnx.merge(nnx.graphdef(self.feature_maps), feature_maps).features(inputs, self.config)
+        def in_form(form: Form) -> Callable[[], jax.Array]:
+            features = lambda: self.features(form, inputs, per_block.get("feature_maps"))
+            return lambda: form.attend(inputs, features(), implementation=self.attention_implementation)
 
-    def hybrid(self, inputs: AttentionInputs, phi_query: InlineFeatures, phi_key: InlineFeatures) -> jax.Array:
-        """Hybrid attention in the form that the config names; [B, N, H, d]."""
-        form = self.config.hybrid
-        return hybrid_attention_on_mesh(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            phi_query,
-            phi_key,
-            num_frames=inputs.num_frames,
-            tokens_per_frame=inputs.tokens_per_frame,
-            chunk_frames=form.chunk_frames,
-            overlap_frames=form.overlap_frames,
-            causal=form.causal,
-            stabilizer=form.stabilizer,
-            implementation=self.attention_implementation,
-        )
+        return by_form(self.config.block_forms, per_block, in_form), None
+
+    def features(self, form: Form, inputs: AttentionInputs, feature_maps: Any) -> Features:
+        """Features of one block's queries and keys; `feature_maps` is the block's slice of the parameters."""
+        modules = getattr(self, "feature_maps", None)
+        return block_features(self.config.block_forms, form, modules, feature_maps, inputs)
 
     def per_block_attention(self) -> dict[str, Any]:
-        """Per-block arguments of `attend`: which blocks are hybrid, and feature maps spread over all blocks.
-
-        Softmax blocks are given the first hybrid block's maps, which they don't use: every layer of a scan must have
-        the same inputs, and a gather keeps the gradients right.
-        """
-        indices = self.config.hybrid_block_indices
-        if not indices:
-            return {}
-        row = {block: row for row, block in enumerate(indices)}
-        rows = jnp.array([row.get(block, 0) for block in range(self.config.num_layers)])
-        maps = nnx.state(self.feature_maps)
-        if len(indices) < self.config.num_layers:
-            maps = jax.tree.map(lambda leaf: leaf[rows], maps)
-        is_hybrid = jnp.array([block in row for block in range(self.config.num_layers)])
-        return {"feature_maps": maps, "is_hybrid": is_hybrid}
+        """Per-block arguments of `attend`, see `per_block_arguments`."""
+        return per_block_arguments(self.config.block_forms, getattr(self, "feature_maps", None))
 
     def _check(self, latents: jax.Array, timestep: jax.Array, text: jax.Array) -> None:
         config = self.config

@@ -221,7 +221,7 @@ def attend(
             "query": token_blocks(query, tiling.query_block, queries),
             "key": token_blocks(key, tiling.key_block, keys),
             "value": token_blocks(value, tiling.key_block, keys),
-            "source": None if features.source is query else token_blocks(features.source, tiling.query_block, queries),
+            "source": None if features.of_own_tokens else token_blocks(features.source, tiling.query_block, queries),
             "weights": per_head(features.weights),
             "states": state_block(states, lambda block, step: chunk_of(block)),
             "is_running": (

@@ -45,13 +45,12 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
         dtype=query.dtype,
     )
     pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
-    # A map of the query itself is told so by None: then one copy is kept in VMEM, and one gradient is returned.
     operands = {
         "query": pad(query),
         "key": pad(key),
         "value": pad(value),
-        "query_source": None if phi_query.source is query else pad(phi_query.source),
-        "key_source": None if phi_key.source is key else pad(phi_key.source),
+        "query_source": None if phi_query.of_own_tokens else pad(phi_query.source),
+        "key_source": None if phi_key.of_own_tokens else pad(phi_key.source),
         "query_weights": phi_query.weights,
         "key_weights": phi_key.weights,
     }
@@ -168,14 +167,16 @@ class _Call:
         return dataclasses.replace(features, source=last(features.source)), last(value)
 
     def query_features(self, operands: dict[str, Any]) -> InlineFeatures:
-        source = operands["query"] if operands["query_source"] is None else operands["query_source"]
-        weights = tuple(weight.astype(source.dtype) for weight in operands["query_weights"])
-        return InlineFeatures(source, weights, self.query_function)
+        return self._features(operands, "query", self.query_function)
+
+    def _features(self, operands: dict[str, Any], side: str, function: Callable[..., jax.Array]) -> InlineFeatures:
+        features = InlineFeatures(operands[f"{side}_source"], operands[f"{side}_weights"], function)
+        features = features.bound(operands.get(side))
+        weights = tuple(weight.astype(features.source.dtype) for weight in features.weights)
+        return dataclasses.replace(features, weights=weights)
 
     def key_features(self, operands: dict[str, Any]) -> InlineFeatures:
-        source = operands["key"] if operands["key_source"] is None else operands["key_source"]
-        weights = tuple(weight.astype(source.dtype) for weight in operands["key_weights"])
-        return InlineFeatures(source, weights, self.key_function)
+        return self._features(operands, "key", self.key_function)
 
 
 # Operands of this many tokens are passed, kept for the backward pass and returned as the views that kernels read:

@@ -89,7 +89,8 @@ def chunk_states(
       value: [batch, tokens, heads, head_dim].
       initial: what all states hold besides, float32 [batch, heads, state_rows, features].
       padding_frames: int32 [1], how many frames at the end no state holds.
-      measured: arrays like `value`, by name. Not with padding_frames.
+      measured: arrays like `value`, by name. Not with padding_frames. A "key" that is the features' own source is not
+        read a second time.
 
     Returns:
       States, float32 [num_states, batch, heads, state_rows, features], undefined where they hold no frame; and the
@@ -166,7 +167,7 @@ def chunk_states(
             else (initial, pl.BlockSpec((None, None, *state_shape), lambda b, h, *_: (b, h, 0, 0))),
             "padding_frames": scalars(padding_frames),
         }
-        | {name: tokens(array) for name, array in measured.items() if array is not features.source},
+        | {name: tokens(array) for name, array in measured.items() if not (name == "key" and features.of_own_tokens)},
         {"states": state_block(states, lambda step, part: walk.shown_state(walk.frame(step)))}
         | dict.fromkeys(measured, square),
         {"running": pltpu.VMEM(state_shape, jnp.float32)},

@@ -1,0 +1,130 @@
+"""`config.json` of both PyTorch layouts, and `rehyat.json` for what upstream's configuration cannot say.
+
+rehyat.json has format version 2. Version 1, which has no "format_version", has "hybrid_blocks" and one "hybrid" form
+in place of "attention".
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rehyat_jax.attention.form import FORM_FIELDS
+from rehyat_jax.errors import InputError
+from rehyat_jax.files.json_files import read_json_object, write_json
+from rehyat_jax.weights.config_fields import CURRENT, check_version, config_from_json, defaults, require_known
+from rehyat_jax.weights.spec import Inferred, ModelSpec
+from rehyat_jax.weights.table import Layout
+
+SIDE_CAR = "rehyat.json"
+
+
+def read_torch_config(spec: ModelSpec, folder: Path, inferred: dict[str, Inferred]) -> tuple[Any, dict[str, str]]:
+    """The configuration of a PyTorch checkpoint, from its files and its tensors' shapes.
+
+    Args:
+      spec: of the model.
+      folder: where config.json and rehyat.json may be.
+      inferred: what the shapes imply, by names of the configuration's fields, and "width".
+
+    Returns:
+      (config, metadata with "codec" and "text_encoder").
+
+    Raises:
+      InputError: a file is malformed, describes another architecture, or contradicts the tensors' shapes.
+    """
+    config_file, side_car = folder / "config.json", folder / SIDE_CAR
+    stated = _read_upstream(spec, config_file, inferred) if config_file.exists() else {}
+    extra, metadata, version = {}, dict(spec.metadata), CURRENT
+    if side_car.exists():
+        extra, metadata, version = _read_side_car(spec, side_car, stated)
+    fields = {name: found.value for name, found in inferred.items()} | stated | extra
+    width = fields.pop("width")
+    fields |= _heads(spec, stated, width, config_file)
+    return config_from_json(spec.config, fields, str(side_car if extra else config_file), version), metadata
+
+
+def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, str], layout: Layout) -> None:
+    """config.json as upstream writes it and, where that can't say everything, rehyat.json."""
+    upstream, ours = spec.upstream[layout], {**config.to_dict(), "width": config.width}
+    described = {theirs: ours[name] for theirs, name in upstream.fields.items()}
+    write_json(folder / "config.json", upstream.fixed | described)
+
+    usual = defaults(spec.config)
+    extra = {name: ours[name] for name in upstream.unsaid if ours[name] != usual[name]}
+    extra |= {name: ours[name] for name in FORM_FIELDS[2] if name in ours}
+    extra |= {name: value for name, value in metadata.items() if value != spec.metadata[name]}
+    if extra:
+        write_json(folder / SIDE_CAR, {"format_version": CURRENT, **extra})
+
+
+def _read_upstream(spec: ModelSpec, file: Path, inferred: dict[str, Inferred]) -> dict[str, Any]:
+    """The fields of the configuration (and "width") that config.json states."""
+    content = read_json_object(file)
+    classes = {upstream.fixed["_class_name"]: upstream for upstream in spec.upstream.values()}
+    name = content.get("_class_name")
+    if not isinstance(name, str) or name not in classes:
+        raise InputError(
+            f"{file}: _class_name should be one of {sorted(classes)}, found {name!r}; "
+            f"only checkpoints of {spec.description} can be converted"
+        )
+    upstream, stated = classes[name], {}
+    width = inferred["width"]
+    for name, value in content.items():
+        if name.startswith("_"):
+            continue
+        require_known(name, [*upstream.fields, *upstream.fixed], str(file))
+        if name in upstream.fixed:
+            if value != upstream.fixed[name]:
+                raise InputError(
+                    f"{file}: {name} should be {upstream.fixed[name]!r}, found {value!r}; only checkpoints of "
+                    f"{spec.description} can be converted, without image conditioning or other normalisation"
+                )
+            continue
+        ours = upstream.fields[name]
+        if ours in inferred and value != inferred[ours].value:
+            raise InputError(
+                f"{file}: {name} should be {inferred[ours].value!r} by the shape of {inferred[ours].tensor}, "
+                f"found {value!r}; config.json and the tensors belong to different checkpoints"
+            )
+        if ours in ("num_heads", "head_dim") and (type(value) is not int or value < 1 or width.value % value):
+            raise InputError(
+                f"{file}: {name} should divide the width {width.value} of {width.tensor}, found {value!r}; "
+                f"config.json and the tensors belong to different checkpoints"
+            )
+        stated[ours] = value
+    return stated
+
+
+def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], int]:
+    """(fields of the configuration, metadata, format version) of rehyat.json."""
+    content = read_json_object(file)
+    version = check_version(content.pop("format_version", 1), str(file))
+    unsaid = {name for upstream in spec.upstream.values() for name in upstream.unsaid}
+    for name in content:
+        require_known(name, [*sorted(unsaid), *FORM_FIELDS[version], *spec.metadata], str(file))
+    metadata = {name: content.pop(name, default) for name, default in spec.metadata.items()}
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            raise InputError(f"{file}: {name} should be a name, found {value!r}; correct it")
+    for name in content.keys() & stated.keys():
+        if content[name] != stated[name]:
+            raise InputError(f"{file}: {name} is {content[name]!r}, but config.json says {stated[name]!r}; correct one")
+    return content, metadata, version
+
+
+def _heads(spec: ModelSpec, stated: dict[str, Any], width: int, file: Path) -> dict[str, int]:
+    """num_heads and head_dim; if neither is stated, the head_dim of every published model."""
+    num_heads, head_dim = stated.get("num_heads"), stated.get("head_dim")
+    if num_heads is None and head_dim is None:
+        if width % spec.head_dim:
+            raise InputError(
+                f"{file}: is needed for the number of heads, because the width {width} is not a multiple of the usual "
+                f"head_dim {spec.head_dim}; add the checkpoint's config.json"
+            )
+        head_dim = spec.head_dim
+    num_heads, head_dim = num_heads or width // head_dim, head_dim or width // num_heads
+    if num_heads * head_dim != width:
+        raise InputError(
+            f"{file}: num_attention_heads * attention_head_dim should be the tensors' width {width}, "
+            f"found {num_heads} * {head_dim}; correct one"
+        )
+    return {"num_heads": num_heads, "head_dim": head_dim}
