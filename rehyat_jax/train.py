@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from rehyat_jax.cli import parsed_config, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
+from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
 from rehyat_jax.files.write import remove_leftovers, reported_write_errors
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
@@ -33,6 +34,7 @@ from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
+from rehyat_jax.training.run_control import RunControl
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, open_data
 from rehyat_jax.training.stages import STAGES, assemble
@@ -122,11 +124,14 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
         save_config(config, workdir)
 
     # ---------------------------------------------------------------------------------------------------------- loop
+    situation = Situation(model.model_def, model.config, source, context["null_text"], config)
+    result = lambda: stage.join(state["ema"] or state["params"], context.get("frozen", {}))
     writer = MetricWriter(
         workdir, first_step=first_step, steps=config.steps, description=config.stage, is_silent=not is_main
     )
     # The save that is under way is finished whatever happens.
     with closing(data), closing(writer), closing(checkpoints):
+        control = RunControl(config, first_step, writer, stop_signal, schedule, make_evaluators(situation))
         for number in range(first_step + 1, config.steps + 1):
             try:
                 batch = next_batch(data, number)
@@ -135,25 +140,18 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
                     checkpoints.save(number - 1, state, describe())
                 raise
             state, metrics = step(state, context, data.on_mesh(batch))
-            writer.advance(metrics)
-            is_last, skipped = number == config.steps, 0
-            if number % config.log_every == 0 or number == 1 or is_last:
-                skipped = writer.write(number, learning_rate=schedule(number - 1), **data.metrics())
-            has_diverged, is_to_stop = skipped >= config.max_skipped, stop_signal.is_requested(number - first_step)
-            if number % config.checkpoint_every == 0 or is_last:
-                checkpoints.save(number, state, describe(), writer.mean_loss())
-            elif has_diverged or is_to_stop:
-                checkpoints.save(number, state, describe())
-            if has_diverged:
-                report_divergence(workdir, data, number, skipped)
-            if is_to_stop and not is_last:
+            decision = control.after_step(number, metrics, more=data.metrics, params=result)
+            if decision.save:
+                checkpoints.save(number, state, describe(), decision.loss)
+            if decision.skipped:
+                report_divergence(workdir, data, number, decision.skipped)
+            if decision.stop:
                 raise RunStoppedError(ALL_WAS_SAVED)
             checkpoints.check()
 
     # -------------------------------------------------------------------------------------------------------- result
-    result = stage.join(state["ema"] or state["params"], context.get("frozen", {}))
     with reported_write_errors(workdir / "model"):
-        save_model(workdir / "model", model.config, result, codec=model.codec, text_encoder=model.text_encoder)
+        save_model(workdir / "model", model.config, result(), codec=model.codec, text_encoder=model.text_encoder)
     return workdir / "model"
 
 

@@ -1,5 +1,6 @@
 """The recipe: what a step computes, what it leaves alone, and that a stopped run goes on as if nothing had happened."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrain
 from tpu_topologies import compiled_for_tpu
 
 from rehyat_jax.attention import hybrid_attention, softmax_attention
+from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.attention_error import attention_errors
-from rehyat_jax.models.wan.config import WAN_PRESETS, HybridConfig
+from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES, WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.train import main, parse_arguments
@@ -23,10 +25,12 @@ from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.config import check_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rehyat_jax.training.run_control import RunControl, ScheduledEvaluator
 from rehyat_jax.training.setup import hybrid_config, initial_model
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.step import accumulate, init_state, make_step
 from rehyat_jax.weights import load_params, model_checkpoint, save_model
+from rehyat_jax.weights.wan.spec import WAN
 
 
 def train(config, workdir):
@@ -62,7 +66,7 @@ def test_mixed_blocks_equal_the_same_blocks_one_by_one(blocks):
         if row is None:
             return softmax_attention(inputs.query, inputs.key, inputs.value), None
         maps = jax.tree.map(lambda leaf: leaf[row], params["feature_maps"])
-        features = model.block_features(inputs, maps)
+        features = model.features(model.config.hybrid, inputs, maps)
         kwargs = dict(tokens_per_frame=inputs.tokens_per_frame, chunk_frames=2, overlap_frames=1)
         return hybrid_attention(
             inputs.query, inputs.key, inputs.value, *features, **kwargs, implementation="reference"
@@ -169,7 +173,7 @@ def test_distillation_gradients_are_those_of_each_block_on_the_teacher_s_inputs(
     model.forward(noisy.latents, noisy.timestep, noisy.text, attend, {})
 
     def loss(maps, inputs):
-        features = model.block_features(inputs, maps)
+        features = model.features(model.config.hybrid, inputs, maps)
         kwargs = dict(tokens_per_frame=inputs.tokens_per_frame, chunk_frames=2, overlap_frames=1)
         arrays = inputs.query, inputs.key, inputs.value
         output = hybrid_attention(*arrays, *features, **kwargs, implementation="reference")
@@ -376,28 +380,42 @@ def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
     assert 1 <= adam.mean() / config.optimizer.learning_rate < 2
 
 
+class NeverAsked:
+    """A `StopSignal` that no SIGTERM reaches."""
+
+    def is_requested(self, steps):
+        return False
+
+
 def test_logged_metrics_are_means_of_useful_updates_since_the_last_log(tmp_path, capsys):
-    writer = MetricWriter(tmp_path, first_step=0, steps=5, description="test")
+    config = tiny_config("finetune", steps=6, log_every=3, checkpoint_every=5, max_skipped=2)
+    writer = MetricWriter(tmp_path, first_step=0, steps=6, description="test")
+    evaluators = [ScheduledEvaluator("probe", 2, lambda params: [("size", params)])]
+    control = RunControl(config, 0, writer, NeverAsked(), lambda step: 0.5, evaluators)
     losses = [1.0, 3.0, 7.0, jnp.nan, 5.0, jnp.inf]
-    in_a_row = [0, 0, 0, 1, 0, 1]
-    found = []
+    in_a_row = [0, 0, 0, 1, 0, 2]
+    decisions = []
     for step, (loss, skipped) in enumerate(zip(losses, in_a_row, strict=True), start=1):
         metrics = {"loss": jnp.array(loss), "gradient_norm": jnp.array(loss), "block_loss": jnp.array([loss, 0.0])}
-        writer.advance({**metrics, "skipped_in_a_row": jnp.array(skipped)})
-        if step in (2, 3, 5, 6):
-            found.append(writer.write(step, learning_rate=0.5))
-    assert writer.mean_loss() == np.mean([1, 3, 7, 5]) and writer.mean_loss() is None
+        metrics["skipped_in_a_row"] = jnp.array(skipped)
+        decisions.append(control.after_step(step, metrics, params=lambda step=step: 10 * step))
     writer.close()
-    assert found == [0, 0, 0, 1]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     mean = lambda loss: {"loss": loss, "gradient_norm": loss, "block_loss": [loss, 0.0]}
     assert lines == [
-        {"step": 2, **mean(2.0), "learning_rate": 0.5, "skipped": 0},
-        {"step": 3, **mean(7.0), "learning_rate": 0.5, "skipped": 0},
-        {"step": 5, **mean(5.0), "learning_rate": 0.5, "skipped": 1},
-        {"step": 6, "learning_rate": 0.5, "skipped": 1},
+        {"step": 1, **mean(1.0), "learning_rate": 0.5, "skipped": 0},
+        {"step": 2, "probe/size": 20},
+        {"step": 3, **mean(5.0), "learning_rate": 0.5, "skipped": 0},
+        {"step": 4, "probe/size": 40},
+        {"step": 6, **mean(5.0), "learning_rate": 0.5, "skipped": 2, "probe/size": 60},
     ]
-    assert "step 4: update skipped; loss nan, gradient norm nan" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "step 4: update skipped; loss nan, gradient norm nan" in errors
+    assert "step 6: update skipped; loss inf" in errors
+    assert [decision.save for decision in decisions] == [False] * 4 + [True, True]
+    assert [decision.loss for decision in decisions] == [None] * 4 + [np.mean([1, 3, 7]), 5]
+    assert [decision.skipped for decision in decisions] == [0] * 5 + [2]
+    assert not any(decision.stop for decision in decisions)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -558,6 +576,36 @@ def test_shipped_configurations_can_be_run(path):
     assert "python -m rehyat_jax.train --config configs/" + path.name in path.read_text()
 
 
+def test_evaluators_log_their_figures_next_to_the_metrics(tmp_path):
+    config = digits_config(tmp_path, "distill")
+    config.evals = ({"type": "attention_error", "every": 3}, {"type": "flow_loss", "every": 6, "name": "held_out"})
+    train(config, tmp_path / "run")
+    lines = {line["step"]: line for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())}
+    assert [step for step, line in lines.items() if "attention_error/hybrid" in line] == [3, 6]
+    assert [step for step, line in lines.items() if "held_out/loss" in line] == [6]
+    # Per hybrid block, on the same batch and noise: what stage 1 lowers.
+    assert len(lines[6]["attention_error/hybrid"]) == 2
+    assert np.mean(lines[6]["attention_error/hybrid"]) < np.mean(lines[3]["attention_error/hybrid"])
+    assert lines[3]["attention_error/exact"] == lines[6]["attention_error/exact"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"type": "fvd", "every": 3}, "type must be one of"),
+        ({"type": "flow_loss", "every": 0}, "every must be a number of steps"),
+        ({"type": "flow_loss", "every": 1, "batchs": 3}, "batchs"),
+        ({"type": "attention_error", "every": 1}, "no hybrid blocks"),
+    ],
+)
+def test_wrong_evaluators_are_named_before_training(tmp_path, entry, message):
+    config = digits_config(tmp_path, "finetune")
+    config.evals = (entry,)
+    with pytest.raises(InputError, match=message):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
 def test_missing_flags_are_named(capsys):
     assert main([]) == 2
     assert "--config" in capsys.readouterr().err
@@ -565,12 +613,12 @@ def test_missing_flags_are_named(capsys):
 
 def test_parameters_that_could_not_be_saved_are_found_before_training(tmp_path, monkeypatch):
     config = digits_config(tmp_path, "finetune")
-    known = model_checkpoint.wan_table
+    shorter = dataclasses.replace(WAN, table=lambda config: WAN.table(config)[:-1])
 
     def loaded(*arguments, **options):
         model = initial_model(*arguments, **options)
         # From now on, the table lacks what the model has.
-        monkeypatch.setattr(model_checkpoint, "wan_table", lambda config: known(config)[:-1])
+        monkeypatch.setattr(model_checkpoint, "spec_of", lambda config: shorter)
         return model
 
     monkeypatch.setattr("rehyat_jax.train.initial_model", loaded)

@@ -51,9 +51,9 @@ def tiny_config(stage, **changes):
     return config
 
 
-def pretrained(tmp_path):
+def pretrained(tmp_path, num_layers=2):
     """A model checkpoint for the digits: the tiny preset with random weights."""
-    config = WAN_PRESETS["tiny"].replace(num_layers=2, ffn_dim=64, num_heads=1, head_dim=24)
+    config = WAN_PRESETS["tiny"].replace(num_layers=num_layers, ffn_dim=64, num_heads=1, head_dim=24)
     _, params = tiny_model(config)
     save_model(tmp_path / "teacher", config, params, codec="space_to_depth", text_encoder="word_vectors")
     return str(tmp_path / "teacher")
@@ -81,8 +81,8 @@ def write_config(path, config):
 
 
 def interrupt_at(last_step, write):
-    def interrupted(self, step, **more):
-        result = write(self, step, **more)
+    def interrupted(self, step, *more):
+        result = write(self, step, *more)
         if step == last_step:
             raise KeyboardInterrupt
         return result

@@ -21,7 +21,7 @@ ROUNDED = "the same run, to rounding"
 SAME = "the same run"
 
 EFFECTS = {
-    **dict.fromkeys(("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best"), SAME),
+    **dict.fromkeys(("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "evals"), SAME),
     **dict.fromkeys(("checkpoint_dir", "data.workers", "max_skipped"), SAME),
     **dict.fromkeys(("remat", "attention_implementation", *(f"mesh.{axis}" for axis in AXES)), ROUNDED),
     **dict.fromkeys(("steps", "accumulation_steps", "dtype", "data.path", "data.corrupt", "ema_decay"), CHANGED),

@@ -11,8 +11,10 @@ from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.step import Batch, Context, GradFn, Metrics
 
 
-def make_grad_fn(apply: Callable[..., jax.Array], config: ml_collections.ConfigDict) -> GradFn:
-    """Gradients of the flow-matching loss with respect to all parameters.
+def make_loss(
+    apply: Callable[..., jax.Array], config: ml_collections.ConfigDict
+) -> Callable[[Any, Context, Batch, jax.Array], tuple[jax.Array, Metrics]]:
+    """The flow-matching loss, a function of (params, context, batch, key); with it, the metric "loss".
 
     Args:
       apply: (params, latents, timestep, text) -> velocity.
@@ -24,6 +26,13 @@ def make_grad_fn(apply: Callable[..., jax.Array], config: ml_collections.ConfigD
         velocity = apply(params, noisy.latents, noisy.timestep, noisy.text)
         loss = flow.flow_matching_loss(velocity, noisy.velocity)
         return loss, {"loss": loss}
+
+    return loss_fn
+
+
+def make_grad_fn(apply: Callable[..., jax.Array], config: ml_collections.ConfigDict) -> GradFn:
+    """Gradients of the flow-matching loss with respect to all parameters; see `make_loss`."""
+    loss_fn = make_loss(apply, config)
 
     def grad_fn(params: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[Metrics, Any]:
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, context, batch, key)

@@ -5,6 +5,7 @@ import jax
 # Far above any step's number, so that no step shares its randomness with them.
 _INITIALISATION = 2**32 - 1
 _CALIBRATION = 2**32 - 2
+_EVALUATION = 2**32 - 3
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
@@ -15,6 +16,11 @@ def step_key(seed: int, step: jax.Array | int) -> jax.Array:
 def initialisation_key(seed: int) -> jax.Array:
     """The key of fresh parameters."""
     return step_key(seed, _INITIALISATION)
+
+
+def evaluation_key(seed: int) -> jax.Array:
+    """The key of the noise that evaluators use."""
+    return step_key(seed, _EVALUATION)
 
 
 def calibration_key(seed: int) -> jax.Array:

@@ -1,9 +1,10 @@
-"""Where a run's numbers go: a progress bar, TensorBoard and a JSONL file."""
+"""The numbers of a run: collected from its steps, and written to a progress bar, TensorBoard and a JSONL file."""
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,8 +14,56 @@ from tqdm import tqdm
 from rehyat_jax.files.write import reported_write_errors, written_whole
 
 
+class SkippedStep(NamedTuple):
+    """A step whose update was skipped."""
+
+    number: int
+    loss: float
+    gradient_norm: float
+
+
+class Summary(NamedTuple):
+    """The steps since the last summary.
+
+    Attributes:
+      means: of scalars and vectors, without skipped updates.
+      losses: of the updates that were not skipped.
+      skipped: the updates that were.
+      skipped_in_a_row: how many of them there are up to the last step.
+    """
+
+    means: dict[str, np.ndarray]
+    losses: list[float]
+    skipped: list[SkippedStep]
+    skipped_in_a_row: int
+
+
+class RecentMetrics:
+    """The metrics of the last steps, left on the device until they are summarised."""
+
+    def __init__(self):
+        self._recent: list[dict[str, jax.Array]] = []
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._recent.append(metrics)
+
+    def summarise(self, step: int) -> Summary:
+        """All that was added since the last call; the last of it is of this step."""
+        recent, self._recent = jax.device_get(self._recent), []
+        in_a_row = [int(metrics.pop("skipped_in_a_row")) for metrics in recent]
+        numbers = range(step - len(recent) + 1, step + 1)
+        skipped = [
+            SkippedStep(number, float(metrics["loss"]), float(metrics["gradient_norm"]))
+            for number, metrics, count in zip(numbers, recent, in_a_row, strict=True)
+            if count
+        ]
+        useful = [metrics for metrics, count in zip(recent, in_a_row, strict=True) if not count]
+        means = {name: np.mean([metrics[name] for metrics in useful], axis=0) for name in useful[0]} if useful else {}
+        return Summary(means, [float(metrics["loss"]) for metrics in useful], skipped, in_a_row[-1])
+
+
 class MetricWriter:
-    """Writes a run's metrics, as means between logged steps, to the terminal, `metrics.jsonl` and TensorBoard's files.
+    """Writes a run's numbers to the terminal, `metrics.jsonl` and TensorBoard's files. It decides nothing.
 
     Args:
       workdir: directory of the run.
@@ -26,8 +75,6 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, *, first_step: int, steps: int, description: str, is_silent: bool = False):
-        self._recent: list[dict[str, jax.Array]] = []
-        self._losses: list[float] = []
         self._bar = tqdm(
             total=steps,
             initial=first_step,
@@ -50,54 +97,37 @@ class MetricWriter:
             self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
-    def advance(self, metrics: dict[str, jax.Array]) -> None:
-        """Counts one step on the progress bar and keeps its metrics, on the device, for the next `write`."""
-        self._recent.append(metrics)
+    def advance(self) -> None:
+        """Counts one step on the progress bar."""
         self._bar.update()
 
-    def write(self, step: int, **more: Any) -> int:
-        """Logs the means of scalars and vectors (one TensorBoard curve per entry) since the last call.
-
-        Skipped updates are no part of the means; they are counted as "skipped", and each is reported.
+    def write(self, step: int, values: Mapping[str, Any], skipped: Sequence[SkippedStep] = ()) -> None:
+        """Writes scalars and vectors (one TensorBoard curve for each entry), and reports skipped updates.
 
         Args:
           step: steps made so far.
-          **more: metrics of this step alone.
-
-        Returns:
-          How many updates were skipped in a row up to this step.
+          values: by name.
+          skipped: updates that were skipped since the last call.
         """
-        recent, self._recent = jax.device_get(self._recent), []
-        in_a_row = [int(metrics.pop("skipped_in_a_row")) for metrics in recent]
-        useful = [metrics for metrics, skipped in zip(recent, in_a_row, strict=True) if not skipped]
-        means = {name: np.mean([metrics[name] for metrics in useful], axis=0) for name in useful[0]} if useful else {}
-        self._losses += [float(metrics["loss"]) for metrics in useful]
-        values = {name: np.asarray(value, np.float64) for name, value in {**means, **more}.items()}
-        values["skipped"] = np.asarray(len(recent) - len(useful))
         if self._is_silent:
-            return in_a_row[-1]
-        for number, metrics, skipped in zip(range(step - len(recent) + 1, step + 1), recent, in_a_row, strict=True):
-            if skipped:
-                norm = f"gradient norm {metrics['gradient_norm']:.4g}"
-                self._bar.write(f"step {number}: update skipped; loss {metrics['loss']:.4g}, {norm}", file=sys.stderr)
+            return
+        for update in skipped:
+            numbers = f"loss {update.loss:.4g}, gradient norm {update.gradient_norm:.4g}"
+            self._bar.write(f"step {update.number}: update skipped; {numbers}", file=sys.stderr)
+        arrays = {name: np.asarray(value, np.float64) for name, value in values.items()}
         with reported_write_errors(self._path):
-            entry = {"step": step, **{name: value.tolist() for name, value in values.items()}}
+            entry = {"step": step, **{name: value.tolist() for name, value in arrays.items()}}
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-        for name, value in values.items():
+        for name, value in arrays.items():
             if value.ndim == 0:
                 self._tensorboard.add_scalar(name, float(value), step)
             for index, entry in enumerate(value.ravel() if value.ndim else ()):
                 self._tensorboard.add_scalar(f"{name}/{index:02d}", float(entry), step)
-        self._bar.set_postfix({name: f"{float(value):.4g}" for name, value in values.items() if value.ndim == 0})
-        return in_a_row[-1]
-
-    def mean_loss(self) -> float | None:
-        """Of the useful updates that were logged since the last call; None where there are none."""
-        losses, self._losses = self._losses, []
-        return float(np.mean(losses)) if losses else None
+        self._bar.set_postfix({name: f"{float(value):.4g}" for name, value in arrays.items() if value.ndim == 0})
 
     def close(self) -> None:
+        """Ends the progress bar and the files."""
         self._bar.close()
         if self._is_silent:
             return

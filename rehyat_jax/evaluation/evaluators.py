@@ -1,0 +1,109 @@
+"""The evaluators that `config.evals` can name: the one table of them.
+
+An entry of `config.evals` is a dictionary: {"type": a key of `EVALUATORS`, "every": steps}, perhaps with "name", which
+figures are logged under (the type by default), and with options of the type.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from flax import nnx
+
+from rehyat_jax.data.pipeline import Source
+from rehyat_jax.errors import InputError
+from rehyat_jax.evaluation.attention_error import attention_errors
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.training import finetune
+from rehyat_jax.training.keys import evaluation_key
+from rehyat_jax.training.run_control import Evaluator, ScheduledEvaluator
+from rehyat_jax.training.run_data import RunData
+from rehyat_jax.training.trouble import next_batch
+
+
+class Situation(NamedTuple):
+    """What an evaluator is made from.
+
+    Attributes:
+      model_def: graph definition of the model.
+      model_config: its architecture.
+      source: the training examples.
+      null_text: [L, text_dim], on all devices.
+      config: of the run.
+    """
+
+    model_def: nnx.GraphDef
+    model_config: WanConfig
+    source: Source
+    null_text: jax.Array
+    config: ml_collections.ConfigDict
+
+
+def _fixed_batches(situation: Situation, count: int) -> list[dict[str, jax.Array]]:
+    """As many batches, the same at every evaluation, in another order than the run's own."""
+    config = situation.config
+    with closing(RunData(situation.source, config, seed=config.seed + 2, accumulation_steps=1)) as data:
+        return [jax.tree.map(lambda x: x[0], data.on_mesh(next_batch(data, step))) for step in range(1, count + 1)]
+
+
+def _mean_over_batches(situation: Situation, batches: int, measure: Callable[..., Any]) -> Evaluator:
+    """Figures measure(params, batch, key) as means over fixed batches with fixed noise."""
+    fixed, measure = _fixed_batches(situation, batches), jax.jit(measure)
+    keys = [jax.random.fold_in(evaluation_key(situation.config.seed), number) for number in range(batches)]
+
+    def evaluate(params: Any) -> Any:
+        found = [measure(params, batch, key) for batch, key in zip(fixed, keys, strict=True)]
+        means = jax.tree.map(lambda *values: sum(values) / batches, *found)
+        return jax.device_get(means).items()
+
+    return evaluate
+
+
+def attention_error(situation: Situation, *, batches: int = 1) -> Evaluator:
+    """Relative error of each hybrid block's attention, with its references; see `attention_errors`."""
+    if not situation.model_config.hybrid_blocks:
+        raise ValueError("the model has no hybrid blocks to evaluate")
+    arguments = situation.null_text, situation.config
+    measure = lambda params, batch, key: attention_errors(
+        situation.model_def, params, batch, arguments[0], key, arguments[1]
+    )
+    return _mean_over_batches(situation, batches, measure)
+
+
+def flow_loss(situation: Situation, *, batches: int = 1) -> Evaluator:
+    """The flow-matching loss on fixed batches with fixed noise: comparable from step to step, and between stages."""
+    if situation.source.kind != "examples":
+        raise ValueError(f"needs clean latents, found {situation.source.kind}")
+    loss = finetune.make_loss(apply_model(situation.model_def), situation.config)
+    context = {"null_text": situation.null_text}
+    return _mean_over_batches(situation, batches, lambda params, batch, key: loss(params, context, batch, key)[1])
+
+
+EVALUATORS: dict[str, Callable[..., Evaluator]] = {"attention_error": attention_error, "flow_loss": flow_loss}
+"""By "type"; each is called with a `Situation` and the entry's options."""
+
+
+def make_evaluators(situation: Situation) -> list[ScheduledEvaluator]:
+    """The evaluators of `config.evals`.
+
+    Raises:
+      InputError: an entry has no such type, or options that the type does not know.
+    """
+    scheduled = []
+    for entry in situation.config.evals:
+        options, place = dict(entry), f"config.evals entry {dict(entry)}"
+        kind, every = options.pop("type", None), options.pop("every", None)
+        name = options.pop("name", kind)
+        if kind not in EVALUATORS:
+            raise InputError(f"{place}: type must be one of {tuple(EVALUATORS)}, found {kind!r}")
+        if type(every) is not int or every < 1:
+            raise InputError(f"{place}: every must be a number of steps of at least 1, found {every!r}")
+        try:
+            evaluate = EVALUATORS[kind](situation, **options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{place}: {error}") from error
+        scheduled.append(ScheduledEvaluator(name, every, evaluate))
+    return scheduled
