@@ -1,5 +1,6 @@
 # make demo: from a softmax video transformer to a ReHyAt model and back to PyTorch, on two cores.
-# make test: the whole test suite. Both install what they need into .venv.
+# make check: what to run before a commit: format, lint, layers, types, and the tests that take seconds.
+# make test: the complete test suite. All of them install what they need into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install demo test fault-test fuzz lint clean-demo
+.PHONY: install demo test check fault-test fuzz lint clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -30,10 +31,19 @@ fault-test: install
 fuzz: install
 	FUZZ_EXAMPLES=20000 $(BIN)/pytest -n 2 tests/test_fuzz.py
 
+# A wider selection is slower than a habit can be. Each of these modules takes seconds.
+FAST_TESTS := tests/test_imports.py tests/test_formats.py tests/test_flow.py tests/test_records.py tests/test_samplers.py \
+    tests/test_hybrid_attention.py tests/test_launch.py tests/test_offline_wheels.py tests/test_compiler_options.py \
+    tests/test_extending.py
+
+check: lint
+	$(BIN)/pytest -n 2 $(FAST_TESTS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 demo: install
 	$(BIN)/python -m rehyat_jax.convert from-torch --force assets/demo_teacher $(RUNS)/teacher

@@ -4,11 +4,13 @@ A form is a small frozen dataclass. It knows how to attend, what it costs and wh
 (the model, distillation, weights, planning, the PyTorch export) asks the form. `FORMS` is the table of them.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
@@ -81,15 +83,63 @@ class FormFlops:
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftmaxForm:
+class Form(abc.ABC):
+    """A form of attention: what a model, distillation, planning and evaluation ask of it.
+
+    A subclass is a frozen dataclass. Its fields are what a checkpoint stores.
+
+    Attributes:
+      kind: its key in `FORMS`.
+      feature_map: of phi_query and phi_key; None for a form without feature maps.
+      chunk_frames: the frames of a video that is sharded along time are padded to a multiple of this.
+      causal: whether linear attention is to the past only.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def feature_map(self) -> FeatureMapConfig | None:
+        return None
+
+    @property
+    def chunk_frames(self) -> int:
+        return 1
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @abc.abstractmethod
+    def attend(self, inputs: AttentionInputs, features: Features, *, implementation: str | None) -> jax.Array:
+        """The attention [B, N, H, d].
+
+        Args:
+          inputs: of the block.
+          features: of its queries and keys.
+          implementation: as for `hybrid_attention`.
+        """
+
+    @abc.abstractmethod
+    def flops(self, sizes: Sizes) -> FormFlops:
+        """Operations of one block's attention."""
+
+    def keys(self, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+        """(softmax keys, linear keys) of every frame, boolean [query frame, key frame]."""
+        every = np.ones((num_frames, num_frames), bool)
+        return every, ~every
+
+    def log_scale(self, inputs: AttentionInputs, features: Features) -> jax.Array:
+        """The correction [H] of the scale of the feature maps; zero where there is nothing to correct."""
+        return jnp.zeros(inputs.query.shape[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxForm(Form):
     """Full softmax attention: the teacher's, and that of blocks that are not converted."""
 
     kind: ClassVar[str] = "softmax"
-    feature_map: ClassVar[None] = None
-    chunk_frames: ClassVar[int] = 1
 
     def attend(self, inputs: AttentionInputs, features: Features, *, implementation: str | None) -> jax.Array:
-        """[B, N, H, d]; `implementation` is the hybrid forms'."""
         del features, implementation
         return inputs.softmax()
 
@@ -99,7 +149,7 @@ class SoftmaxForm:
 
 
 @dataclasses.dataclass(frozen=True)
-class HybridConfig:
+class HybridConfig(Form):
     """Softmax in a window, linear attention outside of it (see `rehyat_jax.attention.hybrid_attention`).
 
     Attributes:
@@ -132,7 +182,7 @@ class HybridConfig:
         return {name: getattr(self, name) for name in fields}
 
     def attend(self, inputs: AttentionInputs, features: Features, *, implementation: str | None) -> jax.Array:
-        """[B, N, H, d]."""
+        assert features is not None
         return hybrid_attention_on_mesh(
             inputs.query,
             inputs.key,
@@ -145,7 +195,8 @@ class HybridConfig:
         )
 
     def log_scale(self, inputs: AttentionInputs, features: Features) -> jax.Array:
-        """The correction [H] of the maps' scale, see `linear_mass_log_scale`."""
+        """See `linear_mass_log_scale`."""
+        assert features is not None
         computed = (phi.compute() for phi in features)
         return linear_mass_log_scale(
             *(tokens[:, : inputs.num_tokens] for tokens in (inputs.query, inputs.key, *computed)),
@@ -154,7 +205,6 @@ class HybridConfig:
         )
 
     def keys(self, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-        """(softmax keys, linear keys) of every frame, boolean [query frame, key frame]."""
         return ChunkGeometry(num_frames, 1, self.chunk_frames, self.overlap_frames).key_masks(causal=self.causal)
 
     def flops(self, sizes: Sizes) -> FormFlops:
@@ -169,11 +219,9 @@ class HybridConfig:
         )
 
 
-Form = SoftmaxForm | HybridConfig
-
 SOFTMAX = SoftmaxForm()
 
-FORMS: dict[str, type] = {form.kind: form for form in (SoftmaxForm, HybridConfig)}
+FORMS: dict[str, type[Form]] = {form.kind: form for form in (SoftmaxForm, HybridConfig)}
 """By `kind`."""
 
 
@@ -263,6 +311,7 @@ def forms_to_json(blocks: tuple[int, ...] | Literal["all"], forms: Form | tuple[
     if not isinstance(forms, tuple):
         return [{"blocks": blocks, "kind": forms.kind, **dataclasses.asdict(forms)}]
     of_form: dict[Form, list[int]] = {}
+    assert blocks != "all"
     for block, form in zip(blocks, forms, strict=True):
         of_form.setdefault(form, []).append(block)
     return [{"blocks": found, "kind": form.kind, **dataclasses.asdict(form)} for form, found in of_form.items()]
@@ -283,7 +332,7 @@ def forms_from_json(fields: dict[str, Any]) -> dict[str, Any]:
     if len(entries) == 1:
         blocks, form = _form_from_json(entries[0])
         return {"hybrid_blocks": blocks, "hybrid": form}
-    of_block = {}
+    of_block: dict[int, Form] = {}
     for blocks, form in map(_form_from_json, entries):
         if blocks == "all" or of_block.keys() & set(blocks):
             raise ValueError(f"attention: blocks {blocks} of a form are blocks of another form")

@@ -34,7 +34,7 @@ def make_feature_maps(forms: BlockForms, *, num_heads: int, head_dim: int, rngs:
         return stacked(create, len(stack.blocks), rngs)
 
     modules = {stack.key: make(stack) for stack in forms.stacks}
-    return nnx.Dict(modules) if len(modules) > 1 else modules.get(None)
+    return nnx.Dict({str(key): module for key, module in modules.items()}) if len(modules) > 1 else modules.get(None)
 
 
 def rows_of_blocks(forms: BlockForms, stacked_over_blocks: Any, blocks: tuple[int, ...]) -> Any:

@@ -60,12 +60,10 @@ def calibrated_maps(model: WanTransformer, inputs: Inputs) -> Any:
     scaled. All kinds of feature maps have a log_scale.
     """
     forms = model.config.block_forms
-    without_maps = jnp.zeros(model.config.num_heads)
 
     def log_scale(form: Form, inputs: AttentionInputs, target: jax.Array, feature_maps: Any) -> jax.Array:
         del target
-        features = model.features(form, inputs, feature_maps)
-        return without_maps if features is None else form.log_scale(inputs, features)
+        return form.log_scale(inputs, model.features(form, inputs, feature_maps))
 
     halves = teacher_scan(model, inputs, log_scale) / 2
 

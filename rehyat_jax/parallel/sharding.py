@@ -133,7 +133,8 @@ def host_shardings(arrays: Any) -> Any:
     """
 
     def place(array: jax.Array) -> NamedSharding:
-        mesh, spec = array.sharding.mesh, array.sharding.spec
+        sharding: Any = array.sharding
+        mesh, spec = sharding.mesh, sharding.spec
         cuts = [cut if isinstance(cut, tuple) else (cut,) if cut else () for cut in spec]
         cuts += [()] * (array.ndim - len(cuts))
         for axis in mesh.axis_names:

@@ -41,7 +41,7 @@ class Summary(NamedTuple):
 class RecentMetrics:
     """The metrics of the last steps, left on the device until they are summarised."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._recent: list[dict[str, jax.Array]] = []
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
@@ -116,8 +116,8 @@ class MetricWriter:
             self._bar.write(f"step {update.number}: update skipped; {numbers}", file=sys.stderr)
         arrays = {name: np.asarray(value, np.float64) for name, value in values.items()}
         with reported_write_errors(self._path):
-            entry = {"step": step, **{name: value.tolist() for name, value in arrays.items()}}
-            self._file.write(json.dumps(entry) + "\n")
+            line = {"step": step, **{name: value.tolist() for name, value in arrays.items()}}
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         for name, value in arrays.items():
             if value.ndim == 0:

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flax import nnx
-
 from rehyat_jax.weights.table import Layout, Row
 
 
@@ -60,7 +58,7 @@ class ModelSpec:
     architecture: str
     description: str
     config: type
-    model: type[nnx.Module]
+    model: Callable[..., Any]
     table: Callable[[Any], list[Row]]
     upstream: Mapping[Layout, UpstreamConfig]
     metadata: Mapping[str, str]

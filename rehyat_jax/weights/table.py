@@ -76,12 +76,12 @@ class Row:
 
 def torch_names(table: list[Row], layout: Layout) -> Iterator[str]:
     """All PyTorch names, block after block as in a state dict."""
-    for stacked, rows in itertools.groupby(table, key=lambda row: row.blocks is not None):
-        rows = list(rows)
+    for stacked, group in itertools.groupby(table, key=lambda row: row.blocks is not None):
+        rows = list(group)
         if not stacked:
             yield from (name for row in rows for name in row.names(layout))
             continue
-        named = [dict(zip(row.blocks, row.names(layout), strict=True)) for row in rows]
+        named = [dict(zip(row.blocks or (), row.names(layout), strict=True)) for row in rows]
         for block in sorted({block for names in named for block in names}):
             yield from (names[block] for names in named if block in names)
 
@@ -101,7 +101,7 @@ def feature_map_rows(forms: BlockForms, num_heads: int, head_dim: int) -> list[R
         prefix = ".".join(("feature_maps", *filter(None, [stack.key]))) + "."
         for side in ("query", "key"):
             name = f"feature_map_{side}"
-            maps = [
+            maps: list[tuple[str, tuple[int, ...], str]] = [
                 (f"layer_{i}.kernel", (num_heads, *shape), f"{name}.layers.{i}.weight")
                 for i, shape in enumerate(stack.config.kernel_shapes(head_dim))
             ]

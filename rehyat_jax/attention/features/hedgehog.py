@@ -27,7 +27,7 @@ def kernel_shapes(config: Any, head_dim: int) -> list[tuple[int, int]]:
 def initializer(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """The identity for every head, cut or padded with zeros where the matrix is not square."""
     del key
-    return jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=dtype), shape)
+    return jnp.broadcast_to(jnp.eye(shape[-2], shape[-1], dtype=dtype), shape)
 
 
 def divisor(config: Any) -> float:

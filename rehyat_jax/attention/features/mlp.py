@@ -8,6 +8,7 @@ power i. With 256 features, two layers add about 2.4M parameters to a block of W
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def _gelu_jvp(primals, tangents):
     return x * gate, (gate + x * gate_slope) * d_x
 
 
-_HIDDEN_ACTIVATIONS = {"gelu": _gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
+_HIDDEN_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": _gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 _OUTPUT_ACTIVATIONS = {
     "relu": jax.nn.relu,
     "softplus": jax.nn.softplus,

@@ -87,11 +87,14 @@ def hybrid_attention(
     if initial_state is None and not return_state:
         return backend(request)[0]
     _check_streaming(request)
-    form = request.state_form
+    form: StateForm | None = request.state_form
     if initial_state is not None:
         form, initial_state = initial_state.form, dataclasses.replace(initial_state, form=None)
     output, final_state = backend(dataclasses.replace(request, initial_state=initial_state))
-    return (output, dataclasses.replace(final_state, form=form)) if return_state else output
+    if not return_state:
+        return output
+    assert final_state is not None
+    return output, dataclasses.replace(final_state, form=form)
 
 
 def hybrid_attention_weights(
@@ -116,8 +119,15 @@ def hybrid_attention_weights(
     Raises:
       ValueError: as `hybrid_attention` does, or if there are more than 2**28 weights.
     """
-    form = dict(chunk_frames=chunk_frames, overlap_frames=overlap_frames, causal=causal, stabilizer=stabilizer)
-    request = _checked_request((query, key, key), (phi_query, phi_key), tokens_per_frame=tokens_per_frame, **form)
+    request = _checked_request(
+        (query, key, key),
+        (phi_query, phi_key),
+        tokens_per_frame=tokens_per_frame,
+        chunk_frames=chunk_frames,
+        overlap_frames=overlap_frames,
+        causal=causal,
+        stabilizer=stabilizer,
+    )
     batch, tokens, heads, _ = request.query.shape
     if (count := batch * heads * tokens**2) > _MOST_WEIGHTS:
         raise ValueError(f"expected at most {_MOST_WEIGHTS} weights, found {count} for {tokens} tokens: give fewer")

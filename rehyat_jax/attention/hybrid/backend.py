@@ -47,9 +47,11 @@ class Request:
     @property
     def zero_state(self) -> HybridState:
         """The state before the first chunk of a video like this one."""
+        batch, _, heads, head_dim = self.query.shape
         return HybridState.zeros(
-            self.query.shape[0],
-            *self.query.shape[2:],
+            batch,
+            heads,
+            head_dim,
             self.phi_key.shape[-1],
             tokens_per_frame=self.geometry.tokens_per_frame,
             overlap_frames=self.geometry.overlap_frames,

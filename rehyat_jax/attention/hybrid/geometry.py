@@ -1,6 +1,7 @@
 """Which frames attend to which, and how tokens are cut into chunks."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +77,9 @@ class ChunkGeometry:
           num_frames: an int32 scalar, the frames after which there is padding, if that is not known when tracing. What
             lies beyond the chunk with the last frame is padding alone and counts as whole: nobody reads it.
         """
-        where, num_frames = (np.where, self.num_frames) if num_frames is None else (jnp.where, num_frames)
-        frames = num_frames - np.arange(self.num_chunks) * self.chunk_frames
+        where: Any = np.where if num_frames is None else jnp.where
+        last: Any = self.num_frames if num_frames is None else num_frames
+        frames = last - np.arange(self.num_chunks) * self.chunk_frames
         is_ragged = (frames > 0) & (frames < self.chunk_frames)
         return where(is_ragged, frames, self.chunk_frames).astype(np.int32) * self.tokens_per_frame
 

@@ -113,12 +113,14 @@ class HybridState:
             normalizer=jnp.zeros((batch, heads, features), accumulation_dtype(dtype)),
         )
         overlap = jnp.zeros((batch, overlap_frames * tokens_per_frame, heads, head_dim), dtype)
-        is_known = chunk_frames is not None and stabilizer is not None
+        form = None
+        if chunk_frames is not None and stabilizer is not None:
+            form = StateForm(tokens_per_frame, chunk_frames, overlap_frames, stabilizer)
         return cls(
             past=sums,
             overlap=sums,
             overlap_key=overlap,
             overlap_value=overlap,
             chunks=jnp.zeros((), jnp.int32),
-            form=StateForm(tokens_per_frame, chunk_frames, overlap_frames, stabilizer) if is_known else None,
+            form=form,
         )
