@@ -54,7 +54,7 @@ def attention_errors(
 
     def errors(form: Form, inputs: AttentionInputs, target: jax.Array, maps: Any) -> dict[str, jax.Array]:
         features = model.features(form, inputs, maps)
-        nothing = tuple(map(jnp.zeros_like, features))
+        nothing = None if features is None else tuple(map(jnp.zeros_like, features))
         attend = lambda features: form.attend(inputs, features, implementation=model.attention_implementation)
         exact = exact_attention(form, inputs) if form.causal else target
         return {

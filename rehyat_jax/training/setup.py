@@ -1,5 +1,6 @@
 """From a configuration to the things a run is made of: data, and the model it starts from."""
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -65,11 +66,10 @@ def hybrid_config(config: ml_collections.ConfigDict, entry: Mapping[str, Any] | 
     kind = changes.pop("kind", HybridConfig.kind)
     if kind not in FORMS:
         raise InputError(f"{place}: kind must be one of {tuple(FORMS)}, found {kind!r}")
-    if kind == SOFTMAX.kind:
-        fields = changes
-    else:
+    known = {field.name for field in dataclasses.fields(FORMS[kind])}
+    if "feature_map" in known:
         changes["feature_map"] = {**fields["feature_map"], **changes.get("feature_map", {})}
-        fields |= changes
+    fields = {name: value for name, value in fields.items() if name in known} | changes
     try:
         if "feature_map" in fields:
             fields["feature_map"] = FeatureMapConfig(**fields["feature_map"])
@@ -263,13 +263,16 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
 
 
 def _check_learns(source: Source, wan: WanConfig) -> None:
-    """Raises InputError if some block's feature maps would have no gradient: videos that fit into its first window."""
+    """Raises InputError if there are no feature maps, or if those of some block would have no gradient."""
     forms = wan.block_forms
+    if not forms.stacks:
+        raise InputError("config.hybrid and config.forms: no block has feature maps, so stage 1 has nothing to train")
     longest = max(bucket.latents_shape[0] // wan.patch_size[0] for bucket in source.buckets)
     for block in forms.converted:
-        if not forms.of_block[block].keys(longest)[1].any():
+        form = forms.of_block[block]
+        if form.feature_map is not None and not form.keys(longest)[1].any():
             raise InputError(
-                f"block {block}: its chunks of {forms.of_block[block].chunk_frames} frames hold all {longest} latent "
+                f"block {block}: its chunks of {form.chunk_frames} frames hold all {longest} latent "
                 f"frames of the longest training examples, so no token attends linearly and its feature maps would "
                 f"learn nothing; lower chunk_frames, or prepare longer videos"
             )

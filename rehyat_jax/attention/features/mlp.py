@@ -48,7 +48,11 @@ def _gelu_jvp(primals, tangents):
     return x * gate, (gate + x * gate_slope) * d_x
 
 
-_HIDDEN_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": _gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
+_HIDDEN_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": _gelu,
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
 _OUTPUT_ACTIVATIONS = {
     "relu": jax.nn.relu,
     "softplus": jax.nn.softplus,
