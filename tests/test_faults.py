@@ -47,7 +47,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_as_if_nothing_had
     run.start()
     assert run.wait_for(lambda: run.last_step() >= newest + 5)
     assert run.end(signal.SIGTERM) == 75
-    assert "stopped by SIGTERM with everything saved" in run.log.read_text()
+    assert "stopped by SIGTERM after everything was saved" in run.log.read_text()
     assert run.steps()[-1] == run.last_step() < 24  # no step was lost
 
     assert run.start().end() == 0, run.log.read_text()
@@ -178,7 +178,7 @@ def test_a_run_with_damaged_checkpoints_alone_does_not_start_over(tmp_path):
     checkpoints_with(tmp_path, 3)
     (tmp_path / "3" / "run" / "metadata").write_text("{}")
     for _ in range(2):
-        with pytest.raises(InputError, match="expected a whole checkpoint, found damaged ones alone"):
+        with pytest.raises(InputError, match="expected a complete checkpoint, found only damaged ones"):
             RunCheckpoints(tmp_path, Keep(2))
 
 

@@ -255,7 +255,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path
 
     while_it_saves = stop_one(lambda: log.exists() and len(logged(workdir, "loss")) >= 3)
     outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1), meanwhile=while_it_saves, code=75)
-    assert all("stopped by SIGTERM with everything saved" in stderr for _, stderr in outputs)
+    assert all("stopped by SIGTERM after everything was saved" in stderr for _, stderr in outputs)
     made = len(logged(workdir, "loss"))
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == made
 

@@ -95,7 +95,7 @@ def batches(
     if len(weights) != len(buckets) or min(weights) < 0 or max(weights) <= 0:
         shapes = ", ".join("x".join(map(str, bucket.latents_shape)) for bucket in buckets)
         raise InputError(
-            f"config.data.weights: expected one number for each of the buckets {shapes}, 0 to leave one out, found "
+            f"config.data.weights: expected one number for each of the buckets {shapes}, 0 to skip one, found "
             f"{weights}; correct it"
         )
 
@@ -187,7 +187,7 @@ class _InOrder:
                 return {**example, SKIPPED: np.int32(skipped > 0)} if self._skip_corrupt else example
             except CorruptRecord as error:
                 if not self._skip_corrupt:
-                    raise CorruptRecord(f"{error}, or leave such records out: --config.data.corrupt=skip") from error
+                    raise CorruptRecord(f"{error}, or skip such records: --config.data.corrupt=skip") from error
                 if index not in self._told:
                     self._told.add(index)
                     print(f"skipped a corrupt record: {error}", file=sys.stderr, flush=True)

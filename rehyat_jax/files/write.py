@@ -17,7 +17,7 @@ REMEDIES = {
     errno.EROFS: "mount it for writing, or choose another place",
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",
-    errno.EIO: "see to the disk",
+    errno.EIO: "check the disk",
 }
 """What to do about what the system says of a place that cannot be written."""
 

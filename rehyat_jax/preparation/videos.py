@@ -116,7 +116,7 @@ def _clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: int) -> np
         raise Rejected("unreadable", str(error).removeprefix(f"{path}: ")) from error
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read on this machine now ({error}); give the same command again to go on, or take the "
+            f"{path}: cannot be read on this machine now ({error}); give the same command again to resume, or take the "
             f"video away and begin anew"
         ) from error
     raise Rejected("too short", f"{len(clip)} frames at {fps} a second, expected at least {min(fitting)[0]}")

@@ -239,7 +239,7 @@ def _pass_over_damaged(directory: epath.Path) -> None:
         damaged = directory.exists() and any(path.name.startswith(DAMAGED) for path in directory.iterdir())
         if _from_main_process(int(damaged)):
             raise InputError(
-                f"{directory}: expected a whole checkpoint, found damaged ones alone; start over in another workdir, "
+                f"{directory}: expected a complete checkpoint, found only damaged ones; start over in another workdir, "
                 f"or delete them to start over in this one"
             )
     if jax.process_index() == 0:

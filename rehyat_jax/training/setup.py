@@ -121,7 +121,7 @@ def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanC
         if hybrid not in (HybridConfig(), loaded.hybrid):
             raise InputError(
                 f"config.hybrid asks for {hybrid}, but config.hybrid.blocks is unset, which keeps the attention of "
-                f"{config.init_from or config.preset}; set config.hybrid.blocks, or leave all of config.hybrid alone"
+                f"{config.init_from or config.preset}; set config.hybrid.blocks, or leave all of config.hybrid unset"
             )
         return loaded
     forms = wanted_forms(config, loaded.num_layers)
@@ -244,7 +244,7 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
     if text_tokens > model.config.text_length:
         raise InputError(
             f"the training examples have {text_tokens} text tokens, but the model takes at most "
-            f"{model.config.text_length}; cut them"
+            f"{model.config.text_length}; truncate them"
         )
     for name in METADATA:
         if getattr(source, name) != getattr(model, name):

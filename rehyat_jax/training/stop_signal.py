@@ -12,11 +12,11 @@ from jax.experimental import multihost_utils
 
 from rehyat_jax.errors import RunStoppedError
 
-ALL_WAS_SAVED = "stopped by SIGTERM with everything saved; the same command goes on"
+ALL_WAS_SAVED = "stopped by SIGTERM after everything was saved; the same command resumes the run"
 
 
 class StopSignal:
-    """Whether SIGTERM has asked this run to stop, which it then does between two steps.
+    """Whether SIGTERM has asked this run to stop. The run then stops between two steps.
 
     Before the first step there is nothing to lose, and a process that compiles cannot be interrupted from Python: it
     ends at once, from a thread. Several processes have to stop after the same step: JAX takes the SIGTERM of any of
@@ -69,7 +69,7 @@ class StopSignal:
             with self._lock:
                 self._is_requested = True
                 if not self._has_begun:
-                    print("stopped by SIGTERM before the first step; the same command goes on", file=sys.stderr)
+                    print("stopped by SIGTERM before the first step; the same command starts the run", file=sys.stderr)
                     sys.stderr.flush()
                     os._exit(RunStoppedError.exit_code)
 

@@ -1,4 +1,4 @@
-"""What a run does when its data fail, and when its updates do."""
+"""A run whose data cannot be read, or whose updates are not finite."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def next_batch(data: RunData, step: int) -> dict[str, np.ndarray]:
     if isinstance(error, InputError):
         raise error
     raise InputError(
-        f"training data: cannot be read ({error}); see to it and give the same command again. A worker that was "
+        f"training data: cannot be read ({error}); correct that and give the same command again. A worker that was "
         f"killed had most likely too little memory: lower config.data.workers"
     ) from error
 
@@ -59,5 +59,5 @@ def report_divergence(workdir: Path, data: RunData, step: int, skipped: int) -> 
     raise RunDivergedError(
         f"the last {skipped} updates were skipped: loss or gradient was not finite, or far above its usual size. "
         f"Parameters are those after step {first - 1}, and are saved; {file} is the first batch that failed. "
-        f"docs/faults.md tells how to look at it and how to go on"
+        f"docs/faults.md shows how to look at it and how to resume"
     )
