@@ -72,7 +72,7 @@ def assert_same_updates(found, expected):
 
 def two_heads(tmp_path):
     """A softmax teacher with two heads, so that they can be cut."""
-    config = WAN_PRESETS["tiny"].replace(num_layers=2, ffn_dim=64, num_heads=2, head_dim=16)
+    config = WAN_PRESETS["tiny"].replace(num_layers=3, ffn_dim=64, num_heads=2, head_dim=16)
     save_model(tmp_path / "two", config, tiny_model(config)[1], codec="space_to_depth", text_encoder="word_vectors")
     return str(tmp_path / "two")
 
@@ -102,7 +102,9 @@ def single(tmp_path_factory):
         if stage == "distill":
             changes = changes | data_with_a_corrupt_record(folder / "data")
         config = digits_config(folder, stage, init_from=two_heads(folder), batch_size=8, **changes)
+        # Softmax, and two forms of different chunks and feature maps.
         config.hybrid.blocks, config.hybrid.chunk_frames, config.hybrid.feature_map.features = (1,), 2, 16
+        config.forms = ({"blocks": (2,), "chunk_frames": 3, "feature_map": {"kind": "hedgehog"}},)
         config.optimizer.learning_rate = 1e-3
         run(config, folder / "run", (1, 1, 1, 1))
         runs[stage] = config, folder / "run"

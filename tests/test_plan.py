@@ -28,7 +28,7 @@ from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_f
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.plan import main, parse_arguments
-from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, cycles_of_kernels, shares_of_blocks
+from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, cycles_of_kernels, shares_of_forms
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
 from rehyat_jax.planning.report import report
@@ -161,7 +161,8 @@ ENTRY %main (p: f32[64,8]) -> f32[64,8] {
   %one = u32[] constant(1)
   %first = (u32[], f32[64,8]{1,0}) tuple(%one, %p)
   %loop = (u32[], f32[64,8]{1,0}) while(%first), condition=%condition, body=%body
-  %choice = f32[8]{0} conditional(%p, %p, %p), branch_computations={%softmax, %hybrid}, metadata={op_name="jit/cond"}
+  %choice = f32[8]{0} conditional(%p, %p, %p), branch_computations={%softmax, %hybrid},
+    metadata={op_name="jit/attention_form/cond"}
   ROOT %total = f32[100]{0} all-reduce(%y), channel_id=7, replica_groups={}, to_apply=%sum
 }
 """
@@ -178,20 +179,23 @@ def test_collectives_are_counted_once_each_and_as_often_as_loops_run():
     }
 
 
-def test_a_choice_of_blocks_counts_by_the_share_of_hybrid_blocks():
+def test_the_choice_of_a_form_counts_by_its_share_of_the_blocks():
     operations = [dataclasses.replace(x, executions=100 * x.executions) for x in executed_operations(HLO)]
-    shares = branch_shares([(x, 1) for x in operations], shares_of_blocks(SMALL.replace(hybrid_blocks=(0,))))
-    assert {branch.number: share for branch, share in shares.items()} == {0: Fraction(1, 2), 1: Fraction(1, 2)}
-    assert collective_bytes(operations, 4, shares)["all-to-all"] == 50 * 8 * 4 // 2
-    shares = branch_shares([(x, 1) for x in operations], shares_of_blocks(SMALL.replace(hybrid_blocks="all")))
-    assert collective_bytes(operations, 4, shares)["all-to-all"] == 0
+    one, other = HybridConfig(), HybridConfig(chunk_frames=2)
+    of_forms = lambda **forms: shares_of_forms(dataclasses.replace(SMALL, num_layers=4, **forms))
+    shares = branch_shares([(x, 1) for x in operations], of_forms(hybrid_blocks=(0,)))
+    assert {branch.number: share for branch, share in shares.items()} == {0: Fraction(3, 4), 1: Fraction(1, 4)}
+    assert collective_bytes(operations, 4, shares)["all-to-all"] == 75 * 8 * 4 // 2
+    # Two hybrid forms and no softmax: a choice of two all the same.
+    shares = branch_shares([(x, 1) for x in operations], of_forms(hybrid_blocks="all", hybrid=(one, other, one, one)))
+    assert {branch.number: share for branch, share in shares.items()} == {0: Fraction(3, 4), 1: Fraction(1, 4)}
 
 
 def test_of_a_choice_by_place_the_largest_branch_counts():
-    place = [Branch("switch", number, 3, "shard_map/cond") for number in range(3)]
-    block = Branch("cond", 1, 2, "while/cond")
+    place = [Branch("switch", number, 3, "attention_form/branch_1_fun/shard_map/cond") for number in range(3)]
+    block = Branch("cond", 1, 2, "while/attention_form/cond")
     operations = [(Operation(str(n), "", "fusion", "", 8, (block, branch)), n) for n, branch in enumerate(place)]
-    shares = branch_shares(operations, shares_of_blocks(SMALL.replace(hybrid_blocks=(1,))))
+    shares = branch_shares(operations, shares_of_forms(SMALL.replace(hybrid_blocks=(1,))))
     assert [weighted(operation, shares).executions for operation, _ in operations] == [0, 0, 4]
 
 

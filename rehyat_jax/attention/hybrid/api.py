@@ -249,7 +249,9 @@ def _check_choice(name: str, found: str, allowed: tuple[str, ...]):
 def _check_streaming(request: Request):
     geometry, initial_state = request.geometry, request.initial_state
     if not request.causal:
-        raise ValueError("initial_state and return_state need causal=True: bidirectional attention also needs the future")
+        raise ValueError(
+            "initial_state and return_state need causal=True: bidirectional attention also needs the future"
+        )
     if request.return_state and geometry.is_ragged:
         raise ValueError(
             f"return_state needs whole chunks: found {geometry.num_frames} frames, not a multiple of "

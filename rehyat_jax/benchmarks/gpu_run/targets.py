@@ -10,7 +10,7 @@ Sections = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """One target; `value` is None where it was not measured."""
+    """One target; `value` is None if its measurement failed."""
 
     name: str
     bound: str
@@ -36,6 +36,8 @@ def _layers(sections: Sections) -> Iterator[Target]:
     if not any(ran):
         return
     for frames, direction, bound in ((21, "forward", 3.5), (21, "both", 3.3), (81, "forward", 12), (81, "both", 12)):
+        if not any(row["frames"] == frames for rows in ran for row in rows):
+            continue
         speedups = [speedup for rows in ran if (speedup := _layer_speedup(rows, frames, direction))]
         what = {"forward": "forward", "both": "forward + backward"}[direction]
         name = f"full attention's time / hybrid layer's, {frames} latent frames, {what}"
