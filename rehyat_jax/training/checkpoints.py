@@ -1,7 +1,7 @@
-"""Checkpoints of a run in progress: saved by Orbax, asynchronously, with checksums by which a damaged one is known.
+"""Checkpoints of a run in progress: Orbax saves them asynchronously, and checksums reveal a damaged one.
 
-A checkpoint has everything that the rest of the run depends on: `state`, the training state, and `run`, a JSON object
-with the position in the data, the configuration and the version of the code.
+A checkpoint has everything that a resumed run depends on. `state` is the training state. `run` is a JSON object with
+the position in the data, the configuration and the version of the code.
 """
 
 import json
@@ -26,20 +26,20 @@ from rehyat_jax.training.checksums import find_damage, write_checksums
 from rehyat_jax.training.step import State
 
 DAMAGED = "damaged-"
-"""What stands before the step in the name of a checkpoint that was set aside."""
+"""Prefix of the step in the name of a damaged checkpoint that was set aside."""
 
 
 SAVE_SECONDS = 1200
-"""Until a save counts as failed. Of several processes, those that could write wait as long for one that could not."""
+"""Seconds after which a save counts as failed. Processes that could write wait this long for one that could not."""
 
 
 class Keep(NamedTuple):
-    """Which checkpoints stay.
+    """Which checkpoints are kept.
 
     Attributes:
-      last: that many of the newest. With one alone, there is none to go back to when it is damaged.
-      every: those of steps that this divides; 0 for none.
-      best: that many with the lowest loss.
+      last: number of newest checkpoints to keep. With only one, a damaged checkpoint has no replacement.
+      every: keeps the checkpoints of steps that are multiples of this number; 0 keeps none for that.
+      best: number of checkpoints with the lowest loss to keep.
     """
 
     last: int
@@ -59,7 +59,7 @@ class Keep(NamedTuple):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which leaves JAX's count of steps alone: `StopSignal` counts, for processes to agree where to stop."""
+    """Orbax's manager without its preemption check: only `StopSignal` may ask JAX at which step processes stop."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
@@ -68,18 +68,18 @@ class _Manager(ocp.CheckpointManager):
 class RunCheckpoints:
     """Saves and restores checkpoints in one directory, together in all processes of a run.
 
-    A save is complete, with its checksums, or not there at all. When a directory is opened, the newest checkpoint is
-    compared with its checksums; one that differs is renamed, to `damaged-STEP`, and the one before it takes its place.
+    A save is complete, with its checksums, or does not exist. Opening a directory compares the newest checkpoint with
+    its checksums. A checkpoint that differs is renamed to `damaged-STEP`, and the one before it takes its place.
 
     Args:
-      directory: local, or in an object store that `etils.epath` can reach, such as gs://BUCKET/FOLDER.
-      keep: which checkpoints stay.
+      directory: local directory, or one in an object store that `etils.epath` can reach, such as gs://BUCKET/FOLDER.
+      keep: which checkpoints are kept.
 
     Attributes:
-      directory: of all checkpoints; absolute.
+      directory: absolute path of the directory of all checkpoints.
 
     Raises:
-      InputError: there are damaged checkpoints and no others, or the directory cannot be written.
+      InputError: all checkpoints are damaged, or the directory cannot be written.
     """
 
     def __init__(self, directory: epath.PathLike, keep: Keep):
@@ -96,11 +96,11 @@ class RunCheckpoints:
                 create=False,
                 preservation_policy=keep.policy(),
                 best_fn=lambda metrics: metrics["loss"],  # without it, metrics are not saved
-                cleanup_tmp_directories=True,  # of saves that a kill interrupted
-                # One process looks for what is there: on a shared filesystem the others might not see it yet.
+                cleanup_tmp_directories=True,  # removes what interrupted saves left
+                # One process lists the checkpoints: on a shared filesystem the others might not see them yet.
                 single_host_load_and_broadcast=True,
-                # Processes named wait for each other through the coordinator. Otherwise it would be with a collective,
-                # which the loop's own would meet in another order in each process: saves start in a thread.
+                # Listed processes wait for each other through the coordinator. Otherwise they would use a collective.
+                # Saves start in a thread, so its order relative to the loop's collectives would differ per process.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     active_processes=set(range(jax.process_count()))
                 ),
@@ -113,35 +113,35 @@ class RunCheckpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Steps made before the newest save; None when nothing was saved."""
+        """Number of steps made before the newest save; None if nothing was saved."""
         return self._manager.latest_step()
 
     def description(self) -> dict[str, Any]:
-        """What was saved as `run` with the newest state."""
+        """The `run` object that was saved with the newest state."""
         return self._manager.restore(self.latest_step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
 
     def restore(self, state: State) -> State:
         """The newest saved state.
 
         Args:
-          state: of the right structure, shapes, dtypes and shardings; its arrays may be abstract.
+          state: a state with the right structure, shapes, dtypes and shardings; its arrays may be abstract.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self._manager.restore(self.latest_step, args=args).state
 
     def save(self, step: int, state: State, run: dict[str, Any], loss: float | None = None) -> None:
-        """Starts to save what is there after `step` steps, unless that has been saved; returns before it is on disk.
+        """Starts to save the state after `step` steps, unless it was saved; returns before it is on disk.
 
-        The state may be donated at once: what is saved is a copy in the host's memory, which devices make before
-        anything that is asked of them later.
+        The state may be donated at once. The save reads a copy in host memory, which the devices make before any work
+        that is queued later.
 
         Args:
-          run: whatever else the rest of the run depends on, the same in all processes.
-          loss: by which the best are known; without one, it is not among them.
+          run: everything else that a resumed run depends on, equal in all processes.
+          loss: figure that ranks the checkpoint; without it, the checkpoint cannot be among the best.
 
         Raises:
-          InputError: there is no room for this save, or the one before could not be written.
+          InputError: there is no room for this save, or the previous save could not be written.
         """
         if step == self._newest:
             return
@@ -155,12 +155,12 @@ class RunCheckpoints:
         self._saving = self._thread.submit(self._save, step, args, None if loss is None else {"loss": loss})
 
     def check(self) -> None:
-        """Raises InputError if the save under way has failed; does not wait for it."""
+        """Raises InputError if the save in progress has failed; does not wait for it."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the save under way is on disk. Raises InputError if it fails."""
+        """Returns when the save in progress is on disk. Raises InputError if it fails."""
         saving, self._saving = self._saving, None
         if saving is not None:
             with reported_write_errors(self.directory):
@@ -175,7 +175,7 @@ class RunCheckpoints:
                 self._manager.close()
 
     def _save(self, step: int, args: ocp.args.Composite, metrics: dict[str, float] | None) -> None:
-        """In the thread, to its end: it is here that Orbax's own threads leave their errors."""
+        """Runs a complete save in the thread, where the errors of Orbax's own threads are raised."""
         try:
             self._manager.save(step, args=args, metrics=metrics, force=True)
             self._manager.wait_until_finished()
@@ -193,7 +193,7 @@ class RunCheckpoints:
             ) from error
 
     def _check_space(self, state: State) -> None:
-        """Raises InputError unless there is room: a save that fails half way is a mess to clean up."""
+        """Raises InputError unless there is room: a save that fails half way is hard to clean up."""
         if "://" in str(self.directory) or jax.process_index() > 0:
             return
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
@@ -204,14 +204,14 @@ class RunCheckpoints:
             )
 
     def _write_checksums(self) -> None:
-        """Called in the first process, by Orbax's thread, when all files are there and the checkpoint is not yet."""
+        """Orbax's thread calls this in the first process when all files exist but the checkpoint is not final yet."""
         name = str(self._newest)
         (directory,) = (path for path in self.directory.iterdir() if path.name.partition(".")[0] == name)
         write_checksums(directory)
 
 
 def _check_writable(directory: epath.Path) -> None:
-    """Raises OSError, before Orbax's threads do."""
+    """Raises OSError if a file cannot be written there, before Orbax's threads do."""
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / "probe"
     probe.write_text("")
@@ -219,7 +219,7 @@ def _check_writable(directory: epath.Path) -> None:
 
 
 def _pass_over_damaged(directory: epath.Path) -> None:
-    """Renames checkpoints that are not as they were written, from the newest to the first that is."""
+    """Renames damaged checkpoints, from the newest back to the first intact one."""
     while (step := _from_main_process(max(_steps(directory), default=-1))) >= 0:
         damage = find_damage(directory / str(step), part=jax.process_index(), parts=jax.process_count())
         if damage:
@@ -234,7 +234,7 @@ def _pass_over_damaged(directory: epath.Path) -> None:
                 aside = directory / f"{DAMAGED}{step}.{number}"
             (directory / str(step)).rename(aside)
             print(f"it is now {aside}; going back to the checkpoint before it", file=sys.stderr, flush=True)
-        _from_main_process(0)  # renamed before anyone goes on
+        _from_main_process(0)  # all processes wait until it is renamed
     else:
         damaged = directory.exists() and any(path.name.startswith(DAMAGED) for path in directory.iterdir())
         if _from_main_process(int(damaged)):
@@ -249,7 +249,7 @@ def _pass_over_damaged(directory: epath.Path) -> None:
 
 
 def _remove_unreadable_metrics(file: epath.Path) -> None:
-    """Orbax would not open the directory for them; the checkpoint is then not among the best."""
+    """Deletes metrics that would stop Orbax from opening the directory; the checkpoint is then not among the best."""
     try:
         if file.exists():
             float(json.loads(file.read_bytes())["loss"])
@@ -258,7 +258,7 @@ def _remove_unreadable_metrics(file: epath.Path) -> None:
 
 
 def _steps(directory: epath.Path) -> Iterator[int]:
-    """Of all complete checkpoints, and of those that were being deleted when the run was killed."""
+    """Steps of all complete checkpoints, and of those that were being deleted when the run was killed."""
     if directory.exists():
         yield from (found.step for found in ocp.path.step.standard_name_format().find_all(directory))
 

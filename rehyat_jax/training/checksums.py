@@ -1,8 +1,8 @@
-"""Checksums of the files of a directory, so that damage is found before anything is made of it.
+"""Checksums of the files of a directory, which reveal damage before the files are used.
 
-`checksums.txt` has a line "CRC BYTES PATH" for every file, and at the end one of its own, "CRC LINES .", for the lines
-above. CRC-32 misses no flipped bit and no run of 32, and is several times as fast as disks are; what it guards against
-is accidents, not forgery. TensorStore checks its own indices, but not the values of arrays.
+`checksums.txt` has a line "CRC BYTES PATH" for every file, and a last line "CRC LINES ." for the lines above. CRC-32
+detects every flipped bit and every burst of up to 32 bits, and is several times as fast as disks are. It guards
+against accidents, not forgery. TensorStore checks its own indices, but not the values of arrays.
 """
 
 import zlib
@@ -13,11 +13,11 @@ from etils import epath
 
 CHECKSUMS = "checksums.txt"
 NOT_COVERED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
-"""At the top of the directory. Orbax writes times into the others when all else is there, and reads no more than that
-they exist."""
+"""Files at the top of the directory without a checksum. Orbax writes times into the last two after all other files,
+and only reads whether they exist."""
 
 MAY_BE_MISSING = ("metrics/metrics",)
-"""By which checkpoints are ranked, no more; it is deleted where Orbax could not read it."""
+"""Files that only rank checkpoints. They are deleted where Orbax could not read them."""
 
 BLOCK_BYTES = 2**24
 THREADS = 4
@@ -25,7 +25,7 @@ THREADS = 4
 
 
 def write_checksums(directory: epath.Path) -> None:
-    """Writes `checksums.txt` for what is in a directory now."""
+    """Writes `checksums.txt` for the files that a directory holds now."""
     names = sorted(_files(directory))
     with ThreadPoolExecutor(THREADS) as pool:
         sums = pool.map(lambda name: _checksum(directory / name), names)
@@ -34,10 +34,10 @@ def write_checksums(directory: epath.Path) -> None:
 
 
 def find_damage(directory: epath.Path, *, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the first file that is not as it was when `checksums.txt` was written; None if all are.
+    """Description of the first file that has changed since `checksums.txt` was written; None if no file has.
 
     Args:
-      part, parts: which of how many equal parts of the files to look at, so that processes can share them.
+      part, parts: index of the part of the files to check, and number of equal parts; processes share the work so.
     """
     file = directory / CHECKSUMS
     try:

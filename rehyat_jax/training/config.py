@@ -1,4 +1,4 @@
-"""Every field of a training configuration, with its default: the one home of what can be set."""
+"""Every field of a training configuration, with its default."""
 
 import dataclasses
 import difflib
@@ -30,30 +30,30 @@ CHOICES = {
     "timestep_sampling": ("logit_normal", "uniform"),
     "attention_implementation": ("", *IMPLEMENTATIONS),
 }
-"""The values that fields with names for values can take."""
+"""Allowed values of the fields that take names."""
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Defaults shared by all stages; a file in `configs/` changes what its experiment is about.
+    """Defaults shared by all stages; a file in `configs/` changes the fields of its experiment.
 
-    The result is locked: an unknown field, in a file or on the command line, is an error naming the closest known one.
+    The result is locked. An unknown field, in a file or on the command line, is an error that names the closest field.
     """
     config = ml_collections.ConfigDict()
     # "pretrain" (softmax, from scratch), "distill" (stage 1: feature maps only) or "finetune" (stage 2: everything).
     config.stage = "finetune"
-    # Size of a model trained from scratch, a key of WAN_PRESETS; `plan` also takes `init_from` to be of that size
-    # where it is not there to be read.
+    # Size of a model trained from scratch, a key of WAN_PRESETS. `plan` assumes this size for an `init_from` that does
+    # not exist.
     config.preset = "tiny"
     # Model to start from: a PyTorch folder in either layout, or a model checkpoint.
     config.init_from = ""
     config.seed = 0
 
-    # The blocks that become hybrid ("all" or indices), and their form. If unset, the model stays as it was loaded. Some
-    # of a hybrid model's blocks may be chosen; the others are softmax again. `HybridConfig` explains the fields.
+    # The blocks that become hybrid ("all" or indices), and their form. If unset, the model keeps its attention. For a
+    # hybrid model, some of its hybrid blocks may be given; the others become softmax. `HybridConfig` has the fields.
     config.hybrid = ml_collections.ConfigDict(dataclasses.asdict(HybridConfig()))
     config.hybrid.blocks = ml_collections.config_dict.placeholder(object)
     # Other forms in other blocks: dictionaries with "blocks" and the fields that differ from config.hybrid, such as
-    # ({"blocks": (0, 1), "chunk_frames": 6}, {"blocks": (29,), "kind": "softmax"}). They go before blocks = "all".
+    # ({"blocks": (0, 1), "chunk_frames": 6}, {"blocks": (29,), "kind": "softmax"}). They override blocks = "all".
     config.forms = ()
 
     config.data = ml_collections.ConfigDict()
@@ -63,11 +63,12 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.workers = 0
     # A record that cannot be read: "error" stops the run, "skip" takes the next one in its place.
     config.data.corrupt = "error"
-    # Batches of each of the folder's shapes, relative to the others, in the order of dataset.json; () is by examples.
+    # Relative number of batches of each shape in the folder, in the order of dataset.json; () follows the number of
+    # examples.
     config.data.weights = ()
 
     config.steps = 1000
-    # Examples per update; split into `accumulation_steps` equal parts that are run one after another.
+    # Examples per update, split into `accumulation_steps` equal parts that run one after another.
     config.batch_size = 16
     config.accumulation_steps = 1
     # Compute dtype; parameters, optimizer state and EMA are always float32.
@@ -90,11 +91,11 @@ def default_config() -> ml_collections.ConfigDict:
     config.timestep_sampling = "logit_normal"  # or "uniform"
     config.caption_dropout = 0.1
 
-    # Devices along each axis (`parallel.mesh.AXES`); -1 is all that the others leave.
+    # Devices along each axis (`parallel.mesh.AXES`); -1 takes all remaining devices.
     config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
 
-    # Updates are skipped whose gradient norm is not finite, or more than `spike_factor` times its running mean (0: any
-    # finite one is fine). After `max_skipped` in a row the run ends.
+    # An update is skipped if its gradient norm is not finite, or more than `spike_factor` times the norm's running mean
+    # (0: only if it is not finite). The run ends after `max_skipped` skipped updates in a row.
     config.spike_factor = 10.0
     config.max_skipped = 10
 
@@ -102,8 +103,8 @@ def default_config() -> ml_collections.ConfigDict:
     # Evaluators, such as ({"type": "attention_error", "every": 500},); see `evaluation.evaluators`.
     config.evals = ()
     config.checkpoint_every = 500
-    # Which checkpoints stay: the newest, those of steps that `keep_every` divides (0: none for that), and those before
-    # which the mean of the logged losses was lowest.
+    # Checkpoints that are kept: the newest `keep_checkpoints`; those of steps that are multiples of `keep_every` (0:
+    # none for that); and the `keep_best` with the lowest mean of the losses logged before them.
     config.keep_checkpoints = 2
     config.keep_every = 0
     config.keep_best = 0
@@ -112,7 +113,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError, naming the field, unless the values can be run together."""
+    """Raises InputError, naming the field, unless the values are valid together."""
     flat = lambda config: traverse_util.flatten_dict(config.to_dict(), sep=".")
     if missing := sorted(flat(default_config()).keys() - flat(config).keys()):
         group = missing[0].rpartition(".")[0]
@@ -181,7 +182,7 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
 
 
 def config_from_json(fields: dict[str, Any]) -> ml_collections.ConfigDict:
-    """A configuration from what `ConfigDict.to_json` wrote."""
+    """The configuration that `ConfigDict.to_json` wrote."""
     config = default_config()
     config.update(fields)
     return config

@@ -1,4 +1,4 @@
-"""What is saved of a run besides its state, and whether another command may go on with it."""
+"""The description of a run that is saved with its state, and the check whether a command may resume the run."""
 
 import functools
 import importlib.metadata
@@ -34,8 +34,8 @@ EFFECTS = {
         CHANGED,
     ),
 }
-"""What becomes of a run that goes on with another value of a field. All other fields are refused: they decide what is
-trained, or on which examples, and the saved state would be of no use or of another run."""
+"""Effect of resuming a run with another value of a field. A change of any other field is refused: these fields decide
+what is trained, or on which examples, so the saved state would be useless or belong to another run."""
 
 
 class Difference(NamedTuple):
@@ -48,26 +48,26 @@ class Difference(NamedTuple):
 
 
 def describe_run(config: ml_collections.ConfigDict, data: dict[str, int], *, examples: int) -> dict[str, Any]:
-    """What is saved with a run's state, for JSON.
+    """The description of a run that is saved with its state, for JSON.
 
     Args:
-      data: state of the data's iterator: the position there.
-      examples: how many there are.
+      data: state of the data iterator: the position in the data.
+      examples: number of training examples.
     """
     return {"config": json.loads(config.to_json()), "data": data, "examples": examples, "code": code_version()}
 
 
 def check_continuation(saved: dict[str, Any], now: dict[str, Any], step: int, place: str) -> str:
-    """A table of what differs between two descriptions of a run, empty where nothing does.
+    """A table of the differences between two descriptions of a run; empty if there are none.
 
     Args:
-      saved: `describe_run`, as it comes back from JSON.
-      now: that of the command that is to go on.
-      step: after which it is to.
-      place: what holds the run, for the message.
+      saved: result of `describe_run`, read back from JSON.
+      now: result of `describe_run` for the command that resumes the run.
+      step: number of steps after which it resumes.
+      place: location of the run, for the message.
 
     Raises:
-      InputError: with the table, when a row of it is refused.
+      InputError: a difference is refused; the message has the table.
     """
     rows = list(_differences(saved, now, step))
     table = _as_text([Difference("", "saved", "now", "it would be"), *rows]) if rows else ""
@@ -82,7 +82,7 @@ def check_continuation(saved: dict[str, Any], now: dict[str, Any], step: int, pl
 def _differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> Iterator[Difference]:
     old, new = (flatten_dict(run["config"], sep=".") for run in (saved, now))
     for field in sorted(old.keys() | new.keys()):
-        # A field that only one version of the code knows is not refused: which code it is stands below.
+        # A field that only one version of the code knows is not refused: the last row names the versions.
         before, after = old.get(field, "unknown"), new.get(field, "unknown")
         if before == after:
             continue
@@ -105,7 +105,7 @@ def _as_text(rows: list[Difference]) -> str:
 
 @functools.cache
 def code_version() -> str:
-    """Version of the package and, where it runs from a Git repository, the commit."""
+    """Version of the package and, if it runs from a Git repository, the commit."""
     version = importlib.metadata.version("rehyat_jax")
     folder = Path(rehyat_jax.__file__).parent.parent
     if not (folder / ".git").exists():

@@ -1,9 +1,9 @@
 """Stage 1: every block's feature maps learn to reproduce that block's softmax attention (ReHyAt, Attention Surgery).
 
 One forward pass of the teacher serves all blocks. Each block's queries, keys and values come from the teacher, so the
-blocks' losses are independent: loss and gradient are formed inside the scan over layers, nothing is backpropagated
-through the network, and memory does not grow with depth beyond the gradients themselves. A block's queries, keys and
-values are constants of its loss, and so is its softmax branch: differentiation reaches the linear branch alone.
+blocks' losses are independent. Loss and gradient are computed inside the scan over layers, and nothing is
+backpropagated through the network. Only the gradients take memory that grows with depth. A block's queries, keys,
+values and softmax branch are constants of its loss: differentiation reaches only the linear branch.
 """
 
 from typing import Any
@@ -34,9 +34,9 @@ def make_grad_fn(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> 
       config: see `noise_batch`.
 
     Returns:
-      A function of (feature maps, context, batch, key); context["frozen"] is the teacher, the transformer's parameters
-      without "feature_maps". Metrics: "loss" (mean over blocks), "block_loss" [K]
-      (mean |y - y_hat| of every hybrid block) and "relative_error" [K] (the same over mean |y|).
+      A function of (feature maps, context, batch, key). context["frozen"] is the teacher: the transformer's parameters
+      without "feature_maps". The metrics are "loss" (mean over blocks), "block_loss" [K] (mean |y - y_hat| of every
+      hybrid block) and "relative_error" [K] (block_loss divided by mean |y|).
     """
 
     def grad_fn(feature_maps: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[Metrics, Any]:
@@ -49,7 +49,7 @@ def make_grad_fn(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> 
                 output = form.attend(inputs, features, implementation=model.attention_implementation)
                 return mean_size(output.astype(jnp.float32) - target.astype(jnp.float32))
 
-            # Both are zero for padding, which is not counted.
+            # Output and target are zero at padding; the mean is over the other tokens.
             mean_size = lambda tokens: jnp.abs(tokens).mean() * (tokens.shape[1] / inputs.num_tokens)
             loss, grads = jax.value_and_grad(loss_fn)(maps)
             return {"loss": loss, "target": mean_size(target.astype(jnp.float32)), "grads": grads}

@@ -1,4 +1,4 @@
-"""Flow matching on the whole transformer: stage 2 of the recipe, and the pretraining of a softmax teacher."""
+"""Flow matching on the complete transformer: stage 2 of the recipe, and the pretraining of a softmax teacher."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from rehyat_jax.training.step import Batch, Context, GradFn, Metrics
 def make_loss(
     apply: Callable[..., jax.Array], config: ml_collections.ConfigDict
 ) -> Callable[[Any, Context, Batch, jax.Array], tuple[jax.Array, Metrics]]:
-    """The flow-matching loss, a function of (params, context, batch, key); with it, the metric "loss".
+    """A function of (params, context, batch, key) -> (flow-matching loss, metrics); the only metric is "loss".
 
     Args:
       apply: (params, latents, timestep, text) -> velocity.

@@ -1,4 +1,4 @@
-"""The numbers of a run: collected from its steps, and written to a progress bar, TensorBoard and a JSONL file."""
+"""Collects the metrics of a run's steps and writes them to a progress bar, TensorBoard and a JSONL file."""
 
 import json
 import sys
@@ -26,10 +26,10 @@ class Summary(NamedTuple):
     """The steps since the last summary.
 
     Attributes:
-      means: of scalars and vectors, without skipped updates.
-      losses: of the updates that were not skipped.
-      skipped: the updates that were.
-      skipped_in_a_row: how many of them there are up to the last step.
+      means: mean of every scalar and vector over the updates that were not skipped.
+      losses: losses of the updates that were not skipped.
+      skipped: the skipped updates.
+      skipped_in_a_row: number of consecutive skipped updates that end at the last step.
     """
 
     means: dict[str, np.ndarray]
@@ -39,7 +39,7 @@ class Summary(NamedTuple):
 
 
 class RecentMetrics:
-    """The metrics of the last steps, left on the device until they are summarised."""
+    """The metrics of the last steps, kept on the device until they are summarised."""
 
     def __init__(self) -> None:
         self._recent: list[dict[str, jax.Array]] = []
@@ -48,7 +48,7 @@ class RecentMetrics:
         self._recent.append(metrics)
 
     def summarise(self, step: int) -> Summary:
-        """All that was added since the last call; the last of it is of this step."""
+        """Summary of the metrics added since the last call, of which the last are those of `step`."""
         recent, self._recent = jax.device_get(self._recent), []
         in_a_row = [int(metrics.pop("skipped_in_a_row")) for metrics in recent]
         numbers = range(step - len(recent) + 1, step + 1)
@@ -63,15 +63,15 @@ class RecentMetrics:
 
 
 class MetricWriter:
-    """Writes a run's numbers to the terminal, `metrics.jsonl` and TensorBoard's files. It decides nothing.
+    """Writes a run's metrics to the terminal, `metrics.jsonl` and TensorBoard's files. It decides nothing.
 
     Args:
       workdir: directory of the run.
-      first_step: number of updates already made; later lines of an earlier, interrupted run are dropped, since those
-        steps are run again.
-      steps: updates in the whole run.
+      first_step: number of updates already made; later lines of `metrics.jsonl` are dropped, since those steps run
+        again.
+      steps: number of updates in the complete run.
       description: label of the progress bar.
-      is_silent: write nothing, as all processes of a run but one.
+      is_silent: whether to write nothing; true in all processes except one.
     """
 
     def __init__(self, workdir: Path, *, first_step: int, steps: int, description: str, is_silent: bool = False):
@@ -106,8 +106,8 @@ class MetricWriter:
 
         Args:
           step: steps made so far.
-          values: by name.
-          skipped: updates that were skipped since the last call.
+          values: scalars and vectors by name.
+          skipped: updates skipped since the last call.
         """
         if self._is_silent:
             return
@@ -127,7 +127,7 @@ class MetricWriter:
         self._bar.set_postfix({name: f"{float(value):.4g}" for name, value in arrays.items() if value.ndim == 0})
 
     def close(self) -> None:
-        """Ends the progress bar and the files."""
+        """Closes the progress bar and the files."""
         self._bar.close()
         if self._is_silent:
             return
@@ -137,7 +137,7 @@ class MetricWriter:
 
 
 def _step(line: str) -> float:
-    """The step that a line of `metrics.jsonl` is about; infinity for half a line, which a killed run may leave."""
+    """The step of a line of `metrics.jsonl`; infinity for an incomplete line, which a killed run may leave."""
     try:
         return json.loads(line)["step"]
     except ValueError:

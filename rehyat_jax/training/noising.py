@@ -1,4 +1,4 @@
-"""What all stages feed the model: latents and captions made into (noisy latents, timestep, text, target)."""
+"""Model inputs of all stages: turns latents and captions into (noisy latents, timestep, text, target)."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from rehyat_jax.diffusion import flow
 
 
 class NoisyBatch(NamedTuple):
-    """Model inputs [B, ...] and the velocity to predict, where the clean latents are known."""
+    """Model inputs [B, ...] and the velocity to predict; `velocity` is None if the clean latents are unknown."""
 
     latents: jax.Array
     timestep: jax.Array
@@ -24,8 +24,8 @@ def noise_batch(
     """Draws noise, timesteps and dropped captions.
 
     Args:
-      batch: "latents" [B, T, H, W, C] and "text" [B, L, text_dim]; latents of a teacher's trajectory are noisy already,
-        and "timestep" [B] says how noisy.
+      batch: "latents" [B, T, H, W, C] and "text" [B, L, text_dim]. Latents of a teacher's trajectory are noisy already
+        and come with "timestep" [B], their noise level.
       null_text: [L, text_dim], the embedding of no caption; replaces a share `config.caption_dropout` of captions.
       key: random key.
       config: flow_shift, timestep_sampling and caption_dropout are read.

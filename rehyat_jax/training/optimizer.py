@@ -1,4 +1,4 @@
-"""Optimizers and schedules from Optax, as the configuration names them."""
+"""The configured optimizers and schedules, built with Optax."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import optax
 
 
 def learning_rate_schedule(peak: float, config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Linear warmup to `peak`, then the configured decay to the last step."""
+    """Linear warmup to `peak`, then the configured decay until the last step."""
     warmup = config.optimizer.warmup_steps
     remaining = config.steps - warmup
     decay = {
@@ -16,7 +16,7 @@ def learning_rate_schedule(peak: float, config: ml_collections.ConfigDict) -> op
         "linear": optax.linear_schedule(peak, 0.0, remaining),
         "constant": optax.constant_schedule(peak),
     }[config.optimizer.decay]
-    # One step into the warmup, so that no update is wasted on a learning rate of zero.
+    # Starts one step into the warmup, so that no update has a learning rate of zero.
     warm = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([warm, decay], [warmup])
 
@@ -32,12 +32,12 @@ def muon_dimension_numbers(params: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-    """Marks what AdamW's decay shrinks: kernels. Norms, biases, modulation and scales have no reason to be small."""
+    """Marks kernels for AdamW's weight decay. Norms, biases, modulation and scales have no reason to be small."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The configured optimizer with gradient clipping. Weight decay is for AdamW's kernels or Muon's matrices alone."""
+    """The configured optimizer with gradient clipping. Weight decay is only for AdamW's kernels or Muon's matrices."""
     options = config.optimizer
     schedule = learning_rate_schedule(options.learning_rate, config)
     if options.name == "muon":

@@ -1,4 +1,4 @@
-"""What a run does after a step: log, evaluate, save, stop, or give up."""
+"""Decides what a run does after a step: log, evaluate, save, stop, or end because it diverged."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ class Evaluator(Protocol):
     """A plug-in that measures the model of a run: an entry of `config.evals`."""
 
     def __call__(self, params: Any) -> Iterable[tuple[str, Any]]:
-        """(name, scalar or vector) of each figure of a model with these parameters; called by all processes."""
+        """(name, scalar or vector) pairs that measure a model with these parameters; all processes call it."""
 
 
 class ScheduledEvaluator(NamedTuple):
@@ -27,12 +27,12 @@ class ScheduledEvaluator(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What is to be done after a step.
+    """The actions to take after a step.
 
     Attributes:
       save: whether to save a checkpoint.
-      loss: the mean of the logged losses since the last periodic checkpoint, for choosing the best one.
-      skipped: the number of updates in a row that were skipped, if the run has diverged; else 0.
+      loss: the mean of the logged losses since the last periodic checkpoint, which ranks the checkpoints.
+      skipped: the number of consecutive skipped updates, if the run has diverged; else 0.
       stop: whether SIGTERM asked the run to stop before its last step.
     """
 
@@ -47,12 +47,12 @@ class RunControl:
     """Decides after each step; the writer only writes. All processes of a run decide alike.
 
     Attributes:
-      config: steps, log_every, checkpoint_every and max_skipped are read.
-      first_step: updates that were made before.
-      writer: of the metrics.
-      stop_signal: whether to stop.
-      learning_rate: step, from 0 -> its learning rate.
-      evaluators: from `config.evals`.
+      config: configuration of the run; steps, log_every, checkpoint_every and max_skipped are read.
+      first_step: number of updates made before this process started.
+      writer: writer of the metrics.
+      stop_signal: the signal that asks the run to stop.
+      learning_rate: step, counted from 0 -> its learning rate.
+      evaluators: evaluators of `config.evals`.
     """
 
     config: ml_collections.ConfigDict
@@ -72,13 +72,13 @@ class RunControl:
         more: Callable[[], Mapping[str, Any]] = dict,
         params: Callable[[], Any] = dict,
     ) -> Decision:
-        """Logs and evaluates if it is time, and decides.
+        """Logs and evaluates if the step is due, and decides what to do next.
 
         Args:
-          number: of the step, from 1.
-          metrics: of the step, still on the device.
-          more: further metrics, asked for where some are logged.
-          params: the parameters of the model, asked for where it is evaluated.
+          number: number of the step, counted from 1.
+          metrics: metrics of the step, still on the device.
+          more: returns further metrics; called only if the step is logged.
+          params: returns the parameters of the model; called only if the model is evaluated.
         """
         config, is_last = self.config, number == self.config.steps
         self._recent.add(metrics)

@@ -1,4 +1,4 @@
-"""A run's batches, from this process's part of them to arrays on the mesh, and the corrupt records left out of them."""
+"""A run's batches: this process's part of them, their arrays on the mesh, and the count of skipped corrupt records."""
 
 from collections.abc import Mapping
 
@@ -16,14 +16,14 @@ class RunData:
     """Endless iterator of this process's part of batches [accumulation_steps, B, ...], for the mesh in use.
 
     Args:
-      source: of examples.
-      config: batch_size and accumulation_steps (for the examples of a batch), data.corrupt and data.weights are read.
-      seed: of the shuffle.
-      accumulation_steps: how many batches come at a time.
-      workers: processes that make them ahead of time.
+      source: source of the examples.
+      config: batch_size and accumulation_steps (for the size of a batch), data.corrupt and data.weights are read.
+      seed: seed of the shuffle.
+      accumulation_steps: number of batches that come at a time.
+      workers: number of processes that prepare batches ahead of time.
 
     Raises:
-      InputError: config.data.weights does not fit the source; or `part_of_process` raises it.
+      InputError: config.data.weights does not fit the source, or `part_of_process` raises it.
     """
 
     def __init__(
@@ -54,28 +54,28 @@ class RunData:
         return next(self._batches)
 
     def on_mesh(self, part: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The whole batch [accumulation_steps, B, ...] on the mesh, of which each process gives its part."""
+        """The global batch [accumulation_steps, B, ...] on the mesh; each process gives its part."""
         batch = global_batches(part, self._parts)
         if SKIPPED in batch:
-            # Over all processes, and left on the device: nothing waits for it until it is asked for.
+            # Summed over all processes and kept on the device: nothing waits for the sum until it is read.
             self._skipped = self._skipped + jnp.sum(batch.pop(SKIPPED))
         return batch
 
     def metrics(self) -> dict[str, int]:
-        """How often another record took the place of a corrupt one since the run began; nothing where none may."""
+        """Number of corrupt records replaced since the run began; empty if corrupt records stop the run."""
         return {"skipped_records": int(self._skipped)} if self._skips else {}
 
     def get_state(self) -> dict[str, int]:
-        """What `set_state` needs to go on from here, the same in all processes: JSON."""
+        """The state with which `set_state` resumes from here: JSON, equal in all processes."""
         return {**self._batches.get_state(), SKIPPED: int(self._skipped)}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to where another iterator of this run was, perhaps in other processes."""
+        """Moves to the position of an earlier iterator of this run, perhaps of other processes."""
         self._batches.set_state(state)
         self._skipped = state[SKIPPED]
 
     def rewind(self, step: int) -> None:
-        """Goes to before a step, counted from 1."""
+        """Moves to the position before a step, counted from 1."""
         self._batches.seek(step - 1)
 
     def close(self) -> None:

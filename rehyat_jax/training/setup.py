@@ -1,4 +1,4 @@
-"""From a configuration to the things a run is made of: data, and the model it starts from."""
+"""Builds the data and the initial model of a run from its configuration."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,10 +34,10 @@ class InitialModel(NamedTuple):
     Attributes:
       model_def: graph definition of the `WanTransformer` with the run's compute dtype, remat policy and attention.
       config: its architecture.
-      params: float32 parameters, a nested dict, cut as `specs` says along the mesh in use (`jax.set_mesh`).
-      specs: the PartitionSpec of each.
+      params: float32 parameters, a nested dict, sharded by `specs` along the mesh in use (`jax.set_mesh`).
+      specs: the PartitionSpec of each parameter.
       fresh_feature_maps: whether the feature maps were just initialised and need calibration.
-      codec, text_encoder: names of what makes its latents and text embeddings.
+      codec, text_encoder: names of the models that compute its latents and text embeddings.
     """
 
     model_def: nnx.GraphDef
@@ -79,10 +79,10 @@ def hybrid_config(config: ml_collections.ConfigDict, entry: Mapping[str, Any] | 
 
 
 def wanted_forms(config: ml_collections.ConfigDict, num_layers: int) -> tuple[Form, ...]:
-    """The form of every block that the configuration asks for.
+    """The configured form of every block.
 
     Raises:
-      InputError: an entry has no such blocks, or two entries share a block.
+      InputError: an entry names blocks that do not exist, or two entries share a block.
     """
     of_block: dict[int, Form] = {}
     for entry in config.forms:
@@ -111,10 +111,11 @@ def _blocks(blocks: Any, num_layers: int, place: str) -> tuple[int, ...]:
 
 
 def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanConfig:
-    """The architecture to train: as loaded, or with the configured forms of attention.
+    """The architecture to train: the loaded one, or the loaded one with the configured forms of attention.
 
     Raises:
-      InputError: there are no such blocks; or the loaded model is hybrid already, in another form or in other blocks.
+      InputError: a configured block does not exist; or the loaded model is already hybrid, in another form or in other
+        blocks.
     """
     if not config.hybrid.blocks and not config.forms:
         hybrid = hybrid_config(config)
@@ -145,7 +146,7 @@ def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanC
 
 
 def build_model(wan: WanConfig, config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> WanTransformer:
-    """A transformer that computes as the configuration says."""
+    """A transformer with the configured dtype, remat policy and attention implementation."""
     return WanTransformer(
         wan,
         rngs=rngs,
@@ -158,13 +159,13 @@ def build_model(wan: WanConfig, config: ml_collections.ConfigDict, rngs: nnx.Rng
 def abstract_model(
     wan: WanConfig, config: ml_collections.ConfigDict
 ) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """(graph definition, shapes of the parameters, their PartitionSpecs); no parameter is made."""
+    """(graph definition, shapes of the parameters, their PartitionSpecs); allocates no parameters."""
     model_def, abstract = nnx.split(nnx.eval_shape(lambda: build_model(wan, config, nnx.Rngs(0))))
     return model_def, nnx.to_pure_dict(abstract), param_specs(abstract)
 
 
 def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True) -> InitialModel:
-    """Loads or initialises the model that a run starts from, on the mesh in use; nothing is ever there in one piece.
+    """Loads or initialises the model that a run starts from, sharded on the mesh in use from the beginning.
 
     Without values, parameters are `jax.ShapeDtypeStruct`s with shardings.
 
@@ -209,7 +210,7 @@ def _feature_maps(wan: WanConfig, key: jax.Array) -> nnx.Module:
 
 
 def chosen_maps(wan: WanConfig, loaded: WanConfig, feature_maps: Any) -> Any:
-    """The "feature_maps" of a model with some of the converted blocks of a loaded one."""
+    """The "feature_maps" of a model that keeps some of the converted blocks of a loaded model."""
 
     def rows(stack: MapStack) -> Any:
         source = next(found for found in loaded.block_forms.stacks if found.config == stack.config)
@@ -222,7 +223,7 @@ def chosen_maps(wan: WanConfig, loaded: WanConfig, feature_maps: Any) -> Any:
 
 
 def check_data(source: Source, model: InitialModel, config: ml_collections.ConfigDict) -> None:
-    """Raises InputError, naming the axis or field, if the model or the stage cannot take the source's examples."""
+    """Raises InputError, naming the axis or field, if the model or the stage cannot use the source's examples."""
     text_tokens, text_width = source.null_text.shape
     expected = {"latent channels": model.config.in_channels, "text width": model.config.text_dim}
     for bucket in source.buckets:
@@ -279,6 +280,6 @@ def _check_learns(source: Source, wan: WanConfig) -> None:
 
 
 def calibration_batch(source: Source, config: ml_collections.ConfigDict) -> dict[str, jax.Array]:
-    """As many examples as go through the model at once, drawn apart from the run's own batches; [1, B, ...]."""
+    """One batch [1, B, ...] of as many examples as one forward pass takes, independent of the run's own batches."""
     with closing(RunData(source, config, seed=config.seed + 1, accumulation_steps=1)) as data:
         return data.on_mesh(next_batch(data, 1))

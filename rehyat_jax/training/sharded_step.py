@@ -1,4 +1,4 @@
-"""A training step on the mesh in use: where everything it is given is, and where everything it returns stays."""
+"""A training step on the mesh in use, with the shardings of its arguments and results."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from rehyat_jax.training.step import Context, GradFn, Params, State, init_state,
 
 
 class ShardedStep(NamedTuple):
-    """What a run needs of its step.
+    """A compiled step and its state.
 
     Attributes:
-      step: (state, context, batches [accumulation_steps, B, ...]) -> (state, metrics); the state's memory is reused.
-      initial_state: parameters -> the state before the first step.
-      state_shardings: of a state.
+      step: (state, context, batches [accumulation_steps, B, ...]) -> (state, metrics); the state is donated.
+      initial_state: parameters -> the state before the first step; the parameters are donated.
+      state_shardings: the shardings of a state.
     """
 
     step: Callable[..., Any]
@@ -38,7 +38,7 @@ def make_sharded_step(
     """`make_step` with explicit shardings on the mesh in use.
 
     Args:
-      params, context: what is trained and what is not, perhaps abstract; context's arrays carry their shardings.
+      params, context: the trained and the constant arrays, perhaps abstract; context's arrays carry their shardings.
       specs: PartitionSpecs of params.
       config: seed, accumulation_steps, ema_decay and spike_factor are read.
     """

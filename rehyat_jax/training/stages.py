@@ -1,4 +1,4 @@
-"""The stages of training: the one table of what differs between them, and the one assembly of a step."""
+"""The stages of training: a table of their differences, and the function that assembles a step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,10 +22,10 @@ class Stage:
     Attributes:
       make_grad_fn: (graph definition of the model, configuration) -> gradients of the parameters in training.
       step_flops: (architecture, size of the latents, remat=...) -> FLOPs of one video in a step.
-      starts_from_model: whether there is an `init_from`; otherwise the model is initialised.
+      starts_from_model: whether the model is read from `init_from`; otherwise it is initialised.
       trains: the part of the parameter tree in training; None for all of it. The rest is frozen: the teacher.
       is_of_hybrid_blocks: whether a model without hybrid blocks has nothing to train.
-      data_kinds: the kinds of data sets that it learns from, see `data.pipeline.Source`.
+      data_kinds: the kinds of data sets that it learns from; see `data.pipeline.Source`.
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
     """
 
@@ -38,7 +38,7 @@ class Stage:
     recomputes: bool = True
 
     def split(self, params: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
-        """(what is trained, what is frozen) of a tree like the model's parameters."""
+        """Splits a tree with the structure of the model's parameters into (trained part, frozen part)."""
         if self.trains is None:
             return params, {}
         return params[self.trains], {name: tree for name, tree in params.items() if name != self.trains}
@@ -64,16 +64,16 @@ STAGES = {
     ),
     "finetune": Stage(_whole_model, training_flops),
 }
-"""By `config.stage`."""
+"""The stages by `config.stage`."""
 
 
 class Assembly(NamedTuple):
-    """A step and what it needs.
+    """A step and its arguments.
 
     Attributes:
-      sharded: the step, with its state.
-      params: the parameters in training; the step's state is made of them.
-      context: what the step reads but does not change, the frozen parameters among it.
+      sharded: the step and its initial state.
+      params: the parameters in training, from which the initial state is made.
+      context: arrays that the step reads but does not change, including the frozen parameters.
     """
 
     sharded: ShardedStep
@@ -94,8 +94,8 @@ def assemble(
       model_def: graph definition of the transformer.
       params: all parameters, arrays or `jax.ShapeDtypeStruct`s with shardings.
       specs: their PartitionSpecs.
-      context: what every stage's step reads: "null_text".
-      config: of the run.
+      context: the context that every stage's step reads: "null_text".
+      config: configuration of the run.
     """
     stage = STAGES[config.stage]
     trained, frozen = stage.split(params)

@@ -1,7 +1,7 @@
 """The step that every stage shares: accumulate gradients, apply the optimizer, average the parameters.
 
-An update that would do harm is left out: where the loss or the gradient is not finite, or the gradient's norm is far
-above what it usually is.
+A harmful update is skipped: one whose loss or gradient is not finite, or whose gradient norm is far above its running
+mean.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,27 @@ Params = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Context = dict[str, Any]
-"""What a step reads but does not change: "frozen" (the teacher's parameters, when distilling) and "null_text"
-[L, text_dim] (the embedding of no caption). An argument, not a closure: XLA would bake weights into the program."""
+"""Arrays that a step reads but does not change: "frozen" (the teacher's parameters, when distilling) and "null_text"
+[L, text_dim] (the embedding of no caption). They are an argument because XLA would bake a closure's weights into the
+program."""
 
 GradFn = Callable[[Params, Context, Batch, jax.Array], tuple[Metrics, Params]]
 """(params, context, batch, key) -> (metrics, gradients)."""
 
 State = dict[str, Any]
-"""step: int32 []; params, ema: float32 trees (ema is {} when none is kept); opt_state: the optimizer's. What decides
-about skipping: updates and skipped_in_a_row, int32 []; usual_norm, float32 [], of the gradients."""
+"""The fields are:
+
+  - step: int32 [], number of steps made
+  - params, ema: float32 trees; ema is {} if no average is kept
+  - opt_state: state of the optimizer
+  - updates, skipped_in_a_row: int32 [], number of updates made, and of skipped ones up to the last step
+  - usual_norm: float32 [], running mean of the gradient norm, which decides about skipping
+"""
 
 NORM_DECAY = 0.99
-"""Of the running mean of gradient norms; a norm is compared with it once this many updates have formed it:"""
+"""Decay of the running mean of gradient norms."""
 UPDATES_BEFORE_SPIKES = 100
+"""Number of updates that the running mean needs before a norm is compared with it."""
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, *, keep_ema: bool) -> State:
@@ -48,7 +56,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, keep_
 
 
 def state_specs(abstract: State, specs: Any) -> State:
-    """The PartitionSpecs of a state: moments and averages are where their parameters are."""
+    """The PartitionSpecs of a state: moments and averages are sharded like their parameters."""
     return {
         **dict.fromkeys(("step", "updates", "skipped_in_a_row", "usual_norm"), PartitionSpec()),
         "params": specs,
@@ -78,10 +86,10 @@ def accumulate(grad_fn: GradFn, parts: int) -> GradFn:
 
 
 def is_useful(state: State, loss: jax.Array, norm: jax.Array, spike_factor: float) -> jax.Array:
-    """bool []: whether an update with this loss and gradient norm is to be made.
+    """bool []: true if an update with this loss and gradient norm should be made.
 
     Args:
-      spike_factor: how many times its usual size a norm may be; 0 for any finite one.
+      spike_factor: largest allowed ratio of a norm to its running mean; 0 allows any finite norm.
     """
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     if not spike_factor:
@@ -101,8 +109,8 @@ def make_step(
 ) -> Callable[[State, Context, Batch], tuple[State, Metrics]]:
     """(state, context, batches [accumulation_steps, B, ...]) -> (state, metrics).
 
-    A run is a function of its configuration, seed and data, however often it is stopped and resumed. A step that makes
-    no useful update (`is_useful`) leaves parameters, average and optimizer as they are.
+    A run depends only on its configuration, seed and data, even if it is stopped and resumed. A step without a useful
+    update (`is_useful`) changes neither parameters nor average nor optimizer.
     """
     grad_fn = accumulate(grad_fn, accumulation_steps)
 
@@ -110,12 +118,12 @@ def make_step(
         metrics, grads = grad_fn(state["params"], context, batch, step_key(seed, state["step"]))
         norm = optax.tree.norm(grads)
         useful = is_useful(state, metrics["loss"], norm, spike_factor)
-        # In the same pass over memory as the update itself.
+        # XLA selects in the same pass over memory as the update itself.
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(useful, new, old), new, old)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = keep(optax.apply_updates(state["params"], updates), state["params"])
         ema = state["ema"] and keep(optax.incremental_update(params, state["ema"], 1 - ema_decay), state["ema"])
-        # The mean of the norms so far, as long as they are few.
+        # The plain mean of the norms while they are few.
         weight = jnp.maximum(1 - NORM_DECAY, 1 / (state["updates"] + 1))
         usual_norm = state["usual_norm"] + weight * (norm - state["usual_norm"])
         skipped_in_a_row = jnp.where(useful, 0, state["skipped_in_a_row"] + 1)

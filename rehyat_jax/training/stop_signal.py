@@ -1,4 +1,4 @@
-"""SIGTERM, with which schedulers announce that they will take a machine away, as a request to stop."""
+"""Handles SIGTERM, with which schedulers announce that they take a machine away, as a request to stop."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ ALL_WAS_SAVED = "stopped by SIGTERM after everything was saved; the same command
 
 
 class StopSignal:
-    """Whether SIGTERM has asked this run to stop. The run then stops between two steps.
+    """Records whether SIGTERM has asked this run to stop. The run then stops between two steps.
 
-    Before the first step there is nothing to lose, and a process that compiles cannot be interrupted from Python: it
-    ends at once, from a thread. Several processes have to stop after the same step: JAX takes the SIGTERM of any of
-    them as notice of a preemption, from `jax.distributed.initialize` on, and agrees on one.
+    Before the first step, a thread ends the process at once: there is nothing to lose, and Python cannot interrupt a
+    process that compiles. Several processes have to stop after the same step. From `jax.distributed.initialize` on,
+    JAX takes the SIGTERM of any process as a preemption notice, and the processes agree on a step.
 
-    To be used in a `with` statement; outside of the main thread, which alone can handle signals, it never asks.
+    Use it in a `with` statement. Only the main thread can handle signals; in any other thread no stop is requested.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class StopSignal:
         if self._handles:
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
-            # Python runs handlers when the main thread is back from C++; the byte that it writes is there at once.
+            # Python runs handlers only when the main thread returns from C++; the wakeup byte is written at once.
             self._previous_handler = signal.signal(signal.SIGTERM, _do_nothing)
             signal.siginterrupt(signal.SIGTERM, False)
             self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -52,9 +52,10 @@ class StopSignal:
             os.close(self._read)
 
     def is_requested(self, steps: int) -> bool:
-        """Whether to stop after this step, the `steps`-th of this process; to be asked after each, by all processes.
+        """True if the run should stop after this step, the `steps`-th of this process.
 
-        (JAX agrees on a number just above the largest that it was asked about, and that one must come.)
+        All processes must call this after every step: JAX agrees on a number just above the largest one that it was
+        asked about, and that number must come.
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(steps)

@@ -1,4 +1,4 @@
-"""A run whose data cannot be read, or whose updates are not finite."""
+"""Ends a run whose data cannot be read or whose updates are not finite."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from rehyat_jax.training.run_data import RunData
 
 
 def next_batch(data: RunData, step: int) -> dict[str, np.ndarray]:
-    """This process's part of the batch of a step; to be called by all processes.
+    """This process's part of the batch of a step. All processes must call it.
 
-    Several processes wait for one another here, so that all know whether all have theirs: a step takes all of them, and
-    so does a checkpoint of what was before it.
+    The processes wait for one another here to learn whether each of them has its part. A step needs all processes, and
+    so does a checkpoint of the state before it.
 
     Raises:
       InputError: some process cannot read its part. All processes raise it, and `data` is before that step again.
@@ -42,7 +42,7 @@ def next_batch(data: RunData, step: int) -> dict[str, np.ndarray]:
 
 
 def _processes_that(condition: bool) -> list[int]:
-    """In which processes a condition holds."""
+    """The processes in which a condition holds."""
     return np.flatnonzero(multihost_utils.process_allgather(np.array(condition))).tolist()
 
 
