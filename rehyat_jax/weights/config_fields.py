@@ -1,4 +1,4 @@
-"""A model's configuration from JSON, with every field checked before it is used."""
+"""Reads a model's configuration from JSON and checks every field before it is used."""
 
 import dataclasses
 import difflib
@@ -19,10 +19,10 @@ def config_from_json(config_class: type, fields: Any, source: str, version: int 
     """Like `config_class.from_dict`, for JSON that may have been edited or damaged.
 
     Args:
-      config_class: a model's, see `weights.spec.ModelSpec`.
-      fields: what `to_dict` gives. A missing field takes its default.
-      source: what the fields were read from, for messages.
-      version: of the format, which decides how forms of attention are written.
+      config_class: configuration class of a model; see `weights.spec.ModelSpec`.
+      fields: result of `to_dict`. A missing field takes its default.
+      source: file that the fields were read from, for messages.
+      version: version of the format, which decides how forms of attention are written.
 
     Raises:
       InputError: a field is unknown, of the wrong type or out of range, or missing and without a default.
@@ -42,7 +42,7 @@ def config_from_json(config_class: type, fields: Any, source: str, version: int 
 
 
 def check_version(version: Any, source: str) -> int:
-    """The format version of a file. Raises InputError unless it is one that can be read."""
+    """The format version of a file. Raises InputError unless that version can be read."""
     if type(version) is not int or version not in FORM_FIELDS:
         raise InputError(
             f"{source}: format_version should be one of {tuple(FORM_FIELDS)}, found {version!r}; another version of "
@@ -52,13 +52,13 @@ def check_version(version: Any, source: str) -> int:
 
 
 def defaults(config_class: type) -> dict[str, Any]:
-    """The default of each field that has one, as `to_dict` would give it."""
+    """The default of each field that has one, in the form that `to_dict` gives."""
     fields = dataclasses.fields(config_class)
     return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 def require_known(name: str, known: Iterable[str], source: str) -> None:
-    """Raises InputError, naming the closest known field, if a field's name is not among the known ones."""
+    """Raises InputError, naming the closest known field, if a field is unknown."""
     known = list(known)
     if name not in known:
         closest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
@@ -112,7 +112,7 @@ def _check_fields(cls: type, fields: Any, source: str, prefix: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is what an annotation says; numbers must be finite and not negative."""
+    """True if a JSON value has the annotated type; numbers must be finite and not negative."""
     arguments = typing.get_args(hint)
     match typing.get_origin(hint) or hint:
         case typing.Literal:

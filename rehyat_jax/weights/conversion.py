@@ -24,11 +24,11 @@ def convert_from_torch(source: Path, destination: Path, *, replace: bool = False
       replace: whether to replace what exists at the destination.
 
     Returns:
-      What was converted.
+      The converted model.
 
     Raises:
       InputError: the source is not a complete, finite checkpoint of Wan's text-to-video transformer, or the destination
-        can't be written. Nothing is left at the destination then, and what was there stays.
+        can't be written. The destination then stays as it was.
     """
     destination = _distinct(source, destination)
     with _progress_bar() as bar:
@@ -49,21 +49,21 @@ def convert_to_torch(
 ) -> StreamedModel:
     """Writes a model checkpoint as a PyTorch folder; shows progress on stderr.
 
-    A student in diffusers' layout gets `rehyat_torch.py` beside its weights: upstream has no code that could run it.
+    A student in diffusers' layout gets `rehyat_torch.py` next to its weights, because upstream has no code to run it.
 
     Args:
       source: a model checkpoint.
       destination: the folder to write; its parent must exist.
       layout: "diffusers" or "original".
       replace: whether to replace what exists at the destination.
-      max_shard_bytes: weights of more bytes are written in shards.
+      max_shard_bytes: size above which weights are written in shards.
 
     Returns:
-      What was converted.
+      The converted model.
 
     Raises:
-      InputError: the source is not a complete, finite model checkpoint, or the destination can't be written. Nothing is
-        left at the destination then, and what was there stays.
+      InputError: the source is not a complete, finite model checkpoint, or the destination can't be written. The
+        destination then stays as it was.
     """
     destination = _distinct(source, destination)
     with _progress_bar() as bar:
@@ -77,7 +77,7 @@ def convert_to_torch(
 
 
 def _progress_bar() -> tqdm:
-    # The delay keeps the bar away from the message of an error that is found before any value is read.
+    # The delay avoids drawing the bar over the message of an error that is found before any value is read.
     return tqdm(unit="B", unit_scale=True, delay=1)
 
 

@@ -1,4 +1,4 @@
-"""Models from any kind of checkpoint, in memory."""
+"""Loads models from any kind of checkpoint into memory."""
 
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ def load_params(path: str | Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The parameters of a model checkpoint, or of a PyTorch checkpoint in either layout.
 
     Args:
-      path: a model checkpoint's directory, or whatever `open_torch_checkpoint` takes.
+      path: a model checkpoint's directory, or any source that `open_torch_checkpoint` takes.
 
     Returns:
       (config, nested dict of numpy arrays in their stored dtypes, metadata with "codec" and "text_encoder").
 
     Raises:
-      InputError: there is no checkpoint, or it is of another architecture, incomplete or damaged.
+      InputError: the checkpoint does not exist, has another architecture, is incomplete, or is damaged.
     """
     model = open_checkpoint(path)
     arrays = {name: array.read() for name, array in model.params.items()}
@@ -40,14 +40,14 @@ def read_model_metadata(path: str | Path) -> tuple[Any, dict[str, str]]:
 
 
 def load_wan(path: str | Path, **options: Any) -> WanTransformer:
-    """The model of a checkpoint, its parameters on the default device, or cut along the mesh in use (`jax.set_mesh`).
+    """The model of a checkpoint; parameters are on the default device or sharded on the mesh in use (`jax.set_mesh`).
 
     Args:
-      path: as for `load_params`.
-      **options: how to run the model: keyword arguments of `WanTransformer` besides config and rngs.
+      path: path of a checkpoint, as for `load_params`.
+      **options: keyword arguments of `WanTransformer` other than config and rngs.
 
     Raises:
-      InputError: as `load_params`.
+      InputError: as in `load_params`.
       TypeError or ValueError: an option's name or value is unknown to `WanTransformer`.
     """
     model = open_checkpoint(path)
@@ -67,15 +67,16 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
 
 
 def load_sharded(path: str | Path, model: StreamedModel, shardings: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's parameters as float32, each device's part on that device.
+    """A checkpoint's parameters as float32, sharded over the devices.
 
-    Of a model checkpoint, a process reads what its devices hold. Of PyTorch's files it reads one parameter at a time.
+    A process reads from a model checkpoint only the parts that its devices hold. It reads PyTorch's files one parameter
+    at a time.
 
     Args:
-      path: what `open_checkpoint` was given.
-      model: what it returned.
+      path: argument of `open_checkpoint`.
+      model: result of `open_checkpoint`.
       shardings: nested dict of the parameters' shardings; those of parameters that are not in the checkpoint are
-        left out.
+        ignored.
 
     Raises:
       InputError: the values are damaged.
@@ -95,6 +96,6 @@ def _place(array: StreamedArray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def open_checkpoint(path: str | Path) -> StreamedModel:
-    """A checkpoint as `load_params` takes it, its values still on disk. Raises InputError."""
+    """Opens a checkpoint that `load_params` takes; its values stay on disk. Raises InputError."""
     path = Path(path)
     return open_model_checkpoint(path) if is_model_checkpoint(path) else open_torch_checkpoint(path)

@@ -1,6 +1,6 @@
 """Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint.
 
-model.json has format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form in place of "attention".
+model.json has format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form instead of "attention".
 """
 
 import functools
@@ -26,12 +26,12 @@ METADATA = ("codec", "text_encoder")
 
 
 def is_model_checkpoint(path: Path) -> bool:
-    """Whether a directory has a model.json."""
+    """True if a directory has a model.json."""
     return (path / MODEL_FILE).is_file()
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises InputError if `save_model` would refuse to write there because of what it finds."""
+    """Raises InputError if something other than a model checkpoint exists, which `save_model` would not replace."""
     if path.exists() and not is_model_checkpoint(path):
         raise InputError(f"{path}: already exists and is not a model checkpoint; move it, or choose another place")
 
@@ -42,14 +42,14 @@ def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: 
     Args:
       path: the directory to write; missing parents are created.
       config: architecture.
-      params: nested dict of numpy or JAX arrays, as `nnx.to_pure_dict` gives of a model. They reach the host
-        one at a time; arrays spread over several processes are written by all of them together, into a directory that
+      params: nested dict of numpy or JAX arrays, such as `nnx.to_pure_dict` of a model. They reach the host one at a
+        time. If arrays are spread over several processes, all processes write them together, into a directory that
         all of them see.
       codec: name of the codec between the model's latents and videos.
       text_encoder: name of the encoder of its prompts.
 
     Raises:
-      ValueError: the parameters are not those of the configuration.
+      ValueError: the parameters do not match the configuration.
       InputError: something else exists at `path`, or it can't be written.
     """
     path = Path(path).absolute()
@@ -75,7 +75,7 @@ def write_model_checkpoint(directory: Path, model: StreamedModel) -> None:
 
     Args:
       directory: absolute path.
-      model: what to write.
+      model: the model to write.
     """
     save_params(directory / PARAMS, model.params)
     _write_description(directory, model.config, model.metadata)
@@ -115,10 +115,10 @@ def read_model_description(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def open_model_checkpoint(path: Path) -> StreamedModel:
-    """Checks a model checkpoint's parameters against its configuration; values are read when asked for.
+    """Checks a model checkpoint's parameters against its configuration; values are read on demand.
 
     Raises:
-      InputError: there is no model checkpoint, or it is incomplete or damaged. Damaged values are found when read.
+      InputError: the model checkpoint does not exist, is incomplete, or is damaged. Damaged values are found when read.
     """
     config, metadata = read_model_description(path)
     params = open_params(path.absolute() / PARAMS)
@@ -135,12 +135,12 @@ def restore_sharded(path: Path, shardings: dict[str, jax.sharding.Sharding]) -> 
 
 
 def check_params(params: dict[str, Any], config: Any) -> None:
-    """Raises ValueError unless `save_model` can write parameters of these shapes and dtypes, a nested dict."""
+    """Raises ValueError unless `save_model` can write a nested dict of parameters with these shapes and dtypes."""
     _check_params(traverse_util.flatten_dict(params, sep="."), config, "params")
 
 
 def _check_params(params: dict[str, Any], config: Any, source: str) -> None:
-    """Raises ValueError unless the arrays are exactly the configuration's, in dtypes of weights."""
+    """Raises ValueError unless the arrays have exactly the configuration's names and shapes, and dtypes of weights."""
     expected = {row.path: row.stacked_shape for row in spec_of(config).table(config)}
     if missing := sorted(expected.keys() - params.keys()):
         raise ValueError(f"{source}: {missing[0]} is missing ({len(missing)} of {len(expected)} parameters are)")

@@ -1,4 +1,4 @@
-"""The backbones whose checkpoints can be read, written and converted: the one table of them."""
+"""The table of the backbones whose checkpoints can be read, written and converted."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from rehyat_jax.weights.spec import ModelSpec
 from rehyat_jax.weights.wan.spec import WAN
 
 MODELS: dict[str, ModelSpec] = {spec.architecture: spec for spec in (WAN,)}
-"""By the architecture that model.json names."""
+"""Specs by the architecture that model.json names."""
 
 
 def spec_of(config: Any) -> ModelSpec:

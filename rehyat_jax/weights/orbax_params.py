@@ -1,8 +1,8 @@
 """Parameters in Orbax checkpoints, saved and restored one array at a time.
 
-What is written is an ordinary Orbax PyTree checkpoint of arrays: any Orbax restore reads it, also straight into
-shardings. Orbax by itself would hold all arrays of a tree in memory at once, so a type of leaf that is read only when
-its turn comes is registered with a handler of its own, which is the extension that Orbax offers for this.
+The result is an ordinary Orbax PyTree checkpoint of arrays: any Orbax restore can read it, also directly into
+shardings. Orbax by itself would hold all arrays of a tree in memory at once. A leaf type that is read only when it is
+written therefore has its own registered handler, which is an extension that Orbax supports.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.weights.streamed import StreamedArray
 
 CHUNK_BYTES = 64 * 2**20
-"""Arrays are stored in files of at most this size, which is also the unit of write buffers and of sharded reads."""
+"""Largest size of the files that store an array, and the unit of write buffers and of sharded reads."""
 
 
 class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `StreamedArray`s as numpy arrays: reads, writes and drops one before it turns to the next."""
+    """Saves `StreamedArray`s as numpy arrays: reads, writes and frees one before the next."""
 
     async def serialize(
         self,
@@ -36,11 +36,11 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
         for value, info, arg in zip(values, infos, args, strict=True):
             (write,) = await super().serialize([value.read()], [info], [arg])
             write.result()
-            del write  # it holds the values
+            del write  # it references the values
         return []
 
     async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Sequence[Any]:
-        # All at once, the first damaged array would leave the others' threads complaining about a closed event loop.
+        # In one call, the first damaged array would leave the others' threads complaining about a closed event loop.
         found = []
         for info in infos:
             found += await super().metadata([info])
@@ -62,8 +62,8 @@ def save_params(directory: Path, params: dict[str, StreamedArray]) -> None:
     """Saves parameters as an Orbax PyTree checkpoint.
 
     Args:
-      directory: absolute path, not existing yet.
-      params: by path, keys of the tree joined by dots.
+      directory: absolute path that does not exist yet.
+      params: parameters by path, which is the keys of the tree joined by dots.
     """
     tree = traverse_util.unflatten_dict(params, sep=".")
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -72,7 +72,7 @@ def save_params(directory: Path, params: dict[str, StreamedArray]) -> None:
 
 
 def save_arrays(directory: Path, params: dict[str, jax.Array]) -> None:
-    """`save_params` of arrays spread over several processes, by all of them: each writes what its devices hold."""
+    """`save_params` for arrays spread over several processes: each process writes the parts that its devices hold."""
     tree = traverse_util.unflatten_dict(params, sep=".")
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.Checkpointer(_handler()) as checkpointer:
@@ -80,13 +80,13 @@ def save_arrays(directory: Path, params: dict[str, jax.Array]) -> None:
 
 
 def open_params(directory: Path) -> dict[str, StreamedArray]:
-    """The saved arrays by path, keys of the tree joined by dots.
+    """The saved arrays by path, which is the keys of the tree joined by dots.
 
     Args:
       directory: absolute path.
 
     Raises:
-      InputError: there is no Orbax checkpoint of arrays. Damaged values are found when they are read.
+      InputError: the directory is not an Orbax checkpoint of arrays. Damaged values are found when they are read.
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: does not exist; the model checkpoint is incomplete, convert or train it again")
@@ -101,10 +101,10 @@ def open_params(directory: Path) -> dict[str, StreamedArray]:
 def restore_arrays(
     directory: Path, shardings: dict[str, jax.sharding.Sharding], dtype: np.dtype
 ) -> dict[str, jax.Array]:
-    """The saved arrays by path, cast, each process reading what its devices hold.
+    """The saved arrays by path, cast to `dtype`. Each process reads only the parts that its devices hold.
 
     Raises:
-      InputError: they are damaged.
+      InputError: the saved arrays are damaged.
     """
     unflatten = functools.partial(traverse_util.unflatten_dict, sep=".")
     restore_args = {
@@ -121,7 +121,7 @@ def restore_arrays(
 
 def _restore(directory: Path, path: str) -> np.ndarray:
     unflatten = functools.partial(traverse_util.unflatten_dict, sep=".")
-    # Whether one process wrote it or several together.
+    # Restores a numpy array from a checkpoint of one process and from one of several.
     restore_args = unflatten({path: ocp.RestoreArgs(restore_type=np.ndarray)})
     with _reported_damage(directory):
         args = ocp.args.PyTreeRestore(unflatten({path: 0}), restore_args=restore_args, partial_restore=True)
@@ -131,7 +131,7 @@ def _restore(directory: Path, path: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _reported_damage(directory: Path) -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise on missing or damaged files into an InputError."""
+    """Turns the errors of Orbax and TensorStore for missing or damaged files into an InputError."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -1,8 +1,8 @@
-"""One safetensors file: its header, and single tensors read and written by offset.
+"""One safetensors file: reads its header, and reads and writes single tensors by offset.
 
-The safetensors package maps whole files into memory, and mapped pages count as the process's own until the map is
-closed; it also writes a file only from tensors that are all in memory. Plain reads and writes at offsets keep one
-tensor in memory, and the format is small: 8 bytes of header length, a JSON header, then the tensors without gaps.
+The safetensors package maps complete files into memory, and mapped pages count as the process's own until the map is
+closed. It also needs all tensors in memory to write a file. Plain reads and writes at offsets keep one tensor in
+memory. The format is small: 8 bytes of header length, a JSON header, then the tensors without gaps.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 """The dtypes of weights, in the order in which safetensors' own writer places them in a file."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""The reference implementation's limit; a larger length is a sign of another kind of file."""
+"""Limit of the reference implementation; a larger header length indicates another kind of file."""
 
 
 MAX_AXES, MAX_ENTRIES = 16, 2**48
-"""Beyond any weights: what has more is damaged."""
+"""Limits above any weights: a tensor that exceeds them is damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's values are: `nbytes` bytes from `offset` of `file`, row-major, little-endian."""
+    """The place of a tensor's values: `nbytes` bytes from `offset` of `file`, row-major, little-endian."""
 
     name: str
     dtype: np.dtype
@@ -106,12 +106,12 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
 
 
 def create_file(file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, StoredTensor]:
-    """A new safetensors file with the header of the given dtypes and shapes, and room for the values.
+    """Creates a safetensors file with a header for the given dtypes and shapes, and space for the values.
 
     The header and the order of the tensors (dtype, then name) are those of safetensors' own writer.
 
     Returns:
-      Where each tensor goes; fill all of them with `write_tensor`.
+      The place of each tensor; fill all of them with `write_tensor`.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     rank = {dtype: index for index, dtype in enumerate(DTYPES.values())}
@@ -132,7 +132,7 @@ def create_file(file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 def write_tensor(tensor: StoredTensor, array: np.ndarray) -> None:
-    """Puts the values of a tensor at its place. Raises InputError if they hold NaN or infinity."""
+    """Writes the values of a tensor to its place. Raises InputError if they hold NaN or infinity."""
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise ValueError(f"{tensor.name} is {tensor.dtype}{tensor.shape}, found {array.dtype}{array.shape}")
     require_finite(array, f"tensor {tensor.name}")
@@ -166,7 +166,7 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[int, np.dtype, tupl
         and isinstance(entry.get("shape"), list)
         and len(entry["shape"]) <= MAX_AXES
         and all(map(count, entry["shape"]))
-        # Of an empty tensor too: numpy must be able to make it.
+        # Sizes of 0 count as 1: numpy must be able to create empty tensors too.
         and math.prod(max(size, 1) for size in entry["shape"]) < MAX_ENTRIES
         and isinstance(entry.get("data_offsets"), list)
         and len(entry["data_offsets"]) == 2
@@ -194,7 +194,7 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[int, np.dtype, tupl
 
 
 def _refuse(file: Path, start: bytes, reason: str) -> NoReturn:
-    # A zip archive is what torch.save writes; 0x80 and a protocol number begin a bare pickle.
+    # torch.save writes a zip archive; a bare pickle begins with 0x80 and a protocol number.
     if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
         raise InputError(
             f"{file}: is a PyTorch pickle, expected safetensors; pickles can run any code when opened and are never "

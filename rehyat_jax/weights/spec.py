@@ -1,4 +1,4 @@
-"""What the weights machinery must know of a model: everything that differs from backbone to backbone."""
+"""Description of a model for reading, writing and converting its weights: everything that differs between backbones."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from rehyat_jax.weights.table import Layout, Row
 
 @dataclasses.dataclass(frozen=True)
 class Inferred:
-    """The value of a configuration's field that a tensor's shape implies."""
+    """The value of a configuration field that a tensor's shape implies."""
 
     value: Any
     tensor: str
@@ -20,10 +20,10 @@ class UpstreamConfig:
     """How one library's config.json describes the models that can be converted.
 
     Attributes:
-      fields: their name of each field -> name in the configuration class, or "width".
-      fixed: fields with the one value that is supported.
-      unsaid: fields of the configuration class that the file has no place for, besides the forms of attention and those
-        that are seen from tensors' shapes.
+      fields: the library's name of each field -> name in the configuration class, or "width".
+      fixed: fields that must have one supported value, with that value.
+      unsaid: fields of the configuration class that the file cannot store. The forms of attention and the fields
+        implied by tensors' shapes are not listed.
     """
 
     fields: dict[str, str]
@@ -32,7 +32,8 @@ class UpstreamConfig:
 
 
 ShapeOf = Callable[[str], tuple[tuple[int, ...], str]]
-"""Path of a parameter -> (its shape here, in block 0 where it is stacked; its name in PyTorch). Raises InputError."""
+"""Path of a parameter -> (its shape in this package, in block 0 if it is stacked; its PyTorch name). Raises
+InputError."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +42,17 @@ class ModelSpec:
 
     Attributes:
       architecture: its name in model.json.
-      description: of the models that can be converted, for messages.
+      description: description of the models that can be converted, for messages.
       config: the frozen dataclass of its sizes and forms of attention, with `to_dict`, `from_dict`, `block_forms`,
         `num_layers` and `width`.
-      model: its module, made by model(config, rngs=..., **options).
+      model: its module, constructed as model(config, rngs=..., **options).
       table: configuration -> the rows of its parameters, in the order of diffusers' state dict.
-      upstream: config.json of both PyTorch layouts.
+      upstream: descriptions of config.json in both PyTorch layouts.
       metadata: "codec" and "text_encoder" of published checkpoints.
-      smallest: any configuration, for the names of parameters.
-      infer: (shapes of the checkpoint, number of blocks, source for messages) -> what the shapes imply, by field; with
-        "width".
-      foreign: prefixes of tensors' names -> the model that they belong to, which cannot be converted.
-      head_dim: where config.json does not say it.
+      smallest: any small configuration, which only provides the names of parameters.
+      infer: (shapes of the checkpoint, source for messages) -> the fields, and "width", that the shapes imply.
+      foreign: prefixes of tensor names -> the model that they belong to, which cannot be converted.
+      head_dim: head_dim of a checkpoint whose config.json does not state it.
     """
 
     architecture: str

@@ -1,4 +1,4 @@
-"""Models whose parameters stay on disk until they are needed, so that a conversion holds one of them at a time."""
+"""Models whose parameters stay on disk until they are needed, so that a conversion holds one parameter at a time."""
 
 import dataclasses
 import math
@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class StreamedArray:
-    """An array known by shape and dtype; `read` brings its values into memory.
+    """An array with a known shape and dtype, whose values `read` loads into memory.
 
     Attributes:
-      shape: of the array.
+      shape: shape of the array.
       dtype: float32, float16 or bfloat16.
-      read: returns the values as a new numpy array. May raise InputError: the values are only seen now.
+      read: returns the values as a new numpy array. It may raise InputError, since it sees the values first.
     """
 
     shape: tuple[int, ...]
@@ -29,10 +29,10 @@ class StreamedArray:
 
 
 class StreamedModel(NamedTuple):
-    """What both kinds of checkpoint are opened as, and written from.
+    """A model that was opened from, or will be written as, either kind of checkpoint.
 
     Attributes:
-      config: architecture, of one of the classes in `weights.models.MODELS`.
+      config: architecture, an instance of one of the classes in `weights.models.MODELS`.
       metadata: names of the model's "codec" and "text_encoder".
       params: arrays of the parameter tree by path, keys joined by dots.
     """

@@ -1,7 +1,7 @@
-"""Tables of parameters under their three names: here, in diffusers, and in a model's original PyTorch code.
+"""Tables of parameters with their three names: in this package, in diffusers, and in the original PyTorch code.
 
-Import and export read the same table in two directions. A row is one array of the parameter tree; the parameters of
-all transformer blocks are stacked in one array, whose rows are tensors of their own in PyTorch.
+Import and export read the same table in two directions. A row is one array of the parameter tree. The parameters of
+all transformer blocks are stacked in one array, while PyTorch has one tensor for each block.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ import numpy as np
 from rehyat_jax.attention.form import BlockForms
 
 Layout = Literal["diffusers", "original"]
-"""Which of the two PyTorch libraries' names."""
+"""The PyTorch library whose names are used."""
 
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "original")
 
 BLOCK = "blocks.{block}."
-"""What PyTorch names of block parameters begin with."""
+"""Prefix of the PyTorch names of block parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How one tensor's axes are laid out here and in PyTorch. Both functions return views."""
+    """Converts the axes of one tensor between this package and PyTorch. Both functions return views."""
 
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -45,10 +45,10 @@ class Row:
 
     Attributes:
       path: keys of the parameter tree, joined by dots.
-      shape: here, without the axis of blocks.
+      shape: shape in this package, without the axis of blocks.
       diffusers, original: PyTorch name, with {block} for the index of a block.
-      transform: from one tensor to (a row of) the array.
-      blocks: which blocks are stacked on the array's leading axis; None where it has no such axis.
+      transform: conversion between one tensor and the array, or one row of it.
+      blocks: the blocks that are stacked on the array's leading axis; None if it has no such axis.
     """
 
     path: str
@@ -75,7 +75,7 @@ class Row:
 
 
 def torch_names(table: list[Row], layout: Layout) -> Iterator[str]:
-    """All PyTorch names, block after block as in a state dict."""
+    """All PyTorch names, block after block, in the order of a state dict."""
     for stacked, group in itertools.groupby(table, key=lambda row: row.blocks is not None):
         rows = list(group)
         if not stacked:
@@ -95,7 +95,7 @@ def linear_rows(path: str, diffusers: str, original: str, in_features: int, out_
 
 
 def feature_map_rows(forms: BlockForms, num_heads: int, head_dim: int) -> list[Row]:
-    """The feature maps of the converted blocks. PyTorch has no such model, so their layout there is ours too."""
+    """The feature maps of the converted blocks. PyTorch has no such model, so this package defines their layout."""
     rows = []
     for stack in forms.stacks:
         prefix = ".".join(("feature_maps", *filter(None, [stack.key]))) + "."
@@ -113,7 +113,7 @@ def feature_map_rows(forms: BlockForms, num_heads: int, head_dim: int) -> list[R
 
 
 def in_blocks(row: Row, prefix: str, blocks: tuple[int, ...]) -> Row:
-    """A row of one block as a row of these blocks, stacked; `prefix` is of its path."""
+    """Turns the row of one block into the stacked row of several blocks; `prefix` is prepended to its path."""
     return dataclasses.replace(
         row, path=prefix + row.path, diffusers=BLOCK + row.diffusers, original=BLOCK + row.original, blocks=blocks
     )

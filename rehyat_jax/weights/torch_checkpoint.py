@@ -1,4 +1,4 @@
-"""PyTorch checkpoints in either layout, as streamed parameters of a model."""
+"""Reads and writes PyTorch checkpoints in either layout as streamed parameters of a model."""
 
 import re
 from collections.abc import Callable
@@ -16,22 +16,22 @@ from rehyat_jax.weights.torch_config import read_torch_config, write_torch_confi
 from rehyat_jax.weights.torch_folder import create_files, find_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
-"""Shards of the published diffusers repositories."""
+"""Size of the shards in the published diffusers repositories."""
 
 Progress = Callable[[int], object]
-"""Told the bytes of each tensor that was read or written."""
+"""Called with the size in bytes of each tensor that was read or written."""
 
 
 def open_torch_checkpoint(source: Path, progress: Progress = lambda nbytes: None) -> StreamedModel:
-    """Checks names, shapes, dtypes and configuration of a PyTorch checkpoint; its values are read when asked for.
+    """Checks names, shapes, dtypes and configuration of a PyTorch checkpoint; its values are read on demand.
 
     Args:
       source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
-      progress: told the bytes of each tensor that is read.
+      progress: called with the size in bytes of each tensor that is read.
 
     Raises:
-      InputError: the checkpoint is not one of a known model, or is incomplete or damaged. Tensors with NaN or infinity
-        are found when they are read.
+      InputError: the checkpoint does not belong to a known model, is incomplete, or is damaged. Tensors with NaN or
+        infinity are found when they are read.
     """
     folder, tensors = find_tensors(source)
     spec, layout = _detect(source, tensors)
@@ -53,14 +53,14 @@ def write_torch_checkpoint(
     progress: Progress = lambda nbytes: None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model as PyTorch libraries do; each parameter is in memory only while it is written.
+    """Writes a model in the layout of a PyTorch library; each parameter is in memory only while it is written.
 
     Args:
       folder: existing empty directory.
-      model: what to write.
-      layout: whose names and configuration.
-      progress: told the bytes of each tensor that was written.
-      max_shard_bytes: weights of more bytes are written in shards.
+      model: the model to write.
+      layout: the library whose names and configuration are written.
+      progress: called with the size in bytes of each tensor that was written.
+      max_shard_bytes: size above which weights are written in shards.
 
     Raises:
       InputError: a parameter can't be read or holds NaN or infinity.
@@ -79,12 +79,12 @@ def write_torch_checkpoint(
 
 
 def _template(name: str) -> str:
-    """A tensor's name with its block's index left open, as in the table."""
+    """A tensor's name with {block} in place of the block's index, as in the table."""
     return re.sub(r"^blocks\.(0|[1-9]\d*)\.", "blocks.{block}.", name)
 
 
 def _detect(source: Path, tensors: dict[str, StoredTensor]) -> tuple[ModelSpec, Layout]:
-    """The model and the layout whose names, and no other's, occur most."""
+    """The model and layout with the most matching names; names that all of them share do not count."""
     found = {_template(name) for name in tensors}
     names = {
         (spec.architecture, layout): {getattr(row, layout) for row in spec.table(spec.smallest)}
@@ -142,7 +142,7 @@ def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layo
 def _check_tensors(
     spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], table: list[Row], layout: Layout
 ) -> None:
-    """Every tensor of the table is there in its shape, nothing else is, and tensors stacked together share a dtype."""
+    """Checks that exactly the table's tensors exist, with their shapes, and that stacked tensors share a dtype."""
     expected = {name: row for row in table for name in row.names(layout)}
     if missing := [name for name in expected if name not in tensors]:
         raise InputError(
@@ -177,7 +177,7 @@ def _why_extra(name: str) -> str:
 
 
 def _write_parameter(array: StreamedArray, row: Row, places: list[StoredTensor], progress: Progress) -> None:
-    # A function of its own, so that one parameter is gone before the next is read.
+    # A separate function, so that one parameter is freed before the next is read.
     values = array.read()
     layers = [values] if row.blocks is None else values
     for place, layer in zip(places, layers, strict=True):

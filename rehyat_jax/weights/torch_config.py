@@ -1,7 +1,7 @@
-"""`config.json` of both PyTorch layouts, and `rehyat.json` for what upstream's configuration cannot say.
+"""`config.json` of both PyTorch layouts, and `rehyat.json` for fields that upstream's configuration lacks.
 
-rehyat.json has format version 2. Version 1, which has no "format_version", has "hybrid_blocks" and one "hybrid" form
-in place of "attention".
+rehyat.json has format version 2. Version 1 has no "format_version", and has "hybrid_blocks" and one "hybrid" form
+instead of "attention".
 """
 
 from pathlib import Path
@@ -21,9 +21,9 @@ def read_torch_config(spec: ModelSpec, folder: Path, inferred: dict[str, Inferre
     """The configuration of a PyTorch checkpoint, from its files and its tensors' shapes.
 
     Args:
-      spec: of the model.
-      folder: where config.json and rehyat.json may be.
-      inferred: what the shapes imply, by names of the configuration's fields, and "width".
+      spec: spec of the model.
+      folder: folder that may hold config.json and rehyat.json.
+      inferred: values that the shapes imply, by name of the configuration's field, and "width".
 
     Returns:
       (config, metadata with "codec" and "text_encoder").
@@ -43,7 +43,7 @@ def read_torch_config(spec: ModelSpec, folder: Path, inferred: dict[str, Inferre
 
 
 def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, str], layout: Layout) -> None:
-    """config.json as upstream writes it and, where that can't say everything, rehyat.json."""
+    """Writes config.json in upstream's format and, if that cannot hold every field, rehyat.json."""
     upstream, ours = spec.upstream[layout], {**config.to_dict(), "width": config.width}
     described = {theirs: ours[name] for theirs, name in upstream.fields.items()}
     write_json(folder / "config.json", upstream.fixed | described)
@@ -112,7 +112,7 @@ def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple
 
 
 def _heads(spec: ModelSpec, stated: dict[str, Any], width: int, file: Path) -> dict[str, int]:
-    """num_heads and head_dim; if neither is stated, the head_dim of every published model."""
+    """num_heads and head_dim; if neither is stated, head_dim is that of every published model."""
     num_heads, head_dim = stated.get("num_heads"), stated.get("head_dim")
     if num_heads is None and head_dim is None:
         if width % spec.head_dim:

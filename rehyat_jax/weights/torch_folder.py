@@ -1,4 +1,4 @@
-"""Which files hold a PyTorch checkpoint: a single safetensors file, shards with an index, or a diffusers pipeline."""
+"""Finds and creates the files of a PyTorch checkpoint: one safetensors file, shards with an index, or a pipeline."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.weights.safetensors_file import StoredTensor, create_file, read_header
 
 NAME = "diffusion_pytorch_model"
-"""What Wan's and diffusers' repositories call the weights."""
+"""Name of the weights in Wan's and diffusers' repositories."""
 
 INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -27,7 +27,8 @@ def find_tensors(source: Path) -> tuple[Path, dict[str, StoredTensor]]:
       (the folder of the files, the tensors).
 
     Raises:
-      InputError: there is no such checkpoint, a shard is missing, the index is wrong, or a file is damaged or a pickle.
+      InputError: the checkpoint does not exist, a shard is missing, the index is wrong, or a file is damaged or a
+        pickle.
     """
     file = _file_in_folder(source) if source.is_dir() else source
     if not file.is_file():
@@ -47,15 +48,15 @@ def find_tensors(source: Path) -> tuple[Path, dict[str, StoredTensor]]:
 def create_files(
     folder: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], *, max_shard_bytes: int
 ) -> dict[str, StoredTensor]:
-    """New files for the tensors: one, or shards with an index, as Hugging Face libraries split and name them.
+    """Creates one file for the tensors, or shards with an index, split and named like those of Hugging Face libraries.
 
     Args:
       folder: existing directory.
       tensors: dtype and shape of each tensor by name, in the order of the state dict.
-      max_shard_bytes: a new shard begins where this size would be exceeded.
+      max_shard_bytes: size of a shard above which a new one begins.
 
     Returns:
-      Where each tensor goes; fill all of them with `write_tensor`.
+      The place of each tensor; fill all of them with `write_tensor`.
     """
     shards, size = [{}], 0
     for name, (dtype, shape) in tensors.items():

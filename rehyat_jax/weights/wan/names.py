@@ -1,4 +1,4 @@
-"""Wan2.1's parameters under their names here, in diffusers' `WanTransformer3DModel` and in the original `WanModel`."""
+"""Names of Wan2.1's parameters: in this package, diffusers' `WanTransformer3DModel` and the original `WanModel`."""
 
 import numpy as np
 

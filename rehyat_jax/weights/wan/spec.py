@@ -1,4 +1,4 @@
-"""Wan2.1's text-to-video transformer, for the weights machinery."""
+"""Spec of Wan2.1's text-to-video transformer for reading, writing and converting its weights."""
 
 from typing import Any
 
@@ -52,11 +52,11 @@ UPSTREAM: dict[Layout, UpstreamConfig] = {
         fixed={"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"},
     ),
 }
-"""Values and omissions are those of the published files."""
+"""The values, and the fields that are missing, are those of the published files."""
 
 
 def _infer(shape: ShapeOf, source: Any) -> dict[str, Inferred]:
-    """What the tensors' shapes say of `WanConfig`. Raises InputError."""
+    """The fields of `WanConfig`, and "width", that the tensors' shapes imply. Raises InputError."""
     (*patch, in_channels, width), patch_name = shape("patch_embedding.kernel")
     (text_dim, _), text_name = shape("text_embedding.linear_1.kernel")
     (freq_dim, _), time_name = shape("time_embedding.linear_1.kernel")
