@@ -1,4 +1,4 @@
-"""`dataset.json`, what a folder of prepared training examples says of itself; it is written last."""
+"""`dataset.json`, the manifest of a folder of prepared training examples. It is written last."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from rehyat_jax.weights.config_fields import require_known
 
 MANIFEST = "dataset.json"
 NULL_TEXT = "null_text.safetensors"
-"""Beside the manifest: `text` [L, text_dim], the embedding of no caption."""
+"""File next to the manifest with `text` [L, text_dim], the embedding of no caption."""
 
 SHARD_SUFFIX = ".array_record"
 FORMAT_VERSION = 1
@@ -43,12 +43,12 @@ class BucketFiles:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a data set is.
+    """Description of a data set.
 
     Attributes:
-      kind: a key of `RANKS`: "examples" (clean latents) or "trajectories" (a teacher's noisy ones).
-      codec, text_encoder: names of what made latents and text embeddings.
-      buckets: one for each shape, in the order of their shapes; no shard is empty.
+      kind: a key of `RANKS`: "examples" (clean latents) or "trajectories" (a teacher's noisy latents).
+      codec, text_encoder: names of the models that computed latents and text embeddings.
+      buckets: one bucket for each shape, in the order of their shapes; no shard is empty.
     """
 
     kind: str
@@ -58,17 +58,17 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes `folder/dataset.json`, whole or not at all."""
+    """Writes `folder/dataset.json`, complete or not at all."""
     with written_whole(folder / MANIFEST) as temporary:
         write_json(temporary, {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)})
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, checked against the names and sizes of the files that are there.
+    """The manifest of a folder, checked against the names and sizes of the files in it.
 
     Raises:
-      InputError: there is none, it is damaged, it names a file outside of the folder, or a shard is missing or of
-        another size than it says.
+      InputError: the manifest is missing or damaged, it names a file outside of the folder, or a shard is missing or
+        has another size.
     """
     file = folder / MANIFEST
     if not folder.is_dir():
@@ -100,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_shard(folder: Path, shard: Shard) -> None:
-    """Raises InputError unless a shard is there in its full size."""
+    """Raises InputError unless a shard exists and has its full size."""
     path = folder / shard.file
     found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
     if found != f"{shard.bytes} bytes":

@@ -1,4 +1,4 @@
-"""From a source of examples to an endless, resumable iterator of batches."""
+"""Turns a source of examples into an endless, resumable iterator of batches."""
 
 import multiprocessing
 import os
@@ -16,14 +16,14 @@ from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.errors import InputError
 
 SKIPPED = "skipped"
-"""What a batch has beside its examples where corrupt records are skipped: [B] int32, 1 in the place of such a one."""
+"""Key of a batch when corrupt records are skipped: [B] int32, 1 for an example that replaces a corrupt record."""
 
 
 class Bucket(Protocol):
     """A Grain random-access source of training examples of one shape.
 
-    Every example has "latents" [T, H, W, C] and "text" [L, text_dim], and of a teacher's trajectory "timestep" [], all
-    float32. One that cannot be read raises `CorruptRecord`.
+    Every example has "latents" [T, H, W, C] and "text" [L, text_dim]; one of a teacher's trajectory also has "timestep"
+    []. All are float32. An example that cannot be read raises `CorruptRecord`.
 
     Attributes:
       latents_shape: (T, H, W, C).
@@ -40,10 +40,10 @@ class Source(Protocol):
     """Training examples of one or several shapes.
 
     Attributes:
-      kind: "examples" (clean latents) or "trajectories" (latents that a teacher met on its way from noise to data).
-      codec, text_encoder: names of what made latents and text embeddings.
+      kind: "examples" (clean latents) or "trajectories" (noisy latents from a teacher's path from noise to data).
+      codec, text_encoder: names of the models that computed latents and text embeddings.
       null_text: [L, text_dim] float32, the embedding of no caption.
-      buckets: the examples, those of one shape together; at least one bucket.
+      buckets: the examples, grouped by shape; at least one bucket.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Source(Protocol):
     buckets: Sequence[Bucket]
 
     def __len__(self) -> int:
-        """Examples in all."""
+        """Total number of examples."""
         ...
 
 
@@ -71,22 +71,23 @@ def batches(
 ) -> "Batches":
     """Endless iterator of {"latents": [B, T, H, W, C], "text": [B, L, text_dim]} numpy batches.
 
-    Every bucket is shuffled as a whole, anew each epoch, by `seed` alone. All examples of an element are from one
-    bucket; buckets take turns, each as often as its weight says and as evenly as possible. Elements do not depend on
-    `workers`, and the parts of a batch put together are what one process would have read, in the same order.
+    Every bucket is shuffled globally, again in each epoch; the order depends only on `seed`. All examples of an element
+    are from one bucket. Buckets alternate in proportion to their weights and as evenly as possible. Elements do not
+    depend on `workers`. The parts of a batch together equal the batch that one process would read, in the same order.
 
     Args:
-      batch_size: examples of a batch; B = batch_size / parts.
-      seed: of the shuffle, from 0 to 2**32 - 1.
-      accumulation_steps: S, how many batches come at a time, as [S, B, ...]; one, as [B, ...], by default.
-      workers: processes that make batches ahead of time; 0 makes them in threads of this process.
-      part, parts: which of how many equal parts of every batch to read, when several processes train together.
-      weights: how many batches to take of each bucket, relative to the others; by default the number of its examples.
-      skip_corrupt: in place of a record that is corrupt, take the next good one in shuffled order, which so comes
-        twice in this epoch, and leave all others where they are. Otherwise such a record raises `CorruptRecord`.
+      batch_size: number of examples in a batch; B = batch_size / parts.
+      seed: seed of the shuffle, from 0 to 2**32 - 1.
+      accumulation_steps: S, number of batches in an element [S, B, ...]; by default an element is one batch [B, ...].
+      workers: number of processes that prepare batches ahead of time; 0 uses threads of this process.
+      part, parts: index of the part of every batch to read, and number of equal parts, if several processes train
+        together.
+      weights: relative number of batches from each bucket; by default the number of its examples.
+      skip_corrupt: whether to replace a corrupt record by the next good one in shuffled order, which then occurs twice
+        in this epoch; all other records keep their places. Otherwise a corrupt record raises `CorruptRecord`.
 
     Raises:
-      InputError: not one weight for each bucket, or none is positive.
+      InputError: the number of weights is not the number of buckets, or no weight is positive, or one is negative.
     """
     buckets = source.buckets
     if not all(len(bucket) for bucket in buckets):
@@ -101,8 +102,8 @@ def batches(
 
     def elements(bucket: Bucket) -> grain.MapDataset:
         examples = grain.MapDataset.source(_InOrder(bucket, seed, skip_corrupt))
-        # Cut into batches before workers divide them, so that a batch is the same however many there are. Nothing
-        # remains in an endless data set; without the flag, its length overflows at batch size 1.
+        # Batches are formed before workers divide them, so that a batch does not depend on their number. An endless
+        # data set has no remainder; without the flag, its length overflows at batch size 1.
         rows = examples.batch(batch_size // parts, drop_remainder=True)[part::parts]
         return rows if accumulation_steps is None else rows.batch(accumulation_steps, drop_remainder=True)
 
@@ -111,9 +112,9 @@ def batches(
 
 
 class Batches:
-    """An iterator over the elements of an endless data set that can go on from any of them.
+    """An iterator over the elements of an endless data set that can resume from any of them.
 
-    The position is one number: it means the same to any number of workers and processes.
+    The position is one number, independent of the number of workers and processes.
 
     Args:
       elements: the data set.
@@ -136,15 +137,15 @@ class Batches:
         return element
 
     def get_state(self) -> dict[str, int]:
-        """The position, for `set_state` of an iterator made with the same arguments but perhaps workers and parts."""
+        """The position, for `set_state` of an iterator with the same arguments; only workers and parts may differ."""
         return {"next": self._next}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position that `get_state` gave."""
+        """Moves to a position that `get_state` returned."""
         self.seek(state["next"])
 
     def seek(self, index: int) -> None:
-        """Goes to before the element of an index, from 0."""
+        """Moves to the position before the element with an index, counted from 0."""
         self.close()
         self._next = index
 
@@ -155,11 +156,11 @@ class Batches:
             self._iterator = None
 
     def _start(self) -> grain.DatasetIterator:
-        # Grain's default buffer of 500 elements counts examples; here an element is a whole batch.
+        # Grain's default buffer of 500 elements assumes single examples; here an element is a complete batch.
         ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         dataset = self._elements[self._next :].to_iter_dataset(ahead)
         if self._workers:
-            # Grain reads absl's flags, which are an error to read in a program that never parses them.
+            # Grain reads absl's flags, which raises an error in a program that never parses them.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
@@ -168,11 +169,11 @@ class Batches:
 
 
 class _InOrder:
-    """The examples of a bucket as training meets them, epoch after epoch: a Grain source of endless length."""
+    """An endless Grain source: the examples of a bucket in the order of training, epoch after epoch."""
 
     def __init__(self, bucket: Bucket, seed: int, skip_corrupt: bool):
         self._bucket, self._skip_corrupt = bucket, skip_corrupt
-        # Repeated before it is cut into batches, so that no epoch drops a remainder.
+        # Repeated before batches are formed, so that no epoch drops a remainder.
         self._order = grain.MapDataset.range(len(bucket)).shuffle(seed=seed).repeat()
         self._told: set[int] = set()
 
@@ -195,9 +196,9 @@ class _InOrder:
 
 
 def _follow_parent(worker: int, workers: int) -> None:
-    """In a worker: end when the process that reads from it has ended, killed perhaps, and not before.
+    """Makes a worker end exactly when the process that reads from it has ended, for example because it was killed.
 
-    SIGTERM often goes to all processes of a job. The one that trains stops after its step, for which it needs data.
+    SIGTERM often goes to all processes of a job. The training process stops only after its step, which needs data.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -22,8 +22,8 @@ class PreparedExamples:
       buckets: one `Bucket` for each shape.
 
     Raises:
-      InputError: the folder is not like that: no manifest, a damaged one, a shard that is missing, cut short or whose
-        index cannot be read, or null text of another kind.
+      InputError: the manifest is missing or damaged; a shard is missing, truncated, or its index cannot be read; or the
+        null text has another format.
     """
 
     def __init__(self, folder: str | Path):
@@ -40,22 +40,21 @@ class PreparedExamples:
 class Bucket:
     """Grain random-access source of examples of one shape.
 
-    An example is {"latents": [T, H, W, C], "text": [L, text_dim]}, and of a teacher's trajectory also "timestep" [],
-    all float32.
+    An example is {"latents": [T, H, W, C], "text": [L, text_dim]}; one of a teacher's trajectory also has "timestep"
+    []. All are float32. Access to a corrupt record raises `CorruptRecord`, which names the shard and the record in it.
 
     Attributes:
       latents_shape: (T, H, W, C).
 
     Raises:
-      InputError: here, if a shard's index cannot be read or counts other records than the manifest. On access,
-        `CorruptRecord` names the shard and the record in it.
+      InputError: a shard's index cannot be read, or has another number of records than the manifest.
     """
 
     def __init__(self, folder: Path, files: BucketFiles, kind: str, text_shape: tuple[int, int]):
         self.latents_shape = files.latents_shape
         shapes = {"latents": files.latents_shape, "text": text_shape, "timestep": ()}
         self._shapes = {name: shapes[name] for name in RANKS[kind]}
-        # ArrayRecord has a 64-bit hash for every record and checks it: a flipped bit is an error, not another number.
+        # ArrayRecord checks a 64-bit hash of every record: a flipped bit raises an error and never changes a number.
         self._shards, self._ends, end = [], [], 0
         for shard in files.shards:
             path = folder / shard.file
@@ -86,7 +85,7 @@ class Bucket:
             raise _located(path, position, error) from error
 
     def description(self, index: int) -> dict[str, Any]:
-        """What the record of example `index` says of it; see `rehyat_jax.data.records.pack`."""
+        """The description stored in the record of example `index`; see `rehyat_jax.data.records.pack`."""
         self[index]  # checks it
         return describe(self._read(index)[-1])
 
@@ -102,7 +101,7 @@ class Bucket:
 
 
 def read_null_text(file: Path) -> np.ndarray:
-    """[L, text_dim] float32 from a file with the tensor `text`. Raises InputError if it is not like that."""
+    """[L, text_dim] float32, the tensor `text` of a file. Raises InputError if the file has another content."""
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, KeyError) as error:
@@ -126,5 +125,5 @@ def _located(path: Path, position: int, error: Exception) -> CorruptRecord:
 
 
 def _first_line(error: Exception) -> str:
-    """ArrayRecord's messages go on with C++ source locations."""
+    """The first line of an error's message; in ArrayRecord's messages, C++ source locations follow it."""
     return (str(error).splitlines() or ["no reason given"])[0][:300]

@@ -1,8 +1,8 @@
-"""One training example as bytes: safetensors, so that reading it runs no code and allocates no more than it holds.
+"""One training example as safetensors bytes: reading them runs no code and allocates no more than they hold.
 
 A record has the tensors "latents" [T, H, W, C] and "text" [n, text_dim], the caption's embedding without the zero
-vectors that pad it to [L, text_dim]; a record of a teacher's trajectory also has "timestep" []. Its metadata describe
-the example in JSON under the one key "example" (safetensors keeps no order of several).
+vectors that pad it to [L, text_dim]. A record of a teacher's trajectory also has "timestep" []. Its metadata describe
+the example in JSON under the single key "example", because safetensors does not keep the order of several keys.
 """
 
 import json
@@ -20,19 +20,19 @@ RANKS = {
     "examples": {"latents": 4, "text": 2},
     "trajectories": {"latents": 4, "text": 2, "timestep": 0},
 }
-"""The tensors of a record, and how many axes each has, by the kind of data set."""
+"""The tensors of a record and their numbers of axes, by the kind of data set."""
 
 
 class CorruptRecord(InputError):
-    """A record that cannot be a training example; what `data.corrupt` is about."""
+    """A record cannot be used as a training example; `data.corrupt` decides what happens then."""
 
 
 def pack(example: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> bytes:
-    """The record of an example; the same bytes for the same example.
+    """The record of an example; equal examples give equal bytes.
 
     Args:
-      example: "latents", "text" and perhaps "timestep", of a dtype of `DTYPES`; "text" may be padded.
-      description: what `describe` gives back: JSON values.
+      example: "latents", "text" and perhaps "timestep", with dtypes of `DTYPES`; "text" may be padded.
+      description: JSON values, which `describe` returns.
 
     Raises:
       CorruptRecord: a tensor holds NaN or infinity.
@@ -49,11 +49,11 @@ def unpack(record: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np
     """The example in a record, as float32.
 
     Args:
-      record: what `pack` made.
-      shapes: of every tensor that is to be there; "text" is padded to its own.
+      record: result of `pack`.
+      shapes: shape of every required tensor; "text" is padded to its shape.
 
     Raises:
-      CorruptRecord: it is not the record of an example of these shapes, or holds NaN or infinity.
+      CorruptRecord: the bytes are not the record of an example with these shapes, or hold NaN or infinity.
     """
     try:
         stored = dict(safetensors.deserialize(record))
@@ -65,7 +65,7 @@ def unpack(record: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np
 
 
 def describe(record: bytes) -> dict[str, Any]:
-    """What a whole record says of its example."""
+    """The description of the example in an intact record."""
     header = json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])
     return json.loads(header["__metadata__"]["example"])
 

@@ -1,4 +1,4 @@
-"""The kinds of training data that a configuration can name: one table, read by training and by planning."""
+"""The table of the kinds of training data that a configuration can name; training and planning read it."""
 
 import dataclasses
 import importlib
@@ -13,8 +13,8 @@ class SourceKind:
     """One kind of training data, whose name is its key in `SOURCES`.
 
     Attributes:
-      codec: name of the codec that its latents usually come from, for planning without the data.
-      module: the module with `open_source(path, seed) -> Source`, imported where it is used.
+      codec: name of the codec that usually encodes its latents, for planning without the data.
+      module: the module with `open_source(path, seed) -> Source`, imported only when it is used.
     """
 
     codec: str
@@ -25,7 +25,7 @@ SOURCES = {
     "digits": SourceKind(codec="space_to_depth", module="rehyat_jax.demo.digits"),
     "prepared": SourceKind(codec="wan_vae", module="rehyat_jax.data.sources"),
 }
-"""By `config.data.source`."""
+"""The kinds by `config.data.source`."""
 
 
 def make_source(name: str, path: str, seed: int) -> Source:
