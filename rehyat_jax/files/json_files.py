@@ -1,4 +1,4 @@
-"""Small JSON files beside the weights."""
+"""Reads and writes small JSON files."""
 
 import json
 from pathlib import Path
@@ -21,5 +21,5 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes JSON as PyTorch libraries do: two spaces of indentation, sorted keys, a final newline."""
+    """Writes JSON in the style of PyTorch libraries: two spaces of indentation, sorted keys, a final newline."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

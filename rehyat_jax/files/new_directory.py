@@ -16,7 +16,7 @@ from rehyat_jax.files.write import remove
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
-    """Yields a temporary directory beside `path` to be filled; it becomes `path` when the block ends without error.
+    """Yields a temporary directory next to `path` to fill; it becomes `path` when the block ends without error.
 
     Args:
       path: absolute destination; missing parents are created.
@@ -51,7 +51,7 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_shared_directory(path: Path, *, replace: bool) -> Iterator[Path]:
-    """`new_directory` for all processes of a run together: the first makes and renames it, all may write into it."""
+    """`new_directory` for all processes of a run: the first creates and renames it, and all may write into it."""
     with contextlib.ExitStack() as stack:
         number, error = os.getpid(), None
         if jax.process_index() == 0:

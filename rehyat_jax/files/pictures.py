@@ -23,7 +23,7 @@ def save_frames(
       path: the file; replaced only when the picture is complete.
       videos: title of the row -> its video, [T, height, width, 3] in [0, 1].
       frames: indices of the frames to show.
-      titles: of the columns; by default "frame" and the index.
+      titles: titles of the columns; by default "frame" and the index.
       inches: height and width of a frame, at 100 pixels an inch.
     """
     if not videos or not frames:

@@ -1,4 +1,4 @@
-"""Writing videos to MP4 files and reading video files, with the ffmpeg program of imageio-ffmpeg or of the machine."""
+"""Writes MP4 files and reads video files with the ffmpeg program of imageio-ffmpeg or of the machine."""
 
 import math
 import re
@@ -13,20 +13,21 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.files.write import reported_write_errors, written_whole
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
-"""Names of the files that `frame_size` and `read_clip` can read."""
+"""Suffixes of the files that `frame_size` and `read_clip` can read."""
 
 _DEMUXERS = "mov,matroska,webm,avi"
-"""Theirs; ffmpeg goes by content, and some other formats name further files to open."""
+"""Formats of these files, the only ones allowed. ffmpeg detects formats by content, and some other formats make it
+open further files."""
 
 _SECONDS = 600
-"""Until ffmpeg is given up."""
+"""Time limit of an ffmpeg run, in seconds."""
 
 _MAX_PIXELS = 2**26
-"""Of a frame; 8K has half as many."""
+"""Largest number of pixels in a frame; 8K has half as many."""
 
 
 class UnreadableVideo(OSError):
-    """A video that ffmpeg cannot read wherever it runs; any other OSError may be the machine's."""
+    """A video that ffmpeg cannot read on any machine; any other OSError may be a fault of the machine."""
 
 
 class NoFfmpeg(InputError):
@@ -34,9 +35,9 @@ class NoFfmpeg(InputError):
 
 
 def find_ffmpeg() -> str:
-    """The ffmpeg program: imageio-ffmpeg's, or else the one on PATH. Raises NoFfmpeg if there is neither."""
+    """The ffmpeg program of imageio-ffmpeg, or else the one on PATH. Raises NoFfmpeg if neither exists."""
     try:
-        import imageio_ffmpeg  # not at the top: commands that handle no videos do without it
+        import imageio_ffmpeg  # not at the top: commands that handle no videos do not need it
 
         return imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
@@ -50,15 +51,15 @@ def find_ffmpeg() -> str:
 
 
 def write_video(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> Path:
-    """Writes an MP4 file with `write_mp4`, or where ffmpeg is missing or fails, the frames as a NumPy array.
+    """Writes an MP4 file with `write_mp4`; if ffmpeg is missing or fails, writes the frames as a NumPy array.
 
     The array is uint8 [frames, height, width, 3], not enlarged. A warning on stderr gives the reason.
 
     Returns:
-      The file: `path`, or the array's, which has the suffix .npy.
+      The written file: `path`, or the array's file, which has the suffix .npy.
 
     Raises:
-      ValueError: as `write_mp4` does.
+      ValueError: as in `write_mp4`.
       InputError: neither file can be written.
     """
     try:
@@ -74,19 +75,19 @@ def write_video(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: in
 
 
 def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> None:
-    """Writes an H.264 file that every player understands (yuv420p). A file already at `path` is replaced at the end.
+    """Writes an H.264 file that every player supports (yuv420p). An existing file at `path` is replaced at the end.
 
     Args:
       path: the file; missing directories are created.
       video: [frames, height, width, 3] floating point in [0, 1] (clipped to it), or uint8.
       fps: frames per second.
-      scale: whole number of times to enlarge, without smoothing, so that a tiny video can be watched. A height or width
-        that is still odd is repeated once at the edge, because the format needs even ones.
+      scale: integer factor of enlargement, without smoothing, which makes a tiny video watchable. If a height or width
+        is still odd, its last row or column is repeated once, because the format needs even sizes.
 
     Raises:
-      ValueError: another shape or type, a value that is not finite, or a scale below 1.
-      NoFfmpeg: there is no ffmpeg program.
-      OSError: ffmpeg failed; the message is its own.
+      ValueError: the shape or type is wrong, a value is not finite, or the scale is below 1.
+      NoFfmpeg: this machine has no ffmpeg program.
+      OSError: ffmpeg failed; the message is ffmpeg's.
     """
     if scale < 1:
         raise ValueError(f"scale: expected a whole number of at least 1, found {scale}")
@@ -95,10 +96,10 @@ def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int 
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
     height, width = pixels.shape[1:3]
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(fps)]
-    # crf 17 is visually lossless; without yuv420p, RGB input gives a file that most players refuse.
+    # crf 17 is visually lossless; without yuv420p, RGB input gives a file that most players cannot play.
     encoding = ["-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p", "-f", "mp4"]
     with written_whole(path) as temporary:
-        # imageio-ffmpeg brings the program, but its own writer forks this process, which JAX's threads make unsafe.
+        # imageio-ffmpeg's own writer forks this process, which JAX's threads make unsafe; only its program is used.
         ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-y"]
         run = subprocess.run(
             [*ffmpeg, *source, "-i", "-", *encoding, temporary], input=pixels.tobytes(), stderr=subprocess.PIPE
@@ -122,9 +123,9 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
 
 
 def frame_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a video as it is shown. Raises what `read_clip` does."""
+    """(height, width) of a video when it is displayed. Raises the exceptions of `read_clip`."""
     picture = _ffmpeg_reads(path, ["-frames:v", "1", "-c:v", "ppm", "-f", "image2pipe", "-"])
-    # A PPM begins with "P6", the width, the height and the largest value, each before white space.
+    # A PPM begins with "P6", the width, the height and the largest value, each followed by white space.
     kind, width, height = picture[:50].split(maxsplit=3)[:3] if picture else (b"", b"", b"")
     if kind != b"P6":
         raise UnreadableVideo(f"{path}: ffmpeg found no frame in it")
@@ -134,20 +135,20 @@ def frame_size(path: str | Path) -> tuple[int, int]:
 def read_clip(path: str | Path, *, fps: int, frames: int, height: int, width: int) -> np.ndarray:
     """The start of a video at another frame rate and size.
 
-    It is scaled to cover the size, by areas of pixels where it shrinks, and what is too much is cut off on both sides
-    alike. Frames are repeated or left out to make the rate.
+    The video is scaled to cover the size (by pixel area when it shrinks) and cropped equally on both sides. Frames are
+    repeated or dropped to match the rate.
 
     Args:
       path: the file.
       fps: frames per second of the result.
-      frames: how many of them at most.
-      height, width: of the result, in pixels.
+      frames: largest number of frames in the result.
+      height, width: size of the result, in pixels.
 
     Returns:
-      [frames or fewer, height, width, 3] uint8; fewer where the video ends before.
+      [frames or fewer, height, width, 3] uint8; fewer if the video ends earlier.
 
     Raises:
-      NoFfmpeg: there is no ffmpeg program.
+      NoFfmpeg: this machine has no ffmpeg program.
       UnreadableVideo: a frame cannot be read; the message is ffmpeg's.
       OSError: ffmpeg was killed or took too long, or the file itself cannot be read.
     """
@@ -160,7 +161,7 @@ def read_clip(path: str | Path, *, fps: int, frames: int, height: int, width: in
 
 
 def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
-    """What ffmpeg writes of a file's first video stream. The file may be anybody's: nothing else is opened."""
+    """ffmpeg's output for a file's first video stream. The file is not trusted: ffmpeg opens no other file."""
     safely = ["-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS, "-max_pixels", str(_MAX_PIXELS)]
     ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-nostdin", "-xerror", *safely]
     try:
@@ -173,14 +174,14 @@ def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
         raise OSError(f"{path}: ffmpeg was ended by signal {-run.returncode}; perhaps for lack of memory")
     if run.returncode:
         with open(path, "rb") as file:
-            while file.read(2**24):  # a disk that fails does not make the video a bad one
+            while file.read(2**24):  # raises OSError if the disk fails, which does not make the video unreadable
                 pass
         raise UnreadableVideo(f"{path}: ffmpeg could not read the video: {_reason(run.stderr)}")
     return run.stdout
 
 
 def _reason(message: bytes) -> str:
-    """The first of ffmpeg's messages, without addresses of its memory, which differ from run to run."""
+    """The first line of ffmpeg's messages, without memory addresses, which differ between runs."""
     lines = message.decode(errors="replace").strip().splitlines() or ["no reason given"]
     return re.sub(r" @ 0x[0-9a-f]+", "", lines[0])
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and telling why they cannot be written."""
+"""Writes files so that a reader never sees an incomplete one, and reports why a file cannot be written."""
 
 import errno
 import os
@@ -19,19 +19,18 @@ REMEDIES = {
     errno.EPERM: "change its permissions, or choose another place",
     errno.EIO: "check the disk",
 }
-"""What to do about what the system says of a place that cannot be written."""
+"""The remedy for each system error of a place that cannot be written."""
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which takes the name `path` when the block ends without an exception.
+    """Yields a temporary path next to `path`; its file is renamed to `path` when the block ends without an exception.
 
-    Missing parent directories are created. After an exception the temporary file is gone, and whatever was at `path`
-    is untouched.
+    Missing parent directories are created. After an exception the temporary file is removed, and `path` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of its own for every call: several hosts may write the same file of a shared folder.
+    # The name is different in every call: several hosts may write the same file of a shared folder.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield temporary
@@ -41,7 +40,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left of `written_whole` and `new_directory` in a folder that nothing else uses."""
+    """Removes temporary files and directories of `written_whole` and `new_directory` that killed processes left.
+
+    Nothing else may use the folder meanwhile.
+    """
     for kind in ("partial", "incomplete", "replaced"):
         for path in folder.glob(f".*.{kind}"):
             remove(path)
@@ -57,13 +59,13 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def reported_write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Raises InputError for what the system, perhaps through TensorStore, says of a place that cannot be written."""
+    """Turns system errors about a place that cannot be written, also those from TensorStore, into InputError."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        # TensorStore's errors have no number, but the system's words.
+        # TensorStore's errors have no number, but contain the system's message.
         number = getattr(error, "errno", None) or next((n for n in REMEDIES if os.strerror(n) in str(error)), None)
         if number not in REMEDIES:
             raise
