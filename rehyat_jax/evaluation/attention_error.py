@@ -1,4 +1,4 @@
-"""How far hybrid attention is from the softmax attention it replaces, block by block, with references beside it."""
+"""Measures the error of hybrid attention relative to the softmax attention it replaces, per block, with references."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def relative_error(output: jax.Array, target: jax.Array) -> jax.Array:
 def exact_attention(form: Form, inputs: AttentionInputs) -> jax.Array:
     """Softmax attention to every frame that the form attends to, by softmax or linearly; [B, N, H, d].
 
-    This is the form's attention with perfect feature maps. Its error is the cost of causality alone.
+    This is the form's attention with perfect feature maps. Its error is only the cost of causality.
     """
     softmax_keys, linear_keys = form.keys(inputs.query.shape[1] // inputs.tokens_per_frame)
     frame = np.arange(inputs.query.shape[1]) // inputs.tokens_per_frame
@@ -39,7 +39,7 @@ def attention_errors(
     key: jax.Array,
     config: ml_collections.ConfigDict,
 ) -> dict[str, jax.Array]:
-    """Relative L1 errors of every hybrid block's attention on the inputs it has in the softmax teacher.
+    """Relative L1 errors of every hybrid block's attention, on the block's inputs in the softmax teacher.
 
     Args:
       model_def, params: a transformer with hybrid blocks, whose other parameters are the teacher's.
@@ -47,8 +47,11 @@ def attention_errors(
       null_text, key, config: see `noise_batch`.
 
     Returns:
-      Three arrays [K], one entry per hybrid block: "hybrid" (as it is), "window_only" (without its linear branch) and
-      "exact" (with perfect maps: 0 unless the form is causal).
+      Three arrays [K] with one entry per hybrid block:
+
+        - "hybrid": the block's attention
+        - "window_only": its attention without the linear branch
+        - "exact": its attention with perfect feature maps; 0 unless the form is causal
     """
     model = nnx.merge(model_def, params)
 

@@ -1,7 +1,7 @@
-"""The evaluators that `config.evals` can name: the one table of them.
+"""The table of the evaluators that `config.evals` can name.
 
-An entry of `config.evals` is a dictionary: {"type": a key of `EVALUATORS`, "every": steps}, perhaps with "name", which
-figures are logged under (the type by default), and with options of the type.
+An entry of `config.evals` is a dictionary: {"type": a key of `EVALUATORS`, "every": steps}. It may also have options of
+the type, and "name", the prefix of the logged figures (the type by default).
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ from rehyat_jax.training.trouble import next_batch
 
 
 class Situation(NamedTuple):
-    """What an evaluator is made from.
+    """The part of a run from which an evaluator is built.
 
     Attributes:
       model_def: graph definition of the model.
       model_config: its architecture.
       source: the training examples.
       null_text: [L, text_dim], on all devices.
-      config: of the run.
+      config: configuration of the run.
     """
 
     model_def: nnx.GraphDef
@@ -43,14 +43,14 @@ class Situation(NamedTuple):
 
 
 def _fixed_batches(situation: Situation, count: int) -> list[dict[str, jax.Array]]:
-    """As many batches, the same at every evaluation, in another order than the run's own."""
+    """`count` batches, shuffled by another seed than the run's own; every evaluation uses them."""
     config = situation.config
     with closing(RunData(situation.source, config, seed=config.seed + 2, accumulation_steps=1)) as data:
         return [jax.tree.map(lambda x: x[0], data.on_mesh(next_batch(data, step))) for step in range(1, count + 1)]
 
 
 def _mean_over_batches(situation: Situation, batches: int, measure: Callable[..., Any]) -> Evaluator:
-    """Figures measure(params, batch, key) as means over fixed batches with fixed noise."""
+    """An evaluator that reports the means of measure(params, batch, key) over fixed batches with fixed noise."""
     fixed, measure = _fixed_batches(situation, batches), jax.jit(measure)
     keys = [jax.random.fold_in(evaluation_key(situation.config.seed), number) for number in range(batches)]
 
@@ -74,7 +74,7 @@ def attention_error(situation: Situation, *, batches: int = 1) -> Evaluator:
 
 
 def flow_loss(situation: Situation, *, batches: int = 1) -> Evaluator:
-    """The flow-matching loss on fixed batches with fixed noise: comparable from step to step, and between stages."""
+    """The flow-matching loss on fixed batches with fixed noise, comparable between steps and between stages."""
     if situation.source.kind != "examples":
         raise ValueError(f"needs clean latents, found {situation.source.kind}")
     loss = finetune.make_loss(apply_model(situation.model_def), situation.config)
@@ -83,14 +83,14 @@ def flow_loss(situation: Situation, *, batches: int = 1) -> Evaluator:
 
 
 EVALUATORS: dict[str, Callable[..., Evaluator]] = {"attention_error": attention_error, "flow_loss": flow_loss}
-"""By "type"; each is called with a `Situation` and the entry's options."""
+"""The evaluators by "type"; each is called with a `Situation` and the entry's options."""
 
 
 def make_evaluators(situation: Situation) -> list[ScheduledEvaluator]:
     """The evaluators of `config.evals`.
 
     Raises:
-      InputError: an entry has no such type, or options that the type does not know.
+      InputError: an entry has an unknown type, a wrong `every`, or options that its type does not accept.
     """
     scheduled = []
     for entry in situation.config.evals:
