@@ -1,4 +1,4 @@
-"""Which videos a folder has, and what their captions say."""
+"""Finds the videos of a folder and reads their captions."""
 
 import csv
 import json
@@ -16,9 +16,9 @@ class Captioned(NamedTuple):
     """A video and its caption, one of which may be missing.
 
     Attributes:
-      name: of the video's file, relative to the folder, with forward slashes.
-      size: of the file in bytes; None where there is no such file.
-      caption: None where there is none; never empty.
+      name: name of the video's file, relative to the folder, with forward slashes.
+      size: size of the file in bytes; None if the file does not exist.
+      caption: caption of the video, never empty; None if it has no caption.
     """
 
     name: str
@@ -29,11 +29,14 @@ class Captioned(NamedTuple):
 def captioned_videos(folder: Path) -> list[Captioned]:
     """All videos in a folder and its subfolders, and all captions, in the order of their names.
 
-    Captions are in `captions.csv` (a header with the columns file and caption), in `captions.jsonl` (an object with
-    "file" and "caption" a line), or in a file NAME.txt beside each video NAME.mp4. All are UTF-8.
+    Captions are UTF-8 text in one of these forms:
+
+      - `captions.csv`, with a header with the columns file and caption
+      - `captions.jsonl`, with an object with "file" and "caption" on each line
+      - a file NAME.txt next to each video NAME.mp4
 
     Raises:
-      InputError: no such folder, no video in it, two of the forms at once, or a captions file that is not like that.
+      InputError: the folder does not exist or has no video, both lists of captions exist, or a list has a wrong format.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder of videos, found none; check the path")
@@ -99,7 +102,7 @@ def _jsonl_rows(file: Path, stream) -> Iterator[tuple[int, str, str]]:
 
 
 def _beside(file: Path) -> str:
-    """The caption beside a video; empty where there is none that can be read."""
+    """The caption in a text file next to a video; empty if the file cannot be read."""
     try:
         return " ".join(file.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""A picture of a few prepared examples, decoded back from what was stored."""
+"""A picture of a few prepared examples, decoded from the stored latents."""
 
 import textwrap
 from pathlib import Path
@@ -17,10 +17,10 @@ FRAMES = ("first frame", "at 1/4", "at 1/2", "at 3/4", "last frame")
 
 
 def write_contact_sheet(folder: Path, manifest: Manifest) -> str:
-    """Writes a PNG with the first and last frames, and three between, of examples from all over the data set.
+    """Writes a PNG with the first, the last and three intermediate frames of examples spread over the data set.
 
     Returns:
-      A sentence for the user: where it is, or why there is none.
+      A sentence for the user: the name of the file, or the reason why it was not written.
     """
     try:
         codec = get_codec(manifest.codec)
@@ -40,7 +40,7 @@ def write_contact_sheet(folder: Path, manifest: Manifest) -> str:
 
 
 def _spread(buckets: tuple[BucketFiles, ...]) -> list[tuple[int, int]]:
-    """(bucket, index) of examples at even distances."""
+    """(bucket, index) of evenly spaced examples."""
     everything = np.cumsum([0, *(files.examples for files in buckets)])
     chosen = np.unique(np.linspace(0, everything[-1] - 1, EXAMPLES).round().astype(int))
     bucket = np.searchsorted(everything, chosen, side="right") - 1

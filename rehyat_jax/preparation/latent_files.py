@@ -1,4 +1,4 @@
-"""Examples that were encoded elsewhere, one safetensors file each, to training examples."""
+"""Prepares training examples from files that were encoded elsewhere, one safetensors file for each example."""
 
 from pathlib import Path
 
@@ -25,20 +25,20 @@ def prepare_latent_files(
 ) -> str:
     """Fills `destination` with the examples in a folder; see `prepare`.
 
-    The folder holds any number of `NAME.safetensors`, each with the tensors `latents` [T, H, W, C], normalised as the
-    codec gives them, and `text` [L, text_dim], zero-padded to the same L in all files, and perhaps the caption as
-    metadata "caption". It also holds `null_text.safetensors` with `text` [L, text_dim] float32, the embedding of no
-    caption, which caption dropout puts in a caption's place. To write one:
+    The folder holds any number of `NAME.safetensors`. Each has the tensors `latents` [T, H, W, C], in the codec's
+    normalisation, and `text` [L, text_dim], zero-padded to the same L in all files. It may have the caption as metadata
+    "caption". The folder also holds `null_text.safetensors` with `text` [L, text_dim] float32, the embedding of no
+    caption, which caption dropout uses instead of a caption. To write one file:
     `safetensors.numpy.save_file({"latents": latents, "text": text}, "folder/name.safetensors", {"caption": caption})`.
 
     Args:
-      codec, text_encoder: names of what made them, which the model to be trained must name too.
+      codec, text_encoder: names of the models that computed them, which the model to be trained must name too.
       dtype: a key of STORED.
-      unit: files of a unit.
+      unit: number of files in a unit.
 
     Raises:
-      InputError: the folder, its null text or the destination is wrong. A single file that is not like that gives no
-        example, and is named in the summary.
+      InputError: the folder, its null text or the destination is wrong. A single file with a wrong format gives no
+        example, and the summary names it.
     """
     if not source.is_dir():
         raise InputError(f"{source}: expected a folder of encoded examples, found none; check the path")

@@ -1,4 +1,4 @@
-"""A teacher's way from noise to videos, kept at a few steps: what stage 1 can learn from without any video."""
+"""Stores a few steps of a teacher's sampling trajectories, from which stage 1 can learn without any video."""
 
 import hashlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from rehyat_jax.generation.options import SamplingOptions, open_model
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 
 SAMPLED_BYTES = 2**16
-"""Of a model's file at either end, by which it is known; all of it would take minutes."""
+"""Number of bytes that a fingerprint reads at either end of a model's file; a complete file would take minutes."""
 
 
 def prepare_trajectories(
@@ -29,21 +29,21 @@ def prepare_trajectories(
     unit: int,
     hosts: Hosts,
 ) -> str:
-    """Fills `destination` with latents that the model of a checkpoint meets while it samples; see `prepare`.
+    """Fills `destination` with the inputs of a checkpoint's model while it samples; see `prepare`.
 
-    Trajectory i starts from noise i, which depends only on the seed and i. Prompts take turns. The trajectory's steps
-    are divided into `keep` equal intervals, and one step of each is stored, always at the same relative position. That
-    position is drawn at random for every trajectory. An example is what the model sees at a stored step: noisy latents,
-    the timestep and the prompt's embedding.
+    Trajectory i starts from noise i, which depends only on the seed and i. Successive trajectories use successive
+    prompts. The trajectory's steps are divided into `keep` equal intervals, and one step of each is stored, always at
+    the same relative position. That position is drawn at random for every trajectory. An example is the model's input
+    at a stored step: noisy latents, the timestep and the prompt's embedding.
 
     Args:
       checkpoint: the teacher, a model checkpoint or a PyTorch folder.
-      sampling: how the teacher samples, `batch` trajectories at once.
-      prompts: a file with one prompt a line.
-      noises: trajectories of each prompt.
-      keep: examples of each trajectory.
+      sampling: options of sampling; `batch` trajectories are sampled at once.
+      prompts: a file with one prompt on each line.
+      noises: number of trajectories for each prompt.
+      keep: number of examples from each trajectory.
       dtype: a key of STORED.
-      unit: trajectories of a unit.
+      unit: number of trajectories in a unit.
 
     Raises:
       InputError: the checkpoint, the prompts, an option or the destination is wrong.
@@ -70,7 +70,7 @@ def prepare_trajectories(
         model = model or opened.load()
         for start in range(0, len(numbers), sampling.batch):
             batch = list(numbers[start : start + sampling.batch])
-            # A batch that is not full would compile again.
+            # Padded, because a smaller batch would compile again.
             padded = batch + batch[-1:] * (sampling.batch - len(batch))
             text = np.stack([embeddings[inputs[number]] for number in padded])
             kept = [kept_steps(sampling.seed, number, sampling.steps, keep) for number in batch]
@@ -103,7 +103,7 @@ def prepare_trajectories(
 
 
 def fingerprint(folder: Path) -> str:
-    """By which the files of a model are known wherever they lie: their names, sizes, beginnings and ends."""
+    """Identifies the files of a model, wherever they are stored, from their names, sizes, beginnings and ends."""
     digest, files = hashlib.sha256(), sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         size = path.stat().st_size
@@ -116,7 +116,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The lines of a file that are not empty. Raises InputError if there is none, or the file is no UTF-8 text."""
+    """The non-empty lines of a file. Raises InputError if there are none, or the file is not UTF-8 text."""
     try:
         lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -127,6 +127,6 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def kept_steps(seed: int, trajectory: int, steps: int, keep: int) -> list[int]:
-    """Which of `steps` steps of a trajectory are kept: one in each of `keep` equal parts."""
+    """The steps to store of a trajectory of `steps` steps: one in each of `keep` equal intervals."""
     place = np.random.default_rng((seed, trajectory)).uniform()
     return [int((part + place) * steps / keep) for part in range(keep)]

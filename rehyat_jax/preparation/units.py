@@ -1,9 +1,9 @@
-"""Filling a folder of prepared examples in units, so that it can be stopped, gone on with and shared among hosts.
+"""Fills a folder of prepared examples in units, so that the work can be stopped, resumed and shared among hosts.
 
-The inputs are cut into units of neighbours. A unit becomes one shard for each shape in it, and last of all a report in
-`.prepare/units`; one without its report is done again from the start. What a unit holds depends on the inputs and the
-options alone, not on who does it or when, so any number of hosts, stopped any number of times, make the same bytes.
-Whoever finds all units done writes what is about the whole: that needs no one to wait for another.
+The inputs are divided into units of consecutive inputs. A unit is written as one shard for each shape in it and then a
+report in `.prepare/units`. A unit without its report is prepared again from the start. The content of a unit depends
+only on the inputs and the options, so any number of hosts, stopped any number of times, write the same bytes. A host
+that finds all units done writes the files of the complete data set, so no host waits for another.
 """
 
 import contextlib
@@ -41,18 +41,18 @@ PLAN, UNITS = ".prepare/plan.json", ".prepare/units"
 SUMMARY = "summary"
 
 STORED = {str(dtype): dtype for dtype in DTYPES.values()}
-"""Dtypes to store latents and text in, by name."""
+"""Dtypes of stored latents and text, by name."""
 
 
 class Plan(NamedTuple):
-    """What is to be prepared; the same on all hosts.
+    """The data set to prepare; equal on all hosts.
 
     Attributes:
       kind: see `rehyat_jax.data.manifest.Manifest`.
-      codec, text_encoder: names of what makes latents and text embeddings.
-      options: everything else that decides what comes out, as JSON values.
-      inputs: one after another, as JSON values; only whether they are the same is kept.
-      unit: inputs of a unit.
+      codec, text_encoder: names of the models that compute latents and text embeddings.
+      options: everything else that decides the result, as JSON values.
+      inputs: the inputs in order, as JSON values; the folder only stores their number and hash.
+      unit: number of inputs in a unit.
     """
 
     kind: str
@@ -71,14 +71,14 @@ class Plan(NamedTuple):
 
 
 class Hosts(NamedTuple):
-    """Which of how many hosts this is; each does its share of the units."""
+    """The index of this host and the number of hosts; each host prepares its share of the units."""
 
     host: int = 0
     num_hosts: int = 1
 
 
 class UnitWriter:
-    """Takes a unit's examples and the reasons why there is none."""
+    """Writes a unit's examples, and collects the reasons why inputs gave none."""
 
     def __init__(self, folder: Path, number: int, stack: contextlib.ExitStack):
         self._folder, self._number, self._stack = folder, number, stack
@@ -87,12 +87,12 @@ class UnitWriter:
         self._rejects: list[dict[str, str]] = []
 
     def add(self, example: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
-        """Appends an example, see `rehyat_jax.data.records.pack`. Raises CorruptRecord if it is not finite."""
+        """Appends an example; see `rehyat_jax.data.records.pack`. Raises CorruptRecord if it is not finite."""
         record = pack(example, description)
         shape = example["latents"].shape
         if shape not in self._writers:
             temporary = self._stack.enter_context(written_whole(self._folder / self._file(shape)))
-            # One record a chunk, for access in any order; floating-point numbers hardly compress.
+            # One record per chunk, for random access; floating-point numbers hardly compress.
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
             self._stack.callback(writer.close)
             self._writers[shape] = writer
@@ -100,12 +100,12 @@ class UnitWriter:
         self._examples[shape] += 1
 
     def reject(self, name: str, reason: str, detail: str = "") -> None:
-        """Notes that an input gives no example.
+        """Records that an input gives no example.
 
         Args:
-          name: of the input.
-          reason: a few words, the same for all inputs that share it.
-          detail: about this one.
+          name: name of the input.
+          reason: a few words, equal for all inputs with the same reason.
+          detail: details about this input.
         """
         self._rejects.append({"name": name, "reason": reason, "detail": detail})
 
@@ -113,7 +113,7 @@ class UnitWriter:
         return f"{self._number:06d}-{'x'.join(map(str, shape))}{SHARD_SUFFIX}"
 
     def report(self) -> dict[str, Any]:
-        """Of the unit, once all of its shards have their names."""
+        """The report of the unit; called when all of its shards have their final names."""
         shards = []
         for shape in sorted(self._writers):
             file = self._file(shape)
@@ -125,27 +125,27 @@ class UnitWriter:
 
 
 Fill = Callable[[UnitWriter, range, tqdm], None]
-"""(where to put examples, which inputs, what to tell when one is done)."""
+"""(writer of the examples, indices of the inputs, progress bar to update after each input) -> None."""
 
 
 def prepare(
     folder: Path, plan: Plan, fill: Fill, null_text: Callable[[], np.ndarray], hosts: Hosts, *, item: str
 ) -> str:
-    """Does this host's units that are not done, and if then all are, completes the data set.
+    """Prepares this host's pending units; if then all units are done, completes the data set.
 
     Args:
-      folder: created if needed. Several hosts see the same one, or copy theirs into one and run again.
-      plan: of the whole.
-      fill: makes a unit.
-      null_text: makes the embedding of no caption, [L, text_dim] float32.
-      hosts: which units are this host's.
-      item: what an input is called.
+      folder: created if needed. Several hosts use the same one, or copy theirs into one and run the command again.
+      plan: plan of the complete data set.
+      fill: prepares a unit.
+      null_text: returns the embedding of no caption, [L, text_dim] float32.
+      hosts: selects the units of this host.
+      item: word for an input, in messages.
 
     Returns:
-      What to tell the user: the summary of the complete data set, or what is left to other hosts.
+      A message for the user: the summary of the complete data set, or the number of units left to other hosts.
 
     Raises:
-      InputError: the folder has something else in it or cannot be written, or no input gave an example.
+      InputError: the folder has other files or cannot be written, or no input gave an example.
     """
     _open(folder, plan)
     units = plan.units
@@ -172,12 +172,12 @@ def prepare(
 
 
 def _open(folder: Path, plan: Plan) -> None:
-    """Writes the plan into a new folder, and checks that what is there is the same."""
+    """Writes the plan into a new folder, and checks that the folder's plan is equal to this one."""
     digest = hashlib.sha256(json.dumps(plan.inputs, sort_keys=True).encode()).hexdigest()
     content = json.loads(json.dumps({**plan._asdict(), "inputs": f"{len(plan.inputs)}, SHA-256 {digest}"}))
     file = folder / PLAN
     if not file.exists():
-        # Another host may just be writing the plan.
+        # Another host may be writing the plan at this moment.
         found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         if folder.is_file() or found not in ([], [file.parent.name]):
             raise InputError(f"{folder}: expected a new or empty folder, found other files; choose another destination")
@@ -199,7 +199,7 @@ def _report(folder: Path, number: int) -> Path:
 
 
 def _is_done(folder: Path, number: int) -> bool:
-    """Whether a unit has its report and all that it tells of."""
+    """True if a unit has its report and every shard that the report lists."""
     if not _report(folder, number).is_file():
         return False
     try:
@@ -217,7 +217,7 @@ def _shards(report: Path) -> Iterator[tuple[tuple[int, ...], Shard]]:
 
 
 def _complete(folder: Path, plan: Plan, null_text: Callable[[], np.ndarray], item: str) -> None:
-    """Writes what is about the whole, the manifest last, unless it is there."""
+    """Writes the files of the complete data set, the manifest last, unless they exist."""
     reports = [_report(folder, number) for number in range(len(plan.units))]
     shards: dict[tuple[int, ...], list[Shard]] = {}
     for shape, shard in (pair for report in reports for pair in _shards(report)):

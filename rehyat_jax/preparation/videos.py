@@ -1,4 +1,4 @@
-"""Videos and captions to training examples."""
+"""Prepares training examples from videos and captions."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ Size = tuple[int, int, int]
 
 
 class Rejected(Exception):
-    """Why a video gives no example: (reason, detail)."""
+    """A video gives no example; the arguments are (reason, detail)."""
 
 
 def prepare_videos(
@@ -38,21 +38,22 @@ def prepare_videos(
 ) -> str:
     """Fills `destination` with the videos of a folder; see `captioned_videos` and `prepare`.
 
-    A video becomes one example: its start, at the codec's frame rate, scaled and cut to the one of `sizes` of which it
-    is long and large enough and loses least at the edges; among equals to the longest, then the largest.
+    A video becomes one example: its start, at the codec's frame rate, scaled and cropped to one of `sizes`. The video
+    must be long and large enough for that size. Among such sizes it is the one that crops least, then the longest, then
+    the largest.
 
     Args:
-      sizes: of videos to make; by default the one that the codec's models were made for.
+      sizes: sizes of the clips; by default the size for which the codec's models were made.
       dtype: a key of STORED.
-      unit: videos of a unit.
-      workers: videos that are decoded at the same time, each in a process of its own.
+      unit: number of videos in a unit.
+      workers: number of videos that are decoded at the same time, each in its own process.
 
     Raises:
-      InputError: the videos, their captions, a size or the destination is wrong. A single video that is not gives no
-        example, and is named in the summary.
-      NoFfmpeg: there is no ffmpeg program.
+      InputError: the videos, their captions, a size or the destination is wrong. A single unusable video gives no
+        example, and the summary names it.
+      NoFfmpeg: this machine has no ffmpeg program.
     """
-    find_ffmpeg()  # raises here, before the destination is made
+    find_ffmpeg()  # raises here, before the destination is created
     the_codec, the_encoder = get_codec(codec), get_text_encoder(text_encoder)
     sizes = sorted(set(sizes or [the_codec.default_size]), reverse=True)
     for size in sizes:
@@ -82,7 +83,7 @@ def prepare_videos(
 def _clips(
     folder: Path, videos: Sequence[Captioned], sizes: Sequence[Size], fps: int, workers: int
 ) -> Iterator[Future[np.ndarray]]:
-    """The clips in order, each [frames, height, width, 3] uint8 or a Rejected, decoded a little ahead."""
+    """The clips in order, each [frames, height, width, 3] uint8 or a Rejected; a few are decoded ahead."""
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[Future[np.ndarray]] = deque()
         for video in videos:
@@ -123,7 +124,7 @@ def _clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: int) -> np
 
 
 def _kept(rows: float, columns: float) -> float:
-    """The share of a picture that is left when it is cut; rounded, for equal proportions to be equal."""
+    """The share of a picture that remains after cropping, rounded so that equal proportions compare as equal."""
     return round(min(rows, columns) / max(rows, columns), 6)
 
 
