@@ -1,10 +1,12 @@
 """Moving handwritten digits: a real, tiny text-to-video data set that needs no download.
 
 A 16x16 digit (one of scikit-learn's 8x8 scans, enlarged) starts in the middle of an edge of a 24x24 frame and crosses
-to the opposite edge in 21 frames. (Starting anywhere along the edge is too much for the demo's teacher: after 2,400
-steps it drew 5% of the digits wrong and let many of them change shape on the way.) The caption names the digit and the
-axis, "a seven moves sideways" or "a seven moves up and down", but not the sign: tokens of pure noise carry almost no
-absolute position under rotary embeddings, so a text-to-video model cannot decide at which edge to start.
+to the opposite edge in 21 frames. A start anywhere along the edge is too difficult for the demo's teacher: after 2,400
+steps it drew 5% of the digits wrong, and many of them changed shape on the way.
+
+The caption names the digit and the axis, "a seven moves sideways" or "a seven moves up and down", but not the
+direction. Tokens of pure noise carry almost no absolute position under rotary embeddings, so a text-to-video model
+cannot decide at which edge to start.
 """
 
 from typing import Literal, NamedTuple
@@ -19,7 +21,7 @@ NUM_FRAMES = 21
 FRAME_SIZE = 24
 DIGIT_SIZE = 16
 TRAVEL = FRAME_SIZE - DIGIT_SIZE
-"""Pixels from the position at one edge to the position at the opposite one."""
+"""Distance in pixels from the position at one edge to the position at the opposite edge."""
 
 Axis = Literal["sideways", "up and down"]
 AXES: tuple[Axis, ...] = ("sideways", "up and down")
@@ -35,7 +37,7 @@ def caption(digit: int, axis: Axis) -> str:
 
 
 CAPTIONS: dict[str, tuple[int, Axis]] = {caption(digit, axis): (digit, axis) for digit in range(10) for axis in AXES}
-"""All captions, and what each asks for."""
+"""All captions, with the digit and the axis of each."""
 
 
 class Scans(NamedTuple):
@@ -48,10 +50,10 @@ class Scans(NamedTuple):
 def load_scans(split: Literal["train", "judge"]) -> Scans:
     """The scans of one split, enlarged bilinearly from 8x8 to 16x16.
 
-    500 scans train the judge and the other 1,297 the transformer, so the judge reads digits it has not seen, and
-    cannot reward memorised pixels. The 500 are spread evenly over the 1,797, because these come from only 13 writers
-    and neighbours are alike: the judge has to know every hand that the transformer learns. A classifier trained on the
-    last 500 reads 93% of the others, and takes one in seven ones for a two; spread evenly, it reads 98%.
+    500 scans train the judge and the other 1,297 the transformer, so the judge reads digits it has not seen and cannot
+    reward memorised pixels. The 500 are spread evenly over the 1,797. The scans come from only 13 writers, neighbours
+    are similar, and the judge has to know every handwriting that the transformer learns. A classifier trained on the
+    last 500 reads 93% of the others and mistakes one in seven ones for a two. One trained on an even spread reads 98%.
 
     Raises:
       InputError: scikit-learn is not installed.
@@ -88,13 +90,13 @@ def render(image: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
 
 
 def _placement(start: np.ndarray) -> np.ndarray:
-    """[T] -> [T, 24, 16]: the matrix that shifts a digit's row (or column) of pixels to `start` in the frame."""
+    """[T] -> [T, 24, 16]: matrices that shift a digit's row (or column) of pixels to `start` in the frame."""
     offsets = np.arange(FRAME_SIZE)[:, None] - np.arange(DIGIT_SIZE)
     return hat(offsets - np.asarray(start)[:, None, None]).astype(np.float32)
 
 
 def hat(distance: np.ndarray) -> np.ndarray:
-    """Bilinear interpolation's weight at a distance in pixels."""
+    """Weight of bilinear interpolation at a distance in pixels."""
     return np.maximum(0, 1 - np.abs(distance))
 
 
@@ -108,12 +110,12 @@ class Draw(NamedTuple):
 class DigitVideos:
     """Grain random-access source of moving digits; index i is always the same draw for the same seed.
 
-    It is a `rehyat_jax.data.pipeline.Source` whose one bucket is itself. An example is {"latents": [21, 6, 6, 16]
+    It is a `rehyat_jax.data.pipeline.Source` whose only bucket is itself. An example is {"latents": [21, 6, 6, 16]
     float32, "text": [8, 64] float32}, from codec "space_to_depth" and text encoder "word_vectors".
 
     Args:
-      split: "train" draws from the scans the transformer trains on, "judge" from those it never sees.
-      seed: a non-negative int; another seed is another endless set of draws.
+      split: "train" draws from the scans that the transformer trains on, "judge" from those it never sees.
+      seed: a non-negative int; another seed gives another set of 2**20 draws.
 
     Attributes:
       null_text: [8, 64] float32, the embedding of no caption.
@@ -142,7 +144,7 @@ class DigitVideos:
         return {"latents": self._codec.encode(rgb)[0], "text": self._text[caption]}
 
     def draw(self, index: int) -> Draw:
-        """The video and caption behind example `index`."""
+        """The video and caption of example `index`."""
         rng = np.random.default_rng((self._seed, index))
         scan = rng.integers(len(self._scans.digits))
         axis = AXES[rng.integers(2)]
@@ -155,6 +157,6 @@ class DigitVideos:
 
 
 def open_source(path: str, seed: int) -> DigitVideos:
-    """The training split, see `rehyat_jax.data.sources`; there is no `path`."""
+    """The training split; see `rehyat_jax.data.sources`. `path` is not used."""
     del path
     return DigitVideos(split="train", seed=seed)

@@ -1,4 +1,4 @@
-"""Reads the digit and the motion out of videos, to score how well they follow their captions."""
+"""Recognises the digit and the motion in videos, to score how well they follow their captions."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,18 +18,18 @@ from rehyat_jax.demo.digits import (
 )
 
 BACKGROUND = 0.15
-"""Pixels up to this are background: the faint haze of an imperfect video must not move its centre of mass."""
+"""Largest value of a background pixel: the faint haze of an imperfect video must not move its centre of mass."""
 
 NO_DIGIT = -1
-"""What a frame reads as that is all background."""
+"""Reading of a frame that is all background."""
 
 
 class Reading(NamedTuple):
-    """What N videos of T frames show.
+    """The content of N videos of T frames.
 
     Attributes:
       digits: [N, T] int, the digit in each frame, or NO_DIGIT.
-      axes: N axes of motion; None where the digit stays within half the way from edge to edge.
+      axes: N axes of motion; None if the digit moves less than half the distance between the edges.
     """
 
     digits: np.ndarray
@@ -40,9 +40,9 @@ class Score(NamedTuple):
     """How well videos follow their captions; fractions in [0, 1].
 
     Attributes:
-      digit_accuracy: videos of which most frames show the caption's digit.
-      frame_accuracy: frames that show it.
-      motion_accuracy: videos that move along the caption's axis.
+      digit_accuracy: fraction of videos in which most frames show the caption's digit.
+      frame_accuracy: fraction of frames that show the caption's digit.
+      motion_accuracy: fraction of videos that move along the caption's axis.
     """
 
     digit_accuracy: float
@@ -53,8 +53,8 @@ class Score(NamedTuple):
 class Judge:
     """A support-vector classifier of single frames, trained on scans that no transformer trains on.
 
-    It is itself right about 97.9% of real videos of the transformer's 1,297 scans, and about the motion of all. Samples
-    may score higher: they are more typical than handwriting is.
+    It reads 97.9% of real videos of the transformer's 1,297 scans correctly, and the motion of all. Samples may score
+    higher, because they are more typical than handwriting.
     """
 
     def __init__(self, classifier: Any):
@@ -62,12 +62,12 @@ class Judge:
 
     @classmethod
     def fit(cls) -> "Judge":
-        """Trains on the judge's 500 scans, each rendered at 8 random positions; under a second.
+        """Trains on the judge's 500 scans, each rendered at 8 random positions; it takes less than a second.
 
         Raises:
           InputError: scikit-learn is not installed.
         """
-        scans = load_scans("judge")  # First, because it explains a missing scikit-learn.
+        scans = load_scans("judge")  # before the import, because its error explains a missing scikit-learn
         from sklearn.svm import SVC
 
         rng = np.random.default_rng(0)
@@ -78,7 +78,7 @@ class Judge:
         return cls(SVC(C=10, gamma=0.2).fit(features, scans.digits.repeat(copies)))
 
     def read(self, videos: np.ndarray) -> Reading:
-        """Reads [N, T, 24, 24, 3] floating point in [0, 1], as codec "space_to_depth" decodes them."""
+        """Reads videos [N, T, 24, 24, 3], floating point in [0, 1], that codec "space_to_depth" decoded."""
         videos = np.asarray(videos, np.float32)
         if videos.ndim != 5 or videos.shape[2:] != (FRAME_SIZE, FRAME_SIZE, 3):
             raise ValueError(f"videos: expected [N, T, {FRAME_SIZE}, {FRAME_SIZE}, 3], found shape {videos.shape}")
@@ -90,7 +90,7 @@ class Judge:
         return Reading(digits, [_axis(track[shown]) for track, shown in zip(tracks, shows_digit, strict=True)])
 
     def score(self, videos: np.ndarray, captions: Sequence[str]) -> Score:
-        """Scores N videos [N, T, 24, 24, 3] against N of `rehyat_jax.demo.digits.CAPTIONS`."""
+        """Scores N videos [N, T, 24, 24, 3] against N captions from `rehyat_jax.demo.digits.CAPTIONS`."""
         unknown = [caption for caption in captions if caption not in CAPTIONS]
         if unknown:
             raise ValueError(f"captions: expected some of {list(CAPTIONS)}, found {unknown[0]!r}")
@@ -108,7 +108,7 @@ class Judge:
 
 
 def _axis(track: np.ndarray) -> Axis | None:
-    """The axis along which a track of centres, [frames, (row, column)], covers the greater distance."""
+    """The axis along which a track of centres [frames, (row, column)] covers the greater distance."""
     if not len(track):
         return None
     rows, columns = np.ptp(track, axis=0)
@@ -118,9 +118,9 @@ def _axis(track: np.ndarray) -> Axis | None:
 
 
 def _centers_of_mass(frames: np.ndarray) -> np.ndarray:
-    """[N, 24, 24] -> [N, 2], row and column in pixels; the middle of the frame where all is background."""
+    """[N, 24, 24] -> [N, 2], row and column in pixels; the middle of the frame if all is background."""
     mass = np.maximum(frames - BACKGROUND, 0)
-    # A flat haze too thin to matter puts the centre of an empty frame in the middle.
+    # A negligible constant puts the centre of an empty frame in the middle.
     mass = mass + 1e-6
     pixels = np.arange(FRAME_SIZE)
     moments = np.stack([mass.sum(2) @ pixels, mass.sum(1) @ pixels], -1)

@@ -1,4 +1,4 @@
-"""What the demo's report measures: attention, velocity, samples and the way back to PyTorch."""
+"""Measurements for the demo's report: attention, velocity, samples and the export to PyTorch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +49,7 @@ def undistilled(config: ml_collections.ConfigDict) -> WanTransformer:
 
 
 def block_errors(model: WanTransformer, config: ml_collections.ConfigDict, count: int = 4) -> dict[str, np.ndarray]:
-    """`attention_errors` of a model whose other parameters are the teacher's, as means over held-out batches."""
+    """Means over held-out batches of `attention_errors`, for a model whose other parameters are the teacher's."""
     graphdef, params = nnx.split(model)
     null_text = jnp.asarray(DigitVideos("judge").null_text)
     measure = jax.jit(lambda params, batch, key: attention_errors(graphdef, params, batch, null_text, key, config))
@@ -80,7 +80,7 @@ def sample_captions(model: WanTransformer, count: int, description: str) -> tupl
 
     Args:
       model: teacher or student; the noise is the same for both.
-      count: videos in all, a multiple of 40.
+      count: total number of videos, a multiple of 40.
       description: label of the progress bar.
 
     Returns:
@@ -98,7 +98,7 @@ def sample_captions(model: WanTransformer, count: int, description: str) -> tupl
 
 
 def export_difference(student: WanTransformer, exported: Path) -> float:
-    """Largest absolute difference between the velocities of the JAX student and its export run by PyTorch."""
+    """Largest absolute difference between the velocities of the JAX student and of its export in PyTorch."""
     import torch
 
     from rehyat_jax.pytorch.rehyat_torch import load_student
@@ -106,7 +106,7 @@ def export_difference(student: WanTransformer, exported: Path) -> float:
     batch, key = next(held_out_batches(1))
     latents = jax.random.normal(key, batch["latents"].shape)
     timestep = jnp.linspace(1.0, 999.0, len(latents))
-    # PyTorch runs on the CPU; a GPU's default products of float32 arrays would be of less than that.
+    # PyTorch runs on the CPU in float32; a GPU's default products of float32 arrays are less precise.
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(student(latents, timestep, jnp.asarray(batch["text"])))
 

@@ -17,7 +17,7 @@ def read_metric(workdir: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def save_losses(path: Path, runs: Mapping[str, Path]) -> None:
-    """Writes a PNG with the loss of each run, title -> workdir, in a panel of its own."""
+    """Writes a PNG with one panel for the loss of each run; `runs` maps titles to workdirs."""
     figure = Figure(figsize=(4 * len(runs), 2.6), layout="constrained", dpi=100)
     for axes, (title, workdir) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
         axes.plot(*read_metric(workdir, "loss"), linewidth=1)

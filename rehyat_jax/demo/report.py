@@ -1,7 +1,7 @@
 """The demo's last step: python -m rehyat_jax.demo.report --runs runs/demo.
 
-Compares the softmax teacher with the hybrid student that the recipe made of it, and writes `report.md`, `metrics.json`,
-pictures, `teacher.mp4` and `student.mp4` into the folder of runs.
+Compares the softmax teacher with the hybrid student that the recipe made from it, and writes `report.md`,
+`metrics.json`, pictures, `teacher.mp4` and `student.mp4` into the folder of runs.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def report(runs: Path) -> dict[str, float]:
         videos[name], captions = measure.sample_captions(model, NUM_VIDEOS, f"sampling the {name}")
         score = judge.score(videos[name], captions)
         metrics |= {f"{field}_{name}": value for field, value in score._asdict().items()}
-        # Every caption once, four rows of five.
+        # Every caption once, in four rows of five.
         sheet = rearrange(videos[name][:20], "(r c) t h w rgb -> t (r h) (c w) rgb", r=4)
         write_video(runs / f"{name}.mp4", sheet, fps=8, scale=6)
     shown = (1, 6, 14, 15)
@@ -93,7 +93,7 @@ def report(runs: Path) -> dict[str, float]:
 
 
 def expectations(metrics: dict[str, float]) -> list[tuple[str, float, str, bool]]:
-    """What the demo should show: (claim, figure, bound, whether it holds)."""
+    """The expected results of the demo: (claim, figure, bound, whether it holds)."""
     m = metrics
     points = lambda name: 100 * (m[f"{name}_teacher"] - m[f"{name}_student"])
     rows: list[tuple[str, float, str, bool]] = []
@@ -183,7 +183,7 @@ def markdown(metrics: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and reports; returns the exit code, 1 when an expectation is missed."""
+    """Parses the command line and reports; returns the exit code, 1 if an expectation is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder with the demo's runs")
     arguments = parser.parse_args(argv)
