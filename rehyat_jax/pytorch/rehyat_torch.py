@@ -6,8 +6,8 @@
     pipeline = WanPipeline.from_pretrained(teacher, transformer=transformer, torch_dtype=torch.bfloat16)
 
 The folder holds diffusers' `config.json` and `diffusion_pytorch_model*.safetensors`, in which hybrid blocks have a few
-more tensors, and `rehyat.json`, which says which blocks these are and what form their attention has. This file needs
-torch, diffusers and safetensors, and nothing else. The method is that of ReHyAt (arXiv 2601.04342).
+more tensors. It also holds `rehyat.json`, which lists these blocks and the form of their attention. This file needs
+only torch, diffusers and safetensors. The method is that of ReHyAt (arXiv 2601.04342).
 """
 
 import itertools
@@ -30,7 +30,7 @@ OUTPUT_ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus, "elu_plus_one": la
 
 
 class HeadwiseLinear(nn.Module):
-    """A linear layer of its own for every head, without bias: a 1x1 convolution with groups = heads."""
+    """A separate linear layer for every head, without bias: a 1x1 convolution with groups = heads."""
 
     def __init__(self, heads: int, in_features: int, out_features: int):
         super().__init__()
@@ -42,9 +42,9 @@ class HeadwiseLinear(nn.Module):
 
 
 class FeatureMap(nn.Module):
-    """ReHyAt's map: a network per head, its output split into `degree` parts, part i raised to the power i.
+    """ReHyAt's map: a network per head, whose output is split into `degree` parts; part i is raised to the power i.
 
-    Parameters: layers.I.weight [heads, in, features] and log_scale [heads]; the features are multiplied by
+    Parameters: layers.I.weight [heads, in, features] and log_scale [heads]. The features are multiplied by
     exp(log_scale) / sqrt(features).
     """
 
@@ -81,7 +81,7 @@ class FeatureMap(nn.Module):
 class HedgehogMap(nn.Module):
     """Hedgehog's map (arXiv 2402.04347): softmax over the features of x W and of -x W.
 
-    Parameters: layers.0.weight [heads, head_dim, features / 2] and log_scale [heads]; the features are multiplied by
+    Parameters: layers.0.weight [heads, head_dim, features / 2] and log_scale [heads]. The features are multiplied by
     exp(log_scale) * sqrt(features) / 2.
     """
 
@@ -104,7 +104,7 @@ FEATURE_MAPS = {"mlp": FeatureMap, "hedgehog": HedgehogMap}
 
 
 def make_feature_map(heads: int, head_dim: int, *, kind: str = "mlp", **fields) -> nn.Module:
-    """A feature map of every head, as "feature_map" of rehyat.json describes it, without its "input"."""
+    """The feature map of all heads that "feature_map" in rehyat.json describes; its "input" is not given here."""
     return _choose("feature_map.kind", kind, FEATURE_MAPS)(heads, head_dim, **fields)
 
 
@@ -121,34 +121,34 @@ def hybrid_attention(
     causal: bool = True,
     stabilizer: str = "row_max",
 ) -> Tensor:
-    """Softmax attention inside a temporal window, linear attention outside it, one normalisation over both.
+    """Softmax attention inside a temporal window, linear attention outside it, and one normalisation over both.
 
-    The video is cut into chunks of Tc = chunk_frames frames. Queries of chunk t attend by softmax to the frames
+    The video is divided into chunks of Tc = chunk_frames frames. Queries of chunk t attend by softmax to the frames
     [max(t*Tc - To, 0), (t+1)*Tc), To = overlap_frames, and by their features to all frames before that window (and,
     unless causal, to those after it):
 
         y = (sum_S exp(q.k_j / sqrt(head_dim) - c) v_j + scale * phi_query(q) sum_L phi_key(k_j) v_j^T)
           / (sum_S exp(q.k_j / sqrt(head_dim) - c)     + scale * phi_query(q) sum_L phi_key(k_j))
 
-    A frame enters the linear sums once it has left the window, so the causal form's memory, besides inputs and output,
-    does not grow with the video. All arithmetic is float32 (float64 for float64 inputs), under autocast too. With
+    A frame enters the linear sums when it leaves the window, so the causal form's memory, except inputs and output,
+    does not grow with the video. All arithmetic is float32 (float64 for float64 inputs), also under autocast. With
     bfloat16 inputs on a GPU, `torch.set_float32_matmul_precision("high")` loses nothing in the scores: a bfloat16 fits
     into TF32.
 
     Args:
-      query, key, value: [batch, tokens, heads, head_dim], tokens frame-major; the last chunk may be ragged.
+      query, key, value: [batch, tokens, heads, head_dim], tokens frame-major; the last chunk may be shorter.
       phi_query, phi_key: non-negative features [batch, tokens, heads, features].
       tokens_per_frame: tokens of one latent frame.
       chunk_frames: Tc, at least 1.
       overlap_frames: To, between 0 and chunk_frames.
-      causal: whether linear attention is to the past only.
+      causal: whether linear attention is only to the past.
       stabilizer: "row_max": c is the row's largest score in the window and scale is 1. "joint": scale is exp(-c), so
-        that c cancels. These are two different functions; a student needs the one it was trained with.
+        that c cancels. These are two different functions; a student needs the one with which it was trained.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`.
 
     Raises:
-      ValueError: on arguments that do not fit together.
+      ValueError: the arguments do not fit together.
     """
     tokens = query.shape[1]
     if tokens_per_frame < 1 or tokens % tokens_per_frame:
@@ -162,7 +162,7 @@ def hybrid_attention(
     dtype = _accumulation_dtype(query)
 
     part = lambda x, start, end: x[:, start:end].transpose(1, 2).to(dtype)  # [batch, heads, end - start, ...]
-    # A column of ones beside the values: every weighted sum of them then carries its normaliser as one more column.
+    # A column of ones next to the values: every weighted sum of them then has its normaliser in one more column.
     values = lambda start, end: F.pad(part(value, start, end), (0, 1), value=1.0)
     linear_sums = lambda start, end: part(phi_key, start, end).mT @ values(start, end)
 
@@ -181,7 +181,7 @@ def hybrid_attention(
             linear = part(phi_query, start, end) @ (past if causal else past + future.pop())
             c, scale = scores.detach().amax(-1, keepdim=True), 1.0
             if stabilizer == "joint":
-                # The linear mass takes part in choosing c, or exp(-c) would overflow where all scores are low.
+                # c also depends on the linear mass: otherwise exp(-c) would overflow where all scores are low.
                 c = torch.maximum(c, linear.detach()[..., -1:].log())
                 scale = (-c.clamp(min=-64.0)).exp()
             total = (scores - c).exp() @ values(window, end) + scale * linear
@@ -190,10 +190,10 @@ def hybrid_attention(
 
 
 class HybridAttnProcessor:
-    """Self-attention of hybrid blocks, in place of diffusers' `WanAttnProcessor`.
+    """Self-attention of hybrid blocks, which replaces diffusers' `WanAttnProcessor`.
 
     Projections, norms and RoPE are the same; only the attention itself differs. The attention module must have the
-    submodules `feature_map_query` and `feature_map_key`. One processor serves all hybrid blocks of a model.
+    submodules `feature_map_query` and `feature_map_key`. One processor serves all hybrid blocks with the same form.
     """
 
     def __init__(self, *, feature_map_input: str, **form):
@@ -203,7 +203,7 @@ class HybridAttnProcessor:
         self.grid = (0, 0, 0)
 
     def record_grid(self, patch_embedding: nn.Module, args: tuple, patches: Tensor) -> None:
-        """Forward hook of the patch embedding, whose output [batch, channels, frames, height, width] has the grid."""
+        """Forward hook of the patch embedding; its output [batch, channels, frames, height, width] gives the grid."""
         self.grid = tuple(patches.shape[2:])
 
     def __call__(
@@ -214,7 +214,7 @@ class HybridAttnProcessor:
         attention_mask: None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Self-attention of hidden_states [batch, tokens, channels]; rotary_emb is what `WanRotaryPosEmbed` gives."""
+        """Self-attention of hidden_states [batch, tokens, channels]; rotary_emb comes from `WanRotaryPosEmbed`."""
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("hybrid attention is self-attention without a mask")
         frames, height, width = self.grid
@@ -246,20 +246,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attach_hybrid_attention(transformer: WanTransformer3DModel, hybrid_blocks: list[int] | str, hybrid: dict) -> None:
-    """Gives blocks of a Wan transformer hybrid attention, with new feature maps; in place.
+    """Gives blocks of a Wan transformer hybrid attention with new feature maps, in place.
 
     The maps become submodules of the blocks' self-attention, so that devices, dtypes, parameters and the state dict
     include them: `blocks.N.attn1.feature_map_query.layers.I.weight`, `...log_scale`, and `feature_map_key` likewise.
 
     Args:
-      transformer: of any size.
+      transformer: a transformer of any size.
       hybrid_blocks: indices of the blocks, or "all".
       hybrid: the form, as in rehyat.json.
     """
     form = dict(hybrid)
     maps = dict(form.pop("feature_map"))
     processor = HybridAttnProcessor(feature_map_input=maps.pop("input"), **form)
-    # A bound method, because a copy of the model then records in its own processor, which a closure would not.
+    # A bound method, so that a copy of the model records in its own processor; a closure would not.
     transformer.patch_embedding.register_forward_hook(processor.record_grid)
     for index in range(len(transformer.blocks)) if hybrid_blocks == "all" else hybrid_blocks:
         attn = transformer.blocks[index].attn1
@@ -269,7 +269,7 @@ def attach_hybrid_attention(transformer: WanTransformer3DModel, hybrid_blocks: l
 
 
 def hybrid_forms(content: dict) -> list[tuple[list[int] | str, dict]]:
-    """(blocks, form) of every form in rehyat.json, of format version 2, or of 1 with its one form."""
+    """(blocks, form) of every form in rehyat.json of format version 2, or of the one form of version 1."""
     version = content.get("format_version", 1)
     if version == 1:
         return [(content["hybrid_blocks"], content["hybrid"])] if content.get("hybrid_blocks") else []
@@ -288,19 +288,19 @@ def hybrid_forms(content: dict) -> list[tuple[list[int] | str, dict]]:
 
 
 def load_student(folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
-    """A student as diffusers' transformer, on the CPU and in evaluation mode.
+    """Loads a student as diffusers' transformer, on the CPU and in evaluation mode.
 
-    It is called like any Wan transformer. diffusers does not pad the text: `WanPipeline` zero-pads embeddings to 512
-    tokens; without it, pad them yourself to `text_length` of rehyat.json (512 if not given there).
+    Call it like any Wan transformer. diffusers' transformer does not pad the text. `WanPipeline` zero-pads embeddings
+    to 512 tokens; without it, pad them yourself to `text_length` of rehyat.json (512 if not given there).
 
     Args:
-      folder: the student's, in diffusers' layout.
-      torch_dtype: of the weights, except those that diffusers keeps in float32 and the feature maps' log_scale.
+      folder: the student's folder, in diffusers' layout.
+      torch_dtype: dtype of the weights, except those that diffusers keeps in float32 and the feature maps' log_scale.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the folder holds something else, or tensors are missing or left over. A tensor of a wrong shape is a
-        RuntimeError of `load_state_dict`.
+      ValueError: the folder is not a student's, or tensors are missing or unexpected.
+      RuntimeError: a tensor has a wrong shape; raised by `load_state_dict`.
     """
     folder = Path(folder)
     if not (folder / FORM).exists():
@@ -327,7 +327,7 @@ def load_student(folder: str | Path, torch_dtype: torch.dtype = torch.float32) -
 
 
 def save_student(transformer: WanTransformer3DModel, folder: str | Path) -> None:
-    """Writes a student from `load_student`, perhaps trained since, to a new folder that `load_student` reads."""
+    """Writes a student from `load_student`, perhaps trained further, to a new folder that `load_student` reads."""
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} already exists; choose another folder")
@@ -349,7 +349,7 @@ def _load_weights(transformer: WanTransformer3DModel, folder: Path, torch_dtype:
         tensors = load_file(folder / file)
         for name, tensor in tensors.items():
             dtype = torch.float32 if in_float32.intersection(name.split(".")) else torch_dtype
-            # A copy, because what is loaded is a view of the file, which may be replaced while the model lives.
+            # A copy, because a loaded tensor is a view of the file, which may be replaced while the model exists.
             tensors[name] = tensor.to(dtype, copy=True)
         unexpected += transformer.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
         missing -= tensors.keys()
