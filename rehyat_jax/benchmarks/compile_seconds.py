@@ -1,8 +1,8 @@
-"""How long the compiler takes: python -m rehyat_jax.benchmarks.compile_seconds --config FILE --topology NAME.
+"""Measures compilation time: python -m rehyat_jax.benchmarks.compile_seconds --config FILE --topology NAME.
 
-The train step of a configuration, compiled for a slice of TPUs (or the GPUs of a host) that is not there, as
-`rehyat_jax.train` has it compiled at its start. The command line is that of `rehyat_jax.plan`, which takes about twice
-as long for TPUs: there the compiler also writes the listings that static cycles are read from.
+Compiles the train step of a configuration for a slice of TPUs or the GPUs of a host, like `rehyat_jax.train` at its
+start. It needs neither. The command line is that of `rehyat_jax.plan`. For TPUs, `plan` takes about twice as long,
+because the compiler then also writes the listings from which static cycles are read.
 """
 
 import os
@@ -19,7 +19,10 @@ from rehyat_jax.planning.planner import Request
 
 
 def measure(request: Request) -> None:
-    """Raises InputError if libtpu is missing or does not know the topology, or the mesh cannot cut model or batch."""
+    """Times tracing and compilation, and prints a table.
+
+    Raises InputError if libtpu is missing or does not know the topology, or the mesh cannot shard the model or batch.
+    """
     devices = devices_of(request.topology)
     with progress(f"compiling the step for {request.topology}; this takes minutes"):
         start = time.monotonic()
@@ -32,6 +35,6 @@ def measure(request: Request) -> None:
 
 
 if __name__ == "__main__":
-    # As for plan: the machine's own devices are not what is compiled for.
+    # The program is compiled for the topology, not for devices of this machine.
     jax.config.update("jax_platforms", "cpu")
     sys.exit(report_input_errors(lambda: measure(parse_arguments(["compile_seconds", *sys.argv[1:]]).request)))

@@ -1,4 +1,4 @@
-"""How long a training step's gradient takes to compile: python -m rehyat_jax.benchmarks.compile_time [--preset NAME].
+"""Measures the compilation of a step's gradient: python -m rehyat_jax.benchmarks.compile_time [--preset NAME].
 
 Blocks are scanned, so 30 layers should compile as fast as 3. Weights and inputs are abstract: nothing is allocated.
 """

@@ -1,7 +1,8 @@
-"""What one hybrid layer cut along time sends: python -m rehyat_jax.benchmarks.context_parallel [--frames 21 81 321].
+"""Communication of a time-sharded layer: python -m rehyat_jax.benchmarks.context_parallel [--frames 21 81 321].
 
-Wan2.1 1.3B at 480p over the 8 devices of a TPU v5e:2x4, forward and backward, compiled without a TPU. Bytes are what
-one device sends, by kind (`cost_model.collectives`).
+The program is the forward and backward pass of one hybrid layer of Wan2.1 1.3B at 480p. It is sharded over the 8
+devices of a TPU v5e:2x4 and compiled without a TPU. The table has the bytes that one device sends, by kind
+(`cost_model.collectives`).
 """
 
 import argparse

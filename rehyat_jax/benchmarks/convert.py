@@ -1,8 +1,8 @@
 """Time and memory of converting a full-size checkpoint: python -m rehyat_jax.benchmarks.convert [--preset t2v-1.3B].
 
-Writes a random float32 checkpoint in diffusers' layout, converts it to a model checkpoint and back, each in a process
-of its own, checks that every byte came back and that memory stayed below two parameters and 1 GB, prints a markdown
-table and deletes its files. It needs three times the checkpoint's size on disk (17 GB for t2v-1.3B).
+Writes a random float32 checkpoint in diffusers' layout, and converts it to a model checkpoint and back, each in a
+separate process. Checks that the bytes are equal and that memory stayed below two parameters and 1 GB. Prints a
+markdown table and deletes its files. It needs three times the checkpoint's size on disk (17 GB for t2v-1.3B).
 """
 
 import argparse
@@ -43,7 +43,7 @@ def write_random_checkpoint(folder: Path, config: WanConfig, layout: Layout) -> 
 
 
 def run_convert(*arguments: str | Path) -> tuple[float, int]:
-    """(seconds, bytes of resident memory at the peak) of the conversion's command line in a fresh process."""
+    """(seconds, peak resident memory in bytes) of the conversion's command line in a new process."""
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "rehyat_jax.convert", *map(str, arguments)])
     _, status, usage = os.wait4(process.pid, 0)
@@ -54,7 +54,7 @@ def run_convert(*arguments: str | Path) -> tuple[float, int]:
 
 
 def benchmark(preset: str, folder: Path) -> str:
-    """Converts there and back below an existing folder; returns the table."""
+    """Converts a checkpoint and converts it back, inside an existing folder; returns the table."""
     random, model_checkpoint, back = folder / "random", folder / "model", folder / "back"
     model = write_random_checkpoint(random, WAN_PRESETS[preset], "diffusers")
     results = {

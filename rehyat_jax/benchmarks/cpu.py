@@ -1,8 +1,8 @@
 """Hybrid and full attention on a CPU as videos grow: python -m rehyat_jax.benchmarks.cpu [--json FILE] [--plot FILE].
 
-Times forward and forward + backward of the hybrid attention's implementations, of PyTorch's, and of full attention in
-PyTorch, all in one process (medians, float32), and measures their peak memory in another. An attention drops out
-where it gets too slow or too large.
+Times forward and forward + backward of the hybrid attention's implementations, of hybrid attention in PyTorch, and of
+full attention in PyTorch. All run in one process (medians, float32), and another process measures their peak memory. An
+attention is skipped at lengths where it would be too slow or too large.
 """
 
 import argparse
@@ -46,7 +46,7 @@ DIRECTIONS = (FORWARD, BACKWARD)
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One attention at one length. Peak memory is what a call takes besides its inputs; its results count."""
+    """One attention at one length. Peak memory is the memory of a call without its inputs, but with its results."""
 
     attention: str
     direction: str
@@ -57,7 +57,7 @@ class Measurement:
 
 
 def median_seconds(run: Run, *, total: float = 1.0, most: int = 20) -> float:
-    """The median over calls for about `total` seconds, at least three; a first call doesn't count."""
+    """The median time of at least three calls, repeated for about `total` seconds; the first call does not count."""
     run()
     seconds = []
     while len(seconds) < 3 or (sum(seconds) < total and len(seconds) < most):
@@ -68,9 +68,9 @@ def median_seconds(run: Run, *, total: float = 1.0, most: int = 20) -> float:
 
 
 def measured_peak_bytes(attention: str, shape: Shape, direction: str) -> int:
-    """What runs in the measuring process."""
+    """Peak memory of one call; runs in the measuring process."""
     run = prepare(attention, shape, direction)
-    run()  # what only a first call allocates is not the attention's
+    run()  # excludes memory that only a first call allocates
     return peak_bytes(run)
 
 
@@ -82,9 +82,9 @@ def measure(
     max_seconds: float,
     max_bytes: float,
 ) -> Iterator[Measurement]:
-    """All attentions in both directions, shortest videos first.
+    """Measures all attentions in both directions, shortest videos first.
 
-    An attention drops out before a length at which it would exceed a maximum if its time or memory grew quadratically.
+    An attention is skipped at a length where it would exceed a maximum if its time or memory grew quadratically.
     """
     last: dict[tuple[str, str], Measurement] = {}
     for shape, attention, direction in itertools.product(shapes, attentions, DIRECTIONS):
@@ -102,7 +102,7 @@ def measure(
 
 
 def table(points: list[Measurement]) -> str:
-    """Markdown: a row for every attention at every length, "-" where it was not run."""
+    """A markdown table with a row for every attention at every length, and "-" where it was not run."""
     found = {(point.frames, point.attention, point.direction): point for point in points}
     lines = [
         "| frames | tokens | attention | forward, ms | and backward, ms | forward, MiB | and backward, MiB |",
@@ -120,7 +120,7 @@ def table(points: list[Measurement]) -> str:
 
 
 def growth_table(points: list[Measurement]) -> str:
-    """Markdown: the exponent e of (frames)^e between the last two lengths of every curve; 1 is linear."""
+    """A markdown table of the exponent e of (frames)^e between the last two lengths of every curve; 1 is linear."""
     lines = ["| growth between the last two lengths | time | peak memory |", "|---|---|---|"]
     for attention, direction in itertools.product(ATTENTIONS, DIRECTIONS):
         curve = [point for point in points if (point.attention, point.direction) == (attention, direction)]
@@ -141,7 +141,7 @@ def growth_table(points: list[Measurement]) -> str:
 
 
 def save_plot(path: Path, points: list[Measurement]) -> None:
-    """Writes a PNG: time and peak memory against frames, a row for each direction."""
+    """Writes a PNG of time and peak memory against frames, with a row for each direction."""
     figure = Figure(figsize=(9, 6.5), layout="constrained", dpi=100)
     for row, direction in zip(figure.subplots(2, 2, sharex=True), DIRECTIONS, strict=True):
         quantities = (
@@ -165,15 +165,15 @@ def save_plot(path: Path, points: list[Measurement]) -> None:
 
 
 def keep_compiled_programs(folder: str | None) -> None:
-    """From now on XLA's compiled programs are kept in `folder`, and taken from there; None ends it."""
+    """Makes XLA store its compiled programs in `folder` and read them from there; None ends this."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0 if folder else 1)
-    compilation_cache.reset_cache()  # or an earlier setting would stay
+    compilation_cache.reset_cache()  # otherwise an earlier setting would stay
 
 
 @contextlib.contextmanager
 def shared_programs() -> Iterator[str]:
-    """A temporary folder through which processes share compiled programs, for what they compile is the same."""
+    """A temporary folder through which processes share compiled programs, because they compile the same ones."""
     with tempfile.TemporaryDirectory(prefix="programs-") as folder:
         keep_compiled_programs(folder)
         try:

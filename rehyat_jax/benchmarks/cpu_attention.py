@@ -1,4 +1,4 @@
-"""The attentions that the CPU benchmark compares, each as a call without arguments: inputs made, programs compiled.
+"""The attentions that the CPU benchmark compares, each as a call without arguments, with inputs and compiled program.
 
 All compute y from queries, keys and values in float32; the hybrid ones include their feature maps. "forward and
 backward" adds the gradients of queries, keys, values and feature maps.
@@ -49,7 +49,7 @@ Run = Callable[[], Any]
 
 
 def prepare(attention: str, shape: Shape, direction: str) -> Run | None:
-    """The attention named in `ATTENTIONS` as a call that does all its work anew; None if it has no such direction."""
+    """The attention named in `ATTENTIONS` as a call that repeats all its work; None if it lacks the direction."""
     return ATTENTIONS[attention](shape, direction)
 
 
@@ -95,7 +95,7 @@ def _jax_hybrid(implementation: str) -> Callable[[Shape, str], Run]:
 
 
 def _jax_hybrid_streamed(shape: Shape, direction: str) -> Run | None:
-    """Whole chunks one after another, each output dropped once it is there: what generation keeps in memory."""
+    """Attends to complete chunks one after another and frees each output, like generation."""
     if direction == BACKWARD or shape.frames % CHUNK_FRAMES:
         return None
     graphdef, maps = _jax_maps(shape)
@@ -165,4 +165,4 @@ ATTENTIONS = {
     "hybrid, scan": _jax_hybrid("scan"),
     "hybrid, streamed": _jax_hybrid_streamed,
 }
-"""Name -> (shape, direction) -> call. "streamed" is the default implementation, given a video chunk by chunk."""
+"""Name -> (shape, direction) -> call. "streamed" gives the default implementation a video chunk by chunk."""

@@ -1,7 +1,8 @@
-"""What a distillation step takes beside its teacher: python -m rehyat_jax.benchmarks.distill_step.
+"""Cost of a distillation step relative to its teacher: python -m rehyat_jax.benchmarks.distill_step.
 
-Static cycles (docs/static_cycles.md) of a step of stage 1, and of the softmax teacher's forward pass alone on the same
-videos, both compiled without a TPU. The command line is that of `rehyat_jax.plan`; without one, Wan2.1 1.3B on v5e:4x4.
+Prints static cycles (docs/static_cycles.md) of a step of stage 1, and of only the softmax teacher's forward pass on the
+same videos. Both are compiled without a TPU. The command line is that of `rehyat_jax.plan`; without arguments, the
+benchmark takes Wan2.1 1.3B on v5e:4x4.
 """
 
 import sys
@@ -20,7 +21,7 @@ DEFAULT = ["--config", "configs/wan_1_3b_distill.py", "--topology", "v5e:4x4"]
 
 
 def cycles(request: Request, program: str) -> int:
-    """Static cycles, as `plan` has them, of a function of `planning.train_step` that lowers for a mesh."""
+    """Static cycles, computed like those of `plan`, of the program that a function of `planning.train_step` lowers."""
     with (
         progress(f"compiling {program}; this takes minutes"),
         compiled_for_tpu(
@@ -33,7 +34,7 @@ def cycles(request: Request, program: str) -> int:
 
 
 def compare(request: Request) -> None:
-    """Raises InputError unless the configuration distils."""
+    """Prints the cycles of step and teacher. Raises InputError unless the configuration's stage is "distill"."""
     if request.config.stage != "distill":
         raise InputError(
             f'--config: expected one whose stage is "distill", found {request.config.stage!r}; see configs/*_distill.py'
@@ -45,6 +46,6 @@ def compare(request: Request) -> None:
 
 
 if __name__ == "__main__":
-    # As for plan: the machine's own devices are not what is compiled for.
+    # The programs are compiled for the topology, not for devices of this machine.
     jax.config.update("jax_platforms", "cpu")
     sys.exit(report_input_errors(lambda: compare(parse_arguments(["plan", *(sys.argv[1:] or DEFAULT)]).request)))

@@ -1,4 +1,4 @@
-"""What a figure was measured on, for the line above a benchmark's table."""
+"""Describes the machine of a measurement, for the line above a benchmark's table."""
 
 import os
 import platform

@@ -2,8 +2,8 @@
 
 First compares outputs and gradients on this GPU with the float64 reference, then times forward and forward + backward
 in bfloat16 at the sizes of Wan2.1 (12 heads: 1.3B, 40 heads: 14B; 1560 tokens a frame are 480 x 832 pixels), Tc = 3,
-To = 1, 256 features. "layer" computes its feature maps, "hybrid" is given their features. Prints markdown tables; ends
-with exit code 1 if something failed or was wrong. `benchmarks.gpu_run` runs this and everything else in one command.
+To = 1, 256 features. "layer" computes its feature maps; "hybrid" gets their features as inputs. Prints markdown tables;
+the exit code is 1 if something failed or was wrong. `benchmarks.gpu_run` runs this and all other GPU benchmarks.
 """
 
 import argparse
@@ -45,7 +45,7 @@ maps: only the feature maps.
 
 NAMES = ("query", "key", "value", "phi_query", "phi_key")
 
-# Dense bfloat16 TFLOP/s of the data sheets, by what JAX calls the device.
+# Dense bfloat16 TFLOP/s from the data sheets, by JAX's name of the device.
 PEAK_TFLOPS = {
     "NVIDIA A100": 312,
     "NVIDIA H100 80GB HBM3": 989,
@@ -55,7 +55,7 @@ PEAK_TFLOPS = {
     "NVIDIA B200": 2250,
 }
 
-# Weights, states, cotangents and results are each rounded to bfloat16's 8 bits: a few times 2**-9 of the largest.
+# Weights, states, cotangents and results are each rounded to bfloat16's 8 bits: a few times 2**-9 of the largest value.
 TOLERANCE = 2.0**-6
 
 
@@ -67,13 +67,13 @@ MOST_SECONDS = 3.0
 
 
 def data_sheet_tflops(device_kind: str) -> float | None:
-    """A GPU's dense bfloat16 peak by its data sheet; None for an unknown one."""
+    """A GPU's dense bfloat16 peak in TFLOP/s from its data sheet; None for an unknown GPU."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if device_kind.startswith(name)), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One attention at one size; times in milliseconds, None where it failed."""
+    """One attention at one size, with times in milliseconds; a time is None if the call failed."""
 
     heads: int
     frames: int
@@ -98,7 +98,7 @@ def hybrid(implementation: str, stabilizer: str, tokens_per_frame: int, causal: 
 
 
 def random_inputs(frames: int, tokens_per_frame: int, heads: int, *, features: bool = True) -> list[jax.Array]:
-    """Bfloat16 query, key, value, all normal, and non-negative features whose products are of order one."""
+    """Bfloat16 query, key and value, all normal, and non-negative features whose products are of order one."""
     widths = [HEAD_DIM] * 3 + ([FEATURES] * 2 if features else [])
     keys = jax.random.split(jax.random.key(0), len(widths))
     shapes = [(1, frames * tokens_per_frame, heads, width) for width in widths]
@@ -117,7 +117,7 @@ def output_and_gradients(attend: Callable) -> Callable:
 
 
 def errors(implementation: str, stabilizer: str, causal: bool) -> dict[str, float]:
-    """Largest error over largest value of the output and each gradient, at 7 frames (a ragged chunk) of 60 tokens."""
+    """Error ratios of the output and each gradient, at 7 frames of 60 tokens, where the last chunk is incomplete."""
     inputs, cotangent = _checked_inputs(7)
     found = jax.jit(output_and_gradients(hybrid(implementation, stabilizer, 60, causal)))(inputs, cotangent)
     expected = _expected(stabilizer, causal, 7)
@@ -126,7 +126,7 @@ def errors(implementation: str, stabilizer: str, causal: bool) -> dict[str, floa
 
 
 def state_errors(implementation: str, stabilizer: str) -> dict[str, float]:
-    """Error ratios of a 6-frame video that is computed in two parts: its output, and the sums in its final state."""
+    """Error ratios of the output and of the sums in the final state, for a 6-frame video computed in two parts."""
     inputs, _ = _checked_inputs(6)
     run = functools.partial(hybrid(implementation, stabilizer, 60), return_state=True)
     half = 3 * 60
@@ -146,7 +146,7 @@ def state_errors(implementation: str, stabilizer: str) -> dict[str, float]:
 
 
 def _checked_inputs(frames: int) -> tuple[list[jax.Array], jax.Array]:
-    """Inputs and cotangent of 2 heads and 60 tokens a frame."""
+    """Inputs and cotangent with 2 heads and 60 tokens a frame."""
     inputs = random_inputs(frames, 60, 2)
     return inputs, jax.random.normal(jax.random.key(1), inputs[0].shape, jnp.bfloat16)
 
@@ -181,12 +181,12 @@ def check_states(implementations: Sequence[str]) -> Iterator[dict]:
 
 
 def _judged(find_errors: Callable[..., dict[str, float]], cases: list[dict]) -> Iterator[dict]:
-    """Each case with its errors, None where it failed. Cases run side by side: most of the time is compilation."""
+    """Each case with its errors, None if it failed. Cases run in parallel, because most of the time is compilation."""
 
     def judged(case: dict) -> dict:
         try:
             found = find_errors(**case)
-        except Exception as error:  # whatever a compiler raises, the other cases are still compared
+        except Exception as error:  # any compiler error; the other cases are still compared
             report_failure(case, error)
             found = None
         return case | {"errors": found, "right": found is not None and all(x < TOLERANCE for x in found.values())}
@@ -196,13 +196,13 @@ def _judged(find_errors: Callable[..., dict[str, float]], cases: list[dict]) -> 
 
 
 def milliseconds(function: Callable, *arguments, repeats: int, jit: bool = True) -> float:
-    """Median time of a call; short calls are queued, so that the host's part in them is hidden.
+    """Median time of a call; short calls are queued, so that the host's time in them is hidden.
 
     Args:
-      function: to be compiled, unless `jit` is False; then it may also wait for its own results.
-      arguments: of the function.
-      repeats: how often it is timed, where that takes no longer than `MOST_SECONDS`.
-      jit: whether to compile it.
+      function: function that is compiled unless `jit` is False; then it may also wait for its own results.
+      arguments: arguments of the function.
+      repeats: number of timings; fewer if they would take longer than `MOST_SECONDS`.
+      jit: whether to compile the function.
     """
     if jit:
         function = jax.jit(function)
@@ -224,12 +224,12 @@ def milliseconds(function: Callable, *arguments, repeats: int, jit: bool = True)
 
 
 def softmax_tflop(pairs: int, heads: int, *, products: int) -> float:
-    """2 products of every pair of a query and a key forward, 5 more backward."""
+    """TFLOP of softmax attention: 2 products of every query-key pair forward, 5 more backward."""
     return products * 2 * pairs * heads * HEAD_DIM / 1e12
 
 
 def linear_tflop(tokens: int, heads: int, *, products: int) -> float:
-    """2 products of every token's features and a state or value forward, 4 more backward."""
+    """TFLOP of linear attention: 2 products of every token's features and a state or value forward, 4 more backward."""
     return products * 2 * tokens * heads * FEATURES * HEAD_DIM / 1e12
 
 
@@ -246,11 +246,11 @@ def measure(
     """Times attention at one size.
 
     Args:
-      heads, frames, tokens_per_frame: the size; frames are latent.
-      implementations: of hybrid attention.
+      heads, frames, tokens_per_frame: the size; frames are latent frames.
+      implementations: implementations of hybrid attention.
       full_by: the implementation of full attention.
-      repeats: timed calls; the median counts.
-      kinds: which of `KINDS`, in that order.
+      repeats: number of timed calls; the median counts.
+      kinds: the kinds of rows to measure, a subset of `KINDS`; rows come in the order of `KINDS`.
     """
     tokens = frames * tokens_per_frame
     geometry = ChunkGeometry(frames, tokens_per_frame, CHUNK_FRAMES, OVERLAP_FRAMES)
@@ -270,7 +270,7 @@ def measure(
         try:
             forward_ms = milliseconds(attend, *inputs, repeats=repeats)
             both_ms = milliseconds(output_and_gradients(attend), inputs, cotangent, repeats=repeats)
-        except Exception as error:  # whatever a compiler raises, the others are still timed
+        except Exception as error:  # any compiler error; the other rows are still timed
             report_failure(dict(attention=name, heads=heads, frames=frames), error)
         return Measurement(heads, frames, name, forward_tflop, both_tflop, forward_ms, both_ms)
 
@@ -298,7 +298,7 @@ def measure(
 def torch_measurement(
     heads: int, frames: int, shape: tuple[int, ...], flops: Callable, repeats: int
 ) -> Iterator[Measurement]:
-    """Full attention by PyTorch's `scaled_dot_product_attention`, by the kernel that it picks; none without PyTorch."""
+    """Times PyTorch's `scaled_dot_product_attention` with the kernel that it picks; no row without PyTorch."""
     try:
         import torch
     except ImportError as error:
@@ -338,7 +338,7 @@ def torch_measurement(
 
 
 def whole_layer(implementation: str, stabilizer: str, tokens_per_frame: int, heads: int) -> tuple[Callable, Any]:
-    """(hybrid attention of (query, key, value, parameters) with its feature maps, their parameters)."""
+    """(hybrid attention with its feature maps, a function of (query, key, value, parameters); their parameters)."""
     graphs, params = _random_maps(heads)
     attend = hybrid(implementation, stabilizer, tokens_per_frame)
 
@@ -349,12 +349,12 @@ def whole_layer(implementation: str, stabilizer: str, tokens_per_frame: int, hea
 
 
 def feature_maps(heads: int) -> tuple[Callable, Any]:
-    """(both maps, of the query and of the key, as one function of (query, parameters), their parameters)."""
+    """(both feature maps as one function of (query, parameters); their parameters)."""
     graphs, params = _random_maps(heads)
 
     def attend(query, params):
         phi_query, phi_key = (nnx.merge(*pair)(query) for pair in zip(graphs, params, strict=True))
-        # A cotangent in the shape of the query reaches every feature of both.
+        # A cotangent with the shape of the query reaches every feature of both maps.
         return (phi_query + phi_key)[..., :HEAD_DIM] + (phi_query + phi_key)[..., HEAD_DIM:]
 
     return attend, params
@@ -367,7 +367,7 @@ def _random_maps(heads: int) -> tuple[tuple, tuple]:
 
 
 def report_failure(case: dict, error: Exception) -> None:
-    """Says on stderr what failed; the benchmark goes on."""
+    """Prints on stderr what failed; the benchmark continues."""
     what = ", ".join(f"{name}={value}" for name, value in case.items())
     print(f"failed: {what}: {type(error).__name__}: {str(error)[:1000]}", file=sys.stderr, flush=True)
 
@@ -410,7 +410,7 @@ def find_device(platform: str) -> jax.Device:
 
 
 def benchmark(arguments: argparse.Namespace) -> bool:
-    """Runs and prints everything; returns whether all was right."""
+    """Runs and prints everything; returns True if all results are right."""
     device = find_device(arguments.device)
     peak = data_sheet_tflops(device.device_kind)
     full_by = "cudnn" if device.platform == "gpu" else "xla"
@@ -451,7 +451,7 @@ def benchmark(arguments: argparse.Namespace) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark: exit code 0, 1 if something failed or was wrong, 2 if it could not be run."""
+    """Runs the benchmark; returns exit code 0, 1 if something failed or was wrong, 2 if it could not run."""
     parser = argparse.ArgumentParser(
         prog="python -m rehyat_jax.benchmarks.gpu",
         description=__doc__,

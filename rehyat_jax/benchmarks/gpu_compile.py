@@ -1,10 +1,14 @@
-"""What becomes of hybrid attention on an H100, without one: python -m rehyat_jax.benchmarks.gpu_compile.
+"""Compiles hybrid attention for an H100 without a GPU: python -m rehyat_jax.benchmarks.gpu_compile.
 
-Compiles forward, and forward + backward, with JAX's CUDA plugin, which needs neither GPU nor driver for that (`pip
-install "jax[cuda13]"`). For every program: the attention kernels it calls, the bytes that XLA's operations read and
-write beside them (at 3.35 TB/s, the H100's, a bound on what they cost), its temporary memory, and what ptxas says of
-the project's own kernel, once: it is not compiled again. cuDNN's kernels are chosen on the GPU itself, so nothing is
-known of them here.
+JAX's CUDA plugin compiles forward, and forward + backward, without GPU and driver (`pip install "jax[cuda13]"`). For
+every program, the table has:
+
+  - the attention kernels that it calls
+  - the bytes that XLA's other operations read and write, and a bound on their time at the H100's 3.35 TB/s
+  - its temporary memory
+  - ptxas's remarks on the project's own kernel, only where it is compiled for the first time
+
+cuDNN chooses its kernels on the GPU itself, so the table has nothing about them.
 """
 
 import argparse
@@ -33,13 +37,13 @@ IMPLEMENTATIONS = ("cudnn", "pallas_gpu")
 BYTES_A_SECOND = 3.35e12
 
 _OPERATION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)")
-# They move nothing.
+# Operations that move no bytes.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One program: its attention kernels in order, bytes moved beside them, temporary bytes, what ptxas says."""
+    """One program: its attention kernels in order, other operations' bytes, temporary bytes, and ptxas's remarks."""
 
     kernels: list[str]
     other_bytes: int
@@ -48,7 +52,7 @@ class Compiled:
 
 
 def moved_bytes(hlo: str) -> tuple[list[str], int]:
-    """The custom calls of an optimised HLO module's entry, and the bytes all its other operations read and write."""
+    """The custom calls of an optimised HLO module's entry, and the bytes that its other operations read and write."""
     kernels, total, bytes_of = [], 0, {}
     for line in hlo[hlo.index("\nENTRY") :].splitlines():
         if not (match := _OPERATION.match(line)):
@@ -65,7 +69,7 @@ def moved_bytes(hlo: str) -> tuple[list[str], int]:
 def compile_attention(
     implementation: str, stabilizer: str, *, backward: bool, heads: int, frames: int, tokens_per_frame: int = 1560
 ) -> Compiled:
-    """Compiles causal hybrid attention of one bfloat16 video for an H100; if `backward`, with all inputs' gradients."""
+    """Compiles causal hybrid attention of one bfloat16 video for an H100; `backward` adds all inputs' gradients."""
     geometry = ChunkGeometry(frames, tokens_per_frame, CHUNK_FRAMES, OVERLAP_FRAMES)
 
     def attend(*arrays):
@@ -89,7 +93,7 @@ def compile_attention(
 
 @contextlib.contextmanager
 def ptxas_output() -> Iterator[list[str]]:
-    """Makes Mosaic GPU print what ptxas says; it does so from C++, so the process' own output is diverted meanwhile."""
+    """Collects ptxas's output. Mosaic GPU prints it from C++, so the process's output is redirected meanwhile."""
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     lines: list[str] = []
     with tempfile.TemporaryFile("w+") as file:

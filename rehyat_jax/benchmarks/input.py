@@ -1,8 +1,8 @@
-"""What the training input delivers, beside what training takes: python -m rehyat_jax.benchmarks.input.
+"""Throughput of the training input, compared with the need of training: python -m rehyat_jax.benchmarks.input.
 
-Writes prepared examples of two shapes, the demo's and Wan2.1 1.3B's at 480x832 and 81 frames, reads them as one host of
-a run does, with several numbers of workers, and prints a markdown table. It needs 2.5 GB of disk and of memory; what
-was just written is read from memory, so a slow disk is not in the figures.
+Writes prepared examples of two shapes, the demo's and Wan2.1 1.3B's at 480x832 and 81 frames. Reads them like one host
+of a run, with several numbers of workers, and prints a markdown table. It needs 2.5 GB of disk and of memory. Files
+just written are read from memory, so the figures do not include a slow disk.
 """
 
 import argparse
@@ -27,10 +27,10 @@ class Case(NamedTuple):
 
     Attributes:
       latents, text: shapes of an example.
-      examples: in the data set.
-      batch: examples of a step that one host reads.
-      step: seconds that it takes.
-      told: what the run is.
+      examples: number of examples in the data set.
+      batch: number of examples that one host reads for a step.
+      step: duration of a step in seconds.
+      told: description of the run.
     """
 
     latents: tuple[int, ...]
@@ -50,7 +50,7 @@ CASES = {
 
 
 def write_examples(folder: Path, case: Case, dtype: str) -> None:
-    """Fills a folder with different examples whose text is as long as it can be."""
+    """Fills a folder with different examples whose text has the full length."""
     rng = np.random.default_rng(0)
     draw = lambda shape: rng.standard_normal(shape, np.float32).astype(STORED[dtype])
     latents, text = draw(case.latents), draw(case.text)
@@ -60,13 +60,13 @@ def write_examples(folder: Path, case: Case, dtype: str) -> None:
             writer.add({"latents": np.roll(latents, number), "text": text}, {"name": str(number), "caption": ""})
             progress.update()
 
-    # A codec that cannot decode spares the contact sheet.
+    # With a codec that cannot decode, the contact sheet is skipped.
     plan = Plan("examples", "wan_vae", "umt5", {}, list(range(case.examples)), 64)
     prepare(folder, plan, fill, lambda: np.zeros(case.text, np.float32), Hosts(), item="example")
 
 
 def examples_per_second(folder: Path, batch: int, workers: int, seconds: float) -> float:
-    """Of the loader alone, once its workers run and what they made ahead is used up."""
+    """Throughput of only the loader, measured after its workers have started and their first batches are consumed."""
     data = batches(PreparedExamples(folder), batch_size=batch, seed=0, workers=workers)
     for _ in range(4 + 6 * workers):
         next(data)
@@ -80,7 +80,7 @@ def examples_per_second(folder: Path, batch: int, workers: int, seconds: float) 
 
 
 def benchmark(folder: Path, workers: list[int], seconds: float) -> str:
-    """Measures below an existing folder; returns the table."""
+    """Measures with files inside an existing folder; returns the table."""
     lines = [
         f"{describe_environment()}, grain {version('grain')}, array_record {version('array_record')}. MB are of the "
         f"float32 that training gets.",

@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, whichever library's arrays they are; Linux with glibc only."""
+"""Measures the peak memory of a call, with arrays of any library; only for Linux with glibc."""
 
 import contextlib
 import gc
@@ -15,13 +15,13 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """By how much this process's resident memory rises above its present size while `run()` runs, results included.
+    """Largest increase of this process's resident memory while `run()` runs, including the results.
 
-    To be called in a `measuring_process`. In any other, memory that earlier calls have freed may still be resident, and
-    its use would not show.
+    Call it in a `measuring_process`. In any other process, memory that earlier calls freed may still be resident, and
+    its reuse would not be measured.
     """
     gc.collect()
-    _CLEAR_REFS.write_text("5")  # the highest resident size so far becomes the present one
+    _CLEAR_REFS.write_text("5")  # resets the highest resident size to the present one
     before = _resident_bytes("VmRSS")
     result = run()
     highest = _resident_bytes("VmHWM")
@@ -31,12 +31,12 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 @contextlib.contextmanager
 def measuring_process(initialize: Callable[[], Any] | None = None) -> Iterator[ProcessPoolExecutor]:
-    """A fresh Python process in which arrays of 64 KiB or more are given pages of their own, and give them back.
+    """A new Python process in which arrays of 64 KiB or more get separate pages and return them when freed.
 
     `initialize`, a function that can be pickled, is called there first.
 
     Raises:
-      InputError: on systems without Linux's records of memory.
+      InputError: the system lacks Linux's records of memory.
     """
     if not _CLEAR_REFS.exists():
         raise InputError(f"memory is measured by Linux's {_CLEAR_REFS}, which this system lacks: run this on Linux")

@@ -1,7 +1,7 @@
-"""How long a save holds up the loop: python -m rehyat_jax.benchmarks.save_blocking [--config configs/demo_teacher.py].
+"""How long a save blocks the loop: python -m rehyat_jax.benchmarks.save_blocking [--config configs/demo_teacher.py].
 
-Steps are waited for, so that what `save` takes is its own time: copying the state, and starting what writes it. The
-step beside the writing shares the processors with it.
+The benchmark waits for every step, so that the time of `save` has only its own work: copying the state and starting the
+write. The step that runs during the write shares the processors with it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rehyat_jax.training.stages import assemble
 
 
 def measure(config: ml_collections.ConfigDict, folder: Path, saves: int) -> dict[str, list[float]]:
-    """Seconds of each kind, one of each for every save; of a run that trains the whole transformer."""
+    """Seconds of each kind, one figure for every save, in a run that trains the complete transformer."""
     source = make_source(config)
     data = RunData(source, config, seed=config.seed, accumulation_steps=config.accumulation_steps)
     model = initial_model(config)

@@ -1,4 +1,4 @@
-"""Block sizes of JAX's splash attention, the best that were found: the baseline gets what it can."""
+"""The best block sizes found for JAX's splash attention, so that the baseline is as fast as possible."""
 
 import math
 from collections.abc import Callable
@@ -18,10 +18,11 @@ _FIELDS = {
 #   v5p    forward 28.2 / 28.1 on both cores; fused 137.6 / 137.8, dkv and dq - / 183.6 on one: none declares parallel
 #   v6e    forward 33.2 / 33.0, fused 71.5 / 71.5, dkv and dq 93.2 / 93.3
 #   tpu7x  forward 34.3 / 33.7, fused 74.4 / 74.4, dkv and dq 93.0 / -
-# Of those tried these are the best, but for fused on tpu7x: (1024, 8192, 512) has 71.7 with 0.0.51, and has not been
-# compiled with 0.0.42. Tried were most neighbours of forward and fused, and on tpu7x of dkv and dq; of other dkv and dq
-# all blocks of 2 or 4 million scores, on v5p four pairs. Cycles are proportional to the number of blocks, so that other
-# lengths and numbers of heads want the same.
+# These are the best of those tried, except fused on tpu7x: (1024, 8192, 512) has 71.7 with 0.0.51, and has not been
+# compiled with 0.0.42. The sizes tried are:
+#   forward, fused, and dkv and dq on tpu7x: most neighbours
+#   dkv and dq elsewhere: all blocks of 2 or 4 million scores; on v5p four pairs
+# Cycles are proportional to the number of blocks, so the same sizes are best for other lengths and numbers of heads.
 SPLASH_BLOCKS: dict[str, Blocks] = {
     "v5e": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (2048, 2048, 1024), "dq": (2048, 1024)},
     "v5p": {"forward": (256, 8192, 512), "fused": (512, 4096, 512), "dkv": (4096, 1024, 512), "dq": (2048, 1024)},
@@ -39,10 +40,10 @@ def splash_arguments(implementation: str, blocks: Blocks) -> dict:
 
 
 def search(cycles: Callable[[dict], int | None], start: Blocks) -> Blocks:
-    """Walks from `start`, one kernel after the other, to blocks that no neighbours are better than.
+    """Searches from `start`, one kernel after the other, for blocks that are better than all their neighbours.
 
-    Prints what it tries. `cycles` takes keywords of `tpu_cases.full_softmax`, and returns None for what cannot be
-    compiled: VMEM does not hold it.
+    Prints every trial. `cycles` takes keywords of `tpu_cases.full_softmax`, and returns None for blocks that cannot be
+    compiled because they do not fit into VMEM.
     """
     best = dict(start)
     for kernel in start:
@@ -60,8 +61,8 @@ def search(cycles: Callable[[dict], int | None], start: Blocks) -> Blocks:
 
 
 def _neighbours(blocks: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """One size twice or half as large, or queries and keys traded for one another."""
+    """Blocks with one size doubled or halved, or with one of queries and keys doubled and the other halved."""
     moves = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (0.5, 1, 1), (1, 0.5, 1), (1, 1, 0.5), (2, 0.5, 1), (0.5, 2, 1)]
     moved = {tuple(int(size * factor) for size, factor in zip(blocks, move, strict=False)) for move in moves}
-    # Keys are taken in whole parts of a block, and 128 is the least.
+    # The keys taken at a time divide a block, and 128 is the smallest size.
     return {sizes for sizes in moved if min(sizes) >= 128 and sizes[-1] <= sizes[1]} - {blocks}

@@ -1,7 +1,7 @@
-"""What `tpu_static` compiles: one attention layer, everything from (q, k, v) to y included, forward and backward.
+"""The cases that `tpu_static` compiles: one complete attention layer from (q, k, v) to y, forward and backward.
 
-Every case is called by `tpu_compile` in a process of its own, with JSON-ready keywords, and returns a function and the
-abstract arguments to compile it for.
+`tpu_compile` calls every case in a separate process, with JSON-ready keywords. A case returns a function and the
+abstract arguments for which to compile it.
 """
 
 import math
@@ -27,10 +27,13 @@ def hybrid(
 ) -> Case:
     """Hybrid attention with feature maps of the default configuration.
 
-    Queries, keys and values come, and y leaves, as the model has them: bfloat16 [1, tokens, heads * head_dim].
-    `direction`: "forward", "backward" (gradients of q, k, v and the feature maps) or "phi_backward" (of the feature
-    maps alone, what distilling one block needs). Backward is the pullback alone: what the forward pass keeps for it is
-    given.
+    Queries, keys, values and y have the model's layout: bfloat16 [1, tokens, heads * head_dim]. `direction` is:
+
+      - "forward"
+      - "backward": gradients of q, k, v and the feature maps
+      - "phi_backward": gradients of only the feature maps, which distilling one block needs
+
+    Backward is only the pullback: the forward pass's residuals are its arguments.
     """
     make_map = lambda: FeatureMap(FeatureMapConfig(), heads=heads, head_dim=head_dim, rngs=nnx.Rngs(0))
     graphdef, weights = nnx.split(nnx.eval_shape(make_map))
@@ -68,9 +71,9 @@ def full_softmax(
 ) -> Case:
     """Full softmax attention by JAX's splash attention kernels with the given block sizes.
 
-    It is given all that it could wish for: queries (scaled), keys and values in its own layout, [heads, tokens,
-    head_dim], padded to whole blocks, and no mask on the padding. `direction`: "forward" or "backward"; `is_fused`: one
-    backward kernel in place of two, which writes partial gradients of the queries for every block of keys.
+    The conditions favour splash attention. It gets queries (scaled), keys and values in its own layout, [heads, tokens,
+    head_dim], padded to complete blocks, and no mask on the padding. `direction` is "forward" or "backward". `is_fused`
+    selects one backward kernel instead of two; it writes partial gradients of the queries for every block of keys.
     """
     tokens = frames * tokens_per_frame
     blocks = {name: min(size, max(128, 1 << (tokens - 1).bit_length())) for name, size in blocks.items()}
@@ -89,7 +92,7 @@ def full_softmax(
 
 
 def _pullback(function: Callable, arguments: tuple[Any, ...], *, differentiated: int, cotangent: Any) -> Case:
-    """The backward pass alone, of the first `differentiated` arguments: residuals and cotangent are its arguments."""
+    """Only the backward pass for the first `differentiated` arguments; it takes residuals and cotangent."""
 
     def residuals(*arguments):
         head, tail = arguments[:differentiated], arguments[differentiated:]

@@ -1,4 +1,4 @@
-"""How `tpu_static` prints what it found."""
+"""Formats the results of `tpu_static`."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ def table_head() -> str:
 
 
 def table_line(row: dict, cost: ProgramCost | None) -> str:
-    """A row, and where its cycles come from; without a cost it does not fit into the chip's memory."""
+    """A row of the table, with the sources of its cycles; without a cost, the case does not fit into the memory."""
     cells = [row[key] for key in ("topology", "preset", "frames", "direction")]
     cells.append(row["implementation"])
     if cost is None:
@@ -54,7 +54,7 @@ def details(cost: ProgramCost) -> str:
 
 
 def growth(rows: list[dict]) -> Iterator[str]:
-    """With how many frames to which power cycles and memory grow, between the smallest and the largest number."""
+    """Lines with the growth of cycles and memory as powers of frames, between the smallest and largest number."""
     series: dict[tuple, list[dict]] = {}
     for row in rows:
         keys = ("topology", "preset", "direction", "implementation")

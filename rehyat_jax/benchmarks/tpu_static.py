@@ -1,8 +1,9 @@
 """Static cycles of one attention layer on TPUs, none needed: python -m rehyat_jax.benchmarks.tpu_static [options].
 
-The layer is compiled for the TPU ahead of time, and costed from the compiler's own listings (docs/static_cycles.md).
-Hybrid attention (3 frames a chunk, 1 of overlap, feature maps included, bfloat16) stands beside full softmax attention
-by JAX's splash kernels. Cycles are issue cycles without stalls: for ratios and for what binds, not for seconds.
+Compiles the layer for the TPU ahead of time, and computes its cost from the compiler's listings
+(docs/static_cycles.md). Compares hybrid attention (3 frames a chunk, 1 of overlap, with feature maps, bfloat16) with
+full softmax attention by JAX's splash kernels. Cycles are issue cycles without stalls: they show ratios and
+bottlenecks, not seconds.
 """
 
 import argparse
@@ -29,14 +30,14 @@ PRESETS = {name.lower().removeprefix("t2v-"): preset for name, preset in WAN_PRE
 DIRECTIONS = ("forward", "backward", "phi_backward")
 
 RUN_TIME_DATA = {"fixed shift": 0.0, "running maximum": 1.0, "huge": 1e30}
-"""What is assumed of numbers that decide control flow but exist only when a kernel runs: of "pallas_tpu", the flags of
-chunks whose scores may be too large for a fixed shift. The first is how it is where models normalise queries and keys;
-whatever costs differently has a row of its own."""
+"""Assumed values of numbers that decide control flow but exist only when a kernel runs. In "pallas_tpu" they are the
+flags of chunks whose scores may be too large for a fixed shift. The first value holds for models that normalise queries
+and keys. Each value with a different cost has its own row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is compiled: `function` of `tpu_cases`, its keywords, for what, and how the table calls it."""
+    """A program to compile: `function` of `tpu_cases`, its keywords, the topology, and its names in the table."""
 
     topology: str
     preset: str
@@ -59,9 +60,9 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The cost of a case, and its program: None both where the program does not fit into the chip's memory.
+    """The cost of a case and its program; both are None if the program does not fit into the chip's memory.
 
-    `run_time_data` is what was assumed of it, of RUN_TIME_DATA, where that makes a difference.
+    `run_time_data` is the assumed key of RUN_TIME_DATA, or None if the assumption makes no difference.
     """
 
     case: Case
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Costs all cases and prints a table of them, line by line.
+    """Computes the costs of all cases and prints a table of them, line by line.
 
     Raises:
       InputError: libtpu is missing, or an argument is wrong.
@@ -124,7 +125,7 @@ def groups(arguments: argparse.Namespace) -> Iterator[list[Case]]:
 
 
 def costs(case: Case) -> list[Result]:
-    """Compiles a case and costs it: more than once, if what only a run would know makes a difference."""
+    """Compiles a case and computes its cost, once for each of RUN_TIME_DATA that changes it."""
     function = f"rehyat_jax.benchmarks.tpu_cases:{case.function}"
     try:
         with compiled_for_tpu(function, case.keywords, case.topology) as compiled:
@@ -143,11 +144,12 @@ def costs(case: Case) -> list[Result]:
 
 
 def row(result: Result, compared: list[Result]) -> dict:
-    """The result as JSON holds it.
+    """The result as a JSON object.
 
-    `ratio_to_splash`: how many times more cycles splash attention takes in the same direction, backward by the faster
-    of its two ways that fit into memory; gradients of the feature maps alone are compared with its backward pass.
-    `mxu_utilization`: matrix unit slots in use in the inner loop of the kernel that has most matrix products.
+    `ratio_to_splash` is splash attention's cycles in the same direction divided by this case's cycles. Backward, it
+    uses the faster of splash attention's two variants that fit into memory. Gradients of only the feature maps are
+    compared with its backward pass. `mxu_utilization` is the share of matrix unit slots in use in the inner loop of the
+    kernel with the most matrix products.
     """
     case, cost = result.case, result.cost
     passes = "forward" if case.direction == "forward" else "backward"
@@ -175,7 +177,7 @@ def row(result: Result, compared: list[Result]) -> dict:
 
 
 def search_blocks(topology: str, arguments: argparse.Namespace) -> None:
-    """Searches splash attention's block sizes at the first of the asked presets and lengths, and prints the best."""
+    """Searches splash attention's block sizes at the first given preset and length, and prints the best."""
     generation = generation_of(topology)
     splash = next(groups(argparse.Namespace(**vars(arguments) | {"topology": [topology]})))[0]
 
@@ -210,7 +212,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--details", action="store_true", help="also print what binds every part of every kernel")
     option("--search", action="store_true", help="search splash attention's block sizes instead")
     arguments = parser.parse_args(argv)
-    # A token is two by two latent pixels, a latent pixel eight by eight.
+    # A token is two by two latent pixels; a latent pixel is eight by eight pixels.
     arguments.tokens_per_frame = arguments.tokens_per_frame or (arguments.height // 16) * (arguments.width // 16)
     if min(*arguments.frames, arguments.tokens_per_frame) < 1:
         parser.error("expected at least one frame of one token")

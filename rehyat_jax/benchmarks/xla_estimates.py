@@ -1,7 +1,7 @@
-"""How far libtpu's estimates are from what a chip allows: python -m rehyat_jax.benchmarks.xla_estimates [TOPOLOGY ...].
+"""Compares libtpu's estimates with a chip's limits: python -m rehyat_jax.benchmarks.xla_estimates [TOPOLOGY ...].
 
-Some operations of a 14B block, alone, compiled without a TPU: the compiler's `estimated_cycles` beside the cycles that
-the matrix units and the memory need at least. `rehyat_jax.plan` forms the fast end of a step's time accordingly.
+Compiles single operations of a 14B block without a TPU. The table has the compiler's `estimated_cycles` next to the
+least cycles of the matrix units and of the memory. `rehyat_jax.plan` computes the fast end of a step's time from them.
 """
 
 import argparse
@@ -41,11 +41,11 @@ CASES = {
     "GELU": (jax.nn.gelu, [(TOKENS, HIDDEN)], 0),
     "heads before tokens": (heads_first, [X], 0),
 }
-"""Name, function, the shapes of its arguments, and FLOPs."""
+"""Name -> (function, shapes of its arguments, FLOPs)."""
 
 
 def report(topologies: list[str]) -> None:
-    """Raises InputError for a topology that is not known, or without libtpu."""
+    """Prints the table. Raises InputError if a topology is unknown or libtpu is missing."""
     print("| topology | operation | estimate, M cycles | matrix units | memory | estimate / larger |")
     print("|---|---|---|---|---|---|")
     for topology in topologies:
@@ -71,6 +71,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # As for plan: the machine's own devices are not what is compiled for.
+    # The operations are compiled for the topologies, not for devices of this machine.
     jax.config.update("jax_platforms", "cpu")
     sys.exit(main())

@@ -1,12 +1,15 @@
 """All GPU figures in one command: python -m rehyat_jax.benchmarks.gpu_run --json FILE [--budget SECONDS].
 
-Sections run in order of value, each in a process of its own with a time limit: correctness first, then the attention,
-train steps, sampling, and the demo. FILE is rewritten with every result, so that a run that is cut off keeps what it
-has; an existing FILE keeps its other sections. At the end the report is written next to it, as FILE with the suffix
-.md, or to --out. `--render FILE` writes the report of an existing FILE, and measures nothing.
+Sections run in order of value, each in a separate process with a time limit: correctness first, then the attention,
+train steps, sampling, and the demo. FILE is rewritten with every result, so that an interrupted run keeps its results;
+an existing FILE keeps its other sections. At the end the report is written next to it, as FILE with the suffix .md, or
+to --out. `--render FILE` writes the report of an existing FILE, and measures nothing.
 
-`--device cpu --tiny` tries everything on a CPU. Exit code 0 where all sections that were asked for are complete and
-right, 1 where not, 2 where the user's input is wrong.
+`--device cpu --tiny` tries everything on a CPU. Exit codes:
+
+  0  all requested sections are complete and right
+  1  a section is not complete or not right
+  2  the user's input is wrong
 """
 
 import argparse
@@ -48,12 +51,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> bool:
-    """Measures, unless only the report is wanted, and writes the report; returns whether what was measured is right."""
+    """Measures unless only the report is wanted, and writes the report; returns True if all measurements are right."""
     file = arguments.json or arguments.render
     names = []
     on_cpu = read_results(arguments.cpu_results) if arguments.cpu_results else {}
     if arguments.json:
-        # JAX is not asked: it would take memory that the sections need.
+        # JAX is not used here: it would take memory that the sections need.
         if arguments.device == "gpu" and nvidia_smi() is None:
             raise InputError(
                 "--device gpu: expected an NVIDIA GPU, found no nvidia-smi that answers; run this on a machine with "

@@ -8,11 +8,11 @@ from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
 
 
 def rows(sizes: Sizes, heads: str, implementations: str) -> Iterator[Row]:
-    """A `benchmarks.gpu.Measurement` a row.
+    """One row for each `benchmarks.gpu.Measurement`.
 
     Args:
-      sizes: lengths of videos.
-      heads, implementations: the fields of `sizes` that have the number of heads and the hybrid implementations.
+      sizes: the sizes to measure.
+      heads, implementations: names of the fields of `sizes` with the number of heads and the hybrid implementations.
     """
     for number, frames in enumerate(sizes.frames):
         measured = measure(

@@ -22,7 +22,7 @@ def read_config(name: str) -> ml_collections.ConfigDict:
 
 
 def train_cases() -> dict[str, dict[str, Any]]:
-    """Arguments of `train_case` by the name of their section."""
+    """Arguments of `train_case` by name of the section."""
     return {name: section.arguments for name, section in SECTIONS.items() if section.module == "train_step"}
 
 
@@ -32,11 +32,11 @@ def train_case(
     """(configuration, architecture, latents' size) of a step.
 
     Args:
-      sizes: model and video.
-      stage: "distill" or "finetune", as configs/wan_1_3b_*.py have them.
-      hybrid: the share of blocks that are hybrid, spread evenly over the depth.
-      remat: when finetuning.
-      implementation: the field of `sizes` that names the attention's implementation; empty for the platform's best.
+      sizes: sizes of the model and the video.
+      stage: "distill" or "finetune", configured by configs/wan_1_3b_*.py.
+      hybrid: the share of hybrid blocks, spread evenly over the depth.
+      remat: the remat policy for finetuning.
+      implementation: name of the field of `sizes` with the attention's implementation; empty for the platform's best.
     """
     config = read_config(f"wan_1_3b_{stage}.py")
     layers = WAN_PRESETS[sizes.preset].num_layers
@@ -48,5 +48,5 @@ def train_case(
     if implementation:
         config.attention_implementation = getattr(sizes, implementation)[0]
     if not count:
-        config.stage = "pretrain"  # the same step, of a model that has no hybrid blocks to load
+        config.stage = "pretrain"  # the same step, for a model without hybrid blocks
     return config, student_config(WAN_PRESETS[sizes.preset], config), sizes.latents

@@ -1,4 +1,4 @@
-"""Sections "correctness*": hybrid attention on this device against the float64 reference."""
+"""Sections "correctness*": hybrid attention on this device, compared with the float64 reference."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
 
 
 def rows(sizes: Sizes, implementations: str) -> Iterator[Row]:
-    """One row for every implementation, stabilizer and direction of time, then those of a video in two parts.
+    """One row for every implementation, stabilizer and direction of time, then the rows of a video in two parts.
 
     Args:
-      sizes: which implementations there are.
-      implementations: the field of `sizes` that names those to check.
+      sizes: sizes with the names of the implementations.
+      implementations: name of the field of `sizes` with the implementations to check.
     """
     yield from check(getattr(sizes, implementations))
     yield from check_states(getattr(sizes, implementations))

@@ -19,7 +19,7 @@ TEACHER = CONFIGS.parent / "assets" / "demo_teacher"
 
 
 def rows(sizes: Sizes) -> Iterator[Row]:
-    """Seconds of each part as soon as it is done, then the metrics, then which of the demo's bounds hold."""
+    """Rows with the seconds of each part when it is done, then the metrics, then the demo's bounds."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder)
         convert_from_torch(TEACHER, runs / "teacher")

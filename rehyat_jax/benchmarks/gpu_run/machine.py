@@ -1,4 +1,4 @@
-"""Section "machine": what the figures were measured on, and the ceilings that they are compared with."""
+"""Section "machine": the hardware and libraries of the measurements, and the ceilings for comparison."""
 
 import importlib.metadata
 import subprocess
@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def rows(sizes: Sizes) -> Iterator[Row]:
-    """One row: hardware, driver, libraries; TFLOP/s of a square bfloat16 product, TB/s of a copy (read and written)."""
+    """One row: hardware, driver, libraries; TFLOP/s of a square bfloat16 product; TB/s of a copy (read and written)."""
     side, copied = (8192, 2**31) if sizes.device == "gpu" else (256, 2**20)
     left, right = (jax.random.normal(key, (side, side), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
     product_ms = milliseconds(jnp.matmul, left, right, repeats=sizes.repeats)
@@ -40,7 +40,7 @@ def rows(sizes: Sizes) -> Iterator[Row]:
 
 
 def nvidia_smi() -> str | None:
-    """Name, memory and driver of the GPU; None where there is none."""
+    """Name, memory and driver of the GPU; None if there is no GPU."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

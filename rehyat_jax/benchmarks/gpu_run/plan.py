@@ -1,4 +1,4 @@
-"""Section "plan": what `rehyat_jax.plan` says of the steps that are measured. It needs no GPU."""
+"""Section "plan": the plans of `rehyat_jax.plan` for the measured steps. It needs no GPU."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from rehyat_jax.planning.planner import Request, make_plan
 
 
 def rows(sizes: Sizes) -> Iterator[Row]:
-    """One row a section of train steps: its planned memory and time."""
+    """One row with the planned memory and time of each section of train steps."""
     jax.config.update("jax_platforms", "cpu")
     topology = sizes.topology or ("h200:1" if "H200" in (nvidia_smi() or "") else "h100:1")
     cases = train_cases()
@@ -21,7 +21,7 @@ def rows(sizes: Sizes) -> Iterator[Row]:
         config.batch_size = device_count(topology)
         try:
             plan = make_plan(Request(config, *model, topology))
-        except Exception as error:  # the others are planned all the same
+        except Exception as error:  # the other steps are still planned
             yield {
                 "section": name,
                 "topology": topology,

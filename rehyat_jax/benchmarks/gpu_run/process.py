@@ -1,4 +1,4 @@
-"""One section in a process of its own: python -m rehyat_jax.benchmarks.gpu_run.process NAME DEVICE [tiny].
+"""Runs one section in its own process: python -m rehyat_jax.benchmarks.gpu_run.process NAME DEVICE [tiny].
 
 It writes lines of JSON to standard output. The first line describes the machine; every other line is a row. Other
 output of the section goes to standard error.
@@ -30,7 +30,7 @@ def main(name: str, device: str, *tiny: str) -> None:
     # Without a GPU that works, JAX would measure the CPU.
     jax.config.update("jax_platforms", "cpu" if section.beside or device == "cpu" else "cuda,cpu")
     if tiny:
-        jax.config.update("jax_disable_most_optimizations", True)  # there, all the time is compilation
+        jax.config.update("jax_disable_most_optimizations", True)  # tiny sizes spend all time in compilation
     write(describe_environment())
     for row in section.rows(sizes_for(device, tiny=bool(tiny))):
         write(row)

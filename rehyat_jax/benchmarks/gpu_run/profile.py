@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 MOST = 15
-"""Number of kernels with a row of their own. One more row sums the others."""
+"""Number of kernels with separate rows. One more row sums the others."""
 
 
 def kernel_times(run: Callable[[], Any], hlo: str) -> Iterator[dict[str, Any]]:
@@ -17,10 +17,10 @@ def kernel_times(run: Callable[[], Any], hlo: str) -> Iterator[dict[str, Any]]:
 
     Args:
       run: the call, which waits for its results.
-      hlo: the compiled program's text, which says where each operation comes from.
+      hlo: the compiled program's text, which has the source of each operation.
 
     Yields:
-      {"kernel", "operation" (its name in `hlo`), "source" (in the program that was traced), "calls", "milliseconds"}.
+      {"kernel", "operation" (its name in `hlo`), "source" (in the traced program), "calls", "milliseconds"}.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -39,7 +39,7 @@ def _row(kernel: str, operation: str, source: str, calls: int, nanoseconds: floa
 
 
 def _times(profile: jax.profiler.ProfileData) -> dict[tuple[str, str], tuple[int, float]]:
-    """(calls, nanoseconds) by kernel and the operation that it is of."""
+    """(calls, nanoseconds) by kernel and operation."""
     times: dict[tuple[str, str], tuple[int, float]] = {}
     planes = list(profile.planes)
     on_gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
@@ -59,6 +59,6 @@ def _times(profile: jax.profiler.ProfileData) -> dict[tuple[str, str], tuple[int
 
 
 def _source(operation: str, hlo: str) -> str:
-    """The end of the path of JAX operations that became this one."""
+    """The end of the path of JAX operations that were compiled to this one."""
     found = re.search(rf'%{re.escape(operation)} = .*op_name="([^"]*)"', hlo) if operation else None
     return found[1][-160:] if found else ""

@@ -1,4 +1,4 @@
-"""Random values in place of what a checkpoint and a data set would hold."""
+"""Random values that replace a checkpoint and a data set."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
 
 _DRAWN = 1_000_003
-"""Normal numbers that arrays are filled from, over and over. A program that draws every number compiles for 20 seconds.
-A prime, so that no two rows of an array are equal."""
+"""Number of normal numbers with which arrays are filled repeatedly. A program that draws every number compiles for 20
+seconds. It is a prime, so that no two rows of an array are equal."""
 
 
 def abstract_params(config: WanConfig) -> dict[str, Any]:
@@ -23,14 +23,14 @@ def abstract_params(config: WanConfig) -> dict[str, Any]:
 
 
 def random_arrays(abstract: Any, scale: float = 0.02) -> Any:
-    """Arrays with the shapes, dtypes and shardings of a tree: normal numbers times `scale`, and integers 0."""
+    """Arrays with the shapes, dtypes and shardings of a tree: normal numbers times `scale`; integers are 0."""
     return _filled(abstract, lambda path, leaf, noise: scale * noise)
 
 
 def random_params(abstract: Any) -> Any:
     """A transformer's parameters, all random: zeros and ones, as at the start of training, hide errors.
 
-    Kernels keep the size of what goes through them; scales of norms are around one, biases and modulations around zero.
+    Kernels preserve the size of their inputs. Scales of norms are around one, biases and modulations around zero.
     """
 
     def value(path: tuple, leaf: jax.ShapeDtypeStruct, noise: jax.Array) -> jax.Array:

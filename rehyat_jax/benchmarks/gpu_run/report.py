@@ -1,4 +1,4 @@
-"""The results as one Markdown page."""
+"""Formats the results as one Markdown page."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,8 +13,8 @@ def render(sections: Sections, on_cpu: Sections) -> str:
     """The page.
 
     Args:
-      sections: as `results.Results` keeps them.
-      on_cpu: those of a run on a CPU, for the demo's metrics; may be empty.
+      sections: the sections of `results.Results`.
+      on_cpu: the sections of a run on a CPU, for the demo's metrics; may be empty.
     """
     order = [*(name for name in SECTIONS if name in sections), *sorted(sections.keys() - SECTIONS.keys())]
     sections = {name: sections[name] for name in order}

@@ -15,11 +15,11 @@ COMPLETE, RUNNING, CUT_OFF, FAILED, SKIPPED = "complete", "running", "cut off", 
 class Results:
     """Sections by name, in a file that is rewritten with every change.
 
-    A section is {"status", "date", "environment", "seconds", "rows", "error"}. The report also shows a "note" that
-    somebody added by hand.
+    A section is {"status", "date", "environment", "seconds", "rows", "error"}. The report also shows a "note" added by
+    hand.
 
     Args:
-      path: the file; the sections of an existing one stay until they are started again.
+      path: the file; the sections of an existing file stay until they are started again.
     """
 
     def __init__(self, path: Path):
@@ -32,7 +32,7 @@ class Results:
         return bool(self.sections.get(name, {}).get("rows"))
 
     def start(self, name: str, **fields: Any) -> None:
-        """Replaces a section by one without rows."""
+        """Replaces a section with one without rows."""
         with self._lock:
             self.sections[name] = {"status": RUNNING, "rows": [], **fields}
             self._write()
@@ -55,7 +55,7 @@ class Results:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The sections of a file. Raises InputError unless it is one of `Results`."""
+    """The sections of a file. Raises InputError unless `Results` wrote it."""
     if not path.exists():
         raise InputError(f"{path}: expected a file of results, found none; give the FILE of an earlier --json FILE")
     sections = read_json_object(path)
@@ -66,7 +66,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def rows_of(sections: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The rows of a section, none if it was not run."""
+    """The rows of a section; empty if it was not run."""
     return sections[name]["rows"] if name in sections else []
 
 

@@ -1,4 +1,4 @@
-"""Runs sections in processes of their own, within their time limits and the budget, and collects their rows."""
+"""Runs sections in separate processes, within their time limits and the budget, and collects their rows."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ from rehyat_jax.benchmarks.gpu_run.results import COMPLETE, CUT_OFF, FAILED, SKI
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS, Section
 
 LEAST_SECONDS = 15
-"""With less than this left, a section would give nothing."""
+"""Seconds of the budget below which a section is skipped, because it would give no result."""
 
 
 def run_sections(names: list[str], results: Results, *, budget: float, device: str, tiny: bool) -> None:
@@ -56,12 +56,12 @@ def run_sections(names: list[str], results: Results, *, budget: float, device: s
 def _run_section(
     name: str, section: Section, limit: float, arguments: list[str], results: Results, processes: set[subprocess.Popen]
 ) -> None:
-    """Runs one section and keeps its rows as they come."""
+    """Runs one section and stores its rows as they arrive."""
     started = time.monotonic()
     results.start(name, date=datetime.date.today().isoformat())
     environment = os.environ | {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": str(section.memory_fraction),
-        # The last line of an error is then the error, and not a remark on frames that were left out.
+        # The last line of a traceback is then the error, and not a remark on hidden frames.
         "JAX_TRACEBACK_FILTERING": "off",
     }
     environment.pop("XLA_CLIENT_MEM_FRACTION", None)  # jaxlib refuses both
@@ -72,7 +72,7 @@ def _run_section(
         kill(process)
 
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        # A session of its own, so that what the section starts ends with it.
+        # A separate session, so that processes that the section starts end with it.
         process = subprocess.Popen(
             command(name, section, arguments),
             stdout=subprocess.PIPE,
@@ -88,7 +88,7 @@ def _run_section(
         try:
             for number, line in enumerate(process.stdout):
                 if not line.endswith("\n"):
-                    break  # cut off while it was written
+                    break  # the process ended while it wrote the line
                 if number == 0:
                     results.update(name, environment=json.loads(line))
                     continue
@@ -114,7 +114,7 @@ def command(name: str, section: Section, arguments: list[str]) -> list[str]:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Ends a process and everything that it started."""
+    """Kills a process and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

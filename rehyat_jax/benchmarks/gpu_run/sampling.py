@@ -1,4 +1,4 @@
-"""Section "sampling": one guided step, softmax, all-hybrid, and diffusers with the same weights."""
+"""Section "sampling": one guided step of the softmax, all-hybrid and diffusers models with the same weights."""
 
 import statistics
 import time
@@ -17,15 +17,15 @@ from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 
 GUIDED = 2
-"""The batch of a step with guidance: with the prompt, and without."""
+"""The batch size of a step with guidance: one row with the prompt, one without."""
 
 
 def rows(sizes: Sizes) -> Iterator[Row]:
-    """Rows of the short video (hybrid, softmax), the long one, and diffusers; times are for one model evaluation."""
+    """Rows of the short video (hybrid, softmax), the long video, and diffusers; times are for one model evaluation."""
     softmax = WAN_PRESETS[sizes.preset]
     hybrid = softmax.replace(hybrid_blocks="all")
     params = random_params(abstract_params(hybrid))
-    # A softmax model has the same parameters but for the feature maps.
+    # A softmax model has the same parameters except the feature maps.
     without_maps = {name: tree for name, tree in params.items() if name != "feature_maps"}
     inputs = _inputs(sizes, softmax, sizes.latents[0])
     velocity, row = _step(hybrid, params, inputs, sizes.repeats)
@@ -35,7 +35,7 @@ def rows(sizes: Sizes) -> Iterator[Row]:
     long = _inputs(sizes, softmax, sizes.long_frames)
     yield _step(hybrid, params, long, sizes.repeats)[1]
     yield _step(softmax, without_maps, long, 1)[1]
-    # Last: whatever fails in PyTorch costs no other row.
+    # Last, so that a failure in PyTorch costs no other row.
     yield _diffusers_step(softmax, without_maps, inputs, velocity, sizes)
 
 
@@ -47,7 +47,7 @@ def _inputs(sizes: Sizes, config: WanConfig, frames: int) -> dict[str, jax.Array
 
 
 def _step(config: WanConfig, params: Any, inputs: dict[str, jax.Array], repeats: int) -> tuple[np.ndarray, Row]:
-    """(velocity, row) of our model in bfloat16."""
+    """(velocity, row) of this package's model in bfloat16."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
     start = time.perf_counter()
     run = jax.jit(apply_model(graphdef)).lower(params, **inputs).compile()
@@ -60,7 +60,7 @@ def _step(config: WanConfig, params: Any, inputs: dict[str, jax.Array], repeats:
 
 
 def _milliseconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call that waits for its results; it has run before."""
+    """Median time of a call that waits for its results and has run before."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The sections of a run, in order of value, and the sizes that they measure at."""
+"""The sections of a run, in order of value, and the sizes of their measurements."""
 
 import dataclasses
 import importlib
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured; `REAL` is Wan2.1, `TINY` tries the program on a CPU.
+    """The sizes of all measurements; `REAL` is Wan2.1, `TINY` tries the program on a CPU.
 
     Attributes:
       device: JAX's platform, "gpu" or "cpu".
@@ -19,15 +19,15 @@ class Sizes:
       latents: frames, height and width of a video's latents.
       long_frames: latent frames of the long video of section "sampling".
       frames: latent frames of the attention's videos, in order of value.
-      tokens_per_frame: of the attention's videos.
-      small_heads, large_heads: of 1.3B's and 14B's attention.
+      tokens_per_frame: tokens per latent frame of the attention's videos.
+      small_heads, large_heads: numbers of heads of 1.3B's and 14B's attention.
       implementations: implementations of hybrid attention to time.
       checked: implementations of hybrid attention to compare with the reference.
-      kernels: this project's own GPU kernels, timed and compared in sections of their own, because a kernel may hang.
-      repeats: timed calls of each; the median counts.
-      topology: what `plan` plans for, one video on each of its devices; None for one of the GPU in use.
+      kernels: this project's own GPU kernels, timed and compared in separate sections, because a kernel may hang.
+      repeats: number of timed calls of each function; the median counts.
+      topology: topology of the plans, with one video on each of its devices; None for one GPU of the type in use.
       planned: the sections that are planned; None for all train steps.
-      demo_steps: of each of the demo's runs; None for those of its configurations.
+      demo_steps: number of steps of each of the demo's runs; None for the numbers in its configurations.
       demo_samples: whether the demo's report samples videos.
     """
 
@@ -84,19 +84,19 @@ TINY = Sizes(
 
 
 def sizes_for(device: str, *, tiny: bool) -> Sizes:
-    """What is measured on a device, "gpu" or "cpu"."""
+    """The sizes for a device, "gpu" or "cpu"."""
     sizes = TINY if tiny else REAL
     return dataclasses.replace(sizes, **_ON_CPU) if device == "cpu" else sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One part of the run, in a process of its own.
+    """One part of the run, in a separate process.
 
     Attributes:
-      module: of this package; its `rows(sizes, **arguments)` yields the results, most important first.
-      seconds: after so many it is cut off; what it has yielded is kept.
-      arguments: of `rows`.
+      module: module of this package whose `rows(sizes, **arguments)` yields the results, most important first.
+      seconds: time limit; a section that exceeds it is killed, and the rows that it has yielded are kept.
+      arguments: arguments of `rows`.
       memory_fraction: the share of the GPU's memory that JAX takes; PyTorch needs the rest.
       beside: whether it needs no GPU, so that it runs next to the others from the start.
       requires: this section is skipped if that section has run and is not right.
@@ -110,7 +110,7 @@ class Section:
     requires: str | None = None
 
     def rows(self, sizes: Sizes) -> Iterator[Row]:
-        """Measures."""
+        """Measures, and yields the results."""
         run: Callable[..., Iterator[Row]] = importlib.import_module(f"{__package__}.{self.module}").rows
         return run(sizes, **self.arguments)
 

@@ -1,4 +1,4 @@
-"""Section "student": a hybrid model exported to PyTorch, run there on this device, against the JAX model."""
+"""Section "student": a hybrid model exported to PyTorch and run on this device, compared with the JAX model."""
 
 import tempfile
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ STUDENT = WanConfig(
 )
 
 FLOAT32_TOLERANCE = 5e-5
-"""diffusers' sinusoids of the timestep are float32: good to 3e-5 at t = 737."""
+"""diffusers' sinusoids of the timestep are float32, accurate to 3e-5 at t = 737."""
 
 
 def rows(sizes: Sizes) -> Iterator[Row]:
-    """In float32, the largest difference; in bfloat16, the error of each against the JAX model in float32."""
+    """In float32, the largest difference; in bfloat16, the error of each model against the JAX model in float32."""
     import torch
 
     from rehyat_jax.pytorch.rehyat_torch import load_student
@@ -67,5 +67,5 @@ def rows(sizes: Sizes) -> Iterator[Row]:
         yield {"dtype": "float32", "difference": difference, "right": difference < FLOAT32_TOLERANCE}
         error = lambda found: float(np.sqrt(np.mean((found - exact) ** 2)))
         ours, theirs = error(run_jax(model, jnp.bfloat16, None)), error(run_torch(exported, torch.bfloat16))
-        # Both round alike; a mistake would be of the velocity's own size, which is about 1.
+        # Both round alike; a mistake would have the size of the velocity, which is about 1.
         yield {"dtype": "bfloat16", "jax_error": ours, "torch_error": theirs, "right": max(ours, theirs) < 0.05}

@@ -1,4 +1,4 @@
-"""What the figures on an H100 or H200 should be."""
+"""Targets for the figures on an H100 or H200."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple

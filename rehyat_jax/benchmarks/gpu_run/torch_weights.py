@@ -1,4 +1,4 @@
-"""Wan in PyTorch with the parameters of a model in JAX, none of them written to disk."""
+"""Copies the parameters of a JAX model into Wan in PyTorch without writing them to disk."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from rehyat_jax.weights.wan.spec import UPSTREAM
 def diffusers_transformer(
     config: WanConfig, params: dict[str, Any], dtype: torch.dtype, device: str
 ) -> WanTransformer3DModel:
-    """diffusers' transformer, its numbers as `from_pretrained(torch_dtype=dtype)` leaves them: some stay float32."""
+    """diffusers' transformer, with the dtypes of `from_pretrained(torch_dtype=dtype)`: some parameters stay float32."""
     described = config.to_dict()
     arguments = {theirs: described[ours] for theirs, ours in UPSTREAM["diffusers"].fields.items()}
     with torch.device(device):
@@ -29,7 +29,7 @@ def diffusers_transformer(
             with torch.no_grad():
                 tensors.pop(name).copy_(torch.from_dlpack(transformed))
             if device == "cuda":
-                torch.cuda.synchronize()  # JAX may use that memory again at once
+                torch.cuda.synchronize()  # JAX may reuse the memory at once
     if tensors:
         raise ValueError(f"parameters of diffusers' model without a value: {sorted(tensors)}")
     for name, parameter in model.named_parameters():

@@ -19,11 +19,11 @@ WARM_UP_STEPS, STEPS = 1, 3
 
 
 def rows(sizes: Sizes, **case: Any) -> Iterator[Row]:
-    """First a row with the step's time, memory and FLOPs, then one for each of the kernels that take longest.
+    """First a row with the step's time, memory and FLOPs, then one for each of the longest kernels.
 
     Args:
-      sizes: model and video.
-      **case: of `cases.train_case`.
+      sizes: sizes of the model and the video.
+      **case: keyword arguments of `cases.train_case`.
     """
     config, wan, latents = train_case(sizes, **case)
     flops = STAGES[config.stage].step_flops(wan, latents, remat=config.remat)
