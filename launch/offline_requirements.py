@@ -1,7 +1,7 @@
 """Prints the requirements of rehyat_jax that a machine without network lacks, one for pip on each line.
 
-`offline_wheels.sh` calls it before every download. A wheel in its folder counts as installed, and what that wheel
-requires is then looked for too. It prints nothing once the wheels are complete.
+`offline_wheels.sh` calls it before every download. A wheel in its folder counts as installed, and its requirements are
+then checked too. It prints nothing when the wheels are complete.
 """
 
 import argparse
@@ -34,18 +34,18 @@ LACKED = (
     "portpicker",
     "tensorboardx",
 )
-"""Packages that a machine is taken to lack, or to have too old, where nothing tells what it has."""
+"""Packages assumed to be missing or too old on a machine whose installed packages are unknown."""
 
 
 class Wheel(NamedTuple):
-    """A downloaded package: its version and everything it may require."""
+    """A downloaded package: its version and all its possible requirements."""
 
     version: Version
     requires: list[Requirement]
 
 
 def project_requirements() -> list[Requirement]:
-    """Everything in requirements.txt and in pyproject.toml's extra `torch`."""
+    """All requirements in requirements.txt and in the extra `torch` of pyproject.toml."""
     lines = (ROOT / "requirements.txt").read_text().split("\n")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines += project["optional-dependencies"]["torch"]
@@ -90,8 +90,8 @@ def read_wheels(folder: Path) -> dict[str, Wheel]:
 
 
 def required(roots: list[Requirement], wheels: Mapping[str, Wheel], python: str) -> dict[str, SpecifierSet]:
-    """Everything that `roots`, and in turn the wheels among them, require, by canonical name."""
-    # pip's own resolver would evaluate these for the machine that it runs on.
+    """All packages, by canonical name, in `roots` and in the requirements of their wheels, recursively."""
+    # pip's own resolver would evaluate markers for the machine that it runs on.
     target = {
         "implementation_name": "cpython",
         "os_name": "posix",
