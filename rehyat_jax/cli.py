@@ -1,4 +1,4 @@
-"""What all command-line modules share: how a command runs and how an error of the user's is told."""
+"""Functions shared by all command-line modules: running a command and reporting errors in the user's input."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from rehyat_jax.errors import InputError, RunEndedError
 
 def report_input_errors(run: Callable[[], Any]) -> int:
     """Runs a command; prints the errors of `rehyat_jax.errors` without a traceback. Returns the exit code."""
-    # Orbax warns that there is nothing to merge in a checkpoint, which is so by choice, and logs what it raises.
+    # Orbax warns that a checkpoint has nothing to merge, which is intended, and logs the errors that it raises.
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)
     try:
@@ -24,7 +24,7 @@ def report_input_errors(run: Callable[[], Any]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         if jax.distributed.is_initialized():
-            # The others wait for this process in some collective, and it would wait for them to say goodbye.
+            # The other processes wait for this one in some collective, and its orderly exit would wait for them.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(error.exit_code)
@@ -38,10 +38,11 @@ def report_input_errors(run: Callable[[], Any]) -> int:
 def parsed_config(
     values: flags.FlagValues, argv: list[str], config_flag: flags.FlagHolder, *required: flags.FlagHolder
 ) -> ml_collections.ConfigDict:
-    """Parses `argv`, the program's name first, into `values`; returns the configuration of a --config FILE flag.
+    """Parses `argv`, which begins with the program's name, into `values`; returns the --config flag's configuration.
 
     Raises:
-      InputError: a flag or a field is missing, unknown or of the wrong type; unknown ones name the nearest.
+      InputError: a flag or a field is missing, unknown or of the wrong type; for an unknown one, the message names the
+        nearest.
     """
     try:
         unparsed = values(argv)[1:]
@@ -52,9 +53,9 @@ def parsed_config(
                 usage = " ".join(f"--{needed.name} {needed.name.upper()}" for needed in (config_flag, *required))
                 raise InputError(f"--{flag.name} is required: python -m rehyat_jax.{Path(argv[0]).stem} {usage}")
         config = config_flag.value
-        config.keys()  # a file that failed to load says so only when it is used
+        config.keys()  # a file that failed to load raises its error only when it is used
     except AttributeError as error:
-        # ml_collections names the closest field, in an exception within an exception.
+        # ml_collections names the closest field in a nested exception.
         reason = error.args[0]
         while isinstance(reason, Exception):
             reason = reason.args[0]
@@ -63,6 +64,6 @@ def parsed_config(
         raise
     except (flags.Error, TypeError, OSError) as error:
         raise InputError(str(error)) from error
-    except (ValueError, KeyError) as error:  # of ml_collections, where a field's name is no name
+    except (ValueError, KeyError) as error:  # ml_collections raises them for a malformed field name
         raise InputError(f"the command line cannot be understood: {error}") from error
     return config

@@ -3,8 +3,9 @@
   python -m rehyat_jax.convert from-torch SRC DST [--force]
   python -m rehyat_jax.convert to-torch SRC DST --layout {diffusers,original} [--force]
 
-PyTorch checkpoints are safetensors files or folders, in diffusers' or the original layout; a model checkpoint is the
-directory that training writes and sampling reads. Every tensor arrives bit for bit, in its own dtype.
+PyTorch checkpoints are safetensors files or folders, in diffusers' or the original layout. A model checkpoint is the
+directory that training writes and sampling reads. Every tensor keeps its dtype and is converted without a change of any
+bit.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from rehyat_jax.weights.table import LAYOUTS
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; exits with code 2 on a wrong one."""
+    """Reads the command line; argparse itself exits with code 2 on a wrong one."""
     parser = argparse.ArgumentParser(
         prog="python -m rehyat_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,7 +36,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Runs the chosen conversion and says what was written. Raises InputError."""
+    """Runs the chosen conversion and prints a summary of the written checkpoint. Raises InputError."""
     source, destination, force = arguments.source, arguments.destination, arguments.force
     if arguments.command == "from-torch":
         model = convert_from_torch(source, destination, replace=force)
@@ -45,12 +46,12 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and converts; returns the exit code, 2 when the user's input is wrong."""
+    """Parses the command line and converts; returns the exit code, 2 if the user's input is wrong."""
     arguments = parse_arguments(argv)
     return report_input_errors(lambda: convert(arguments))
 
 
 if __name__ == "__main__":
-    # Nothing here computes; without this, JAX would take hold of an accelerator.
+    # Nothing here computes; without this, JAX would occupy an accelerator.
     jax.config.update("jax_platforms", "cpu")
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Several processes as one JAX run: whether there are several, and how they find each other."""
+"""Joins several processes into one JAX run: detects whether there are several, and lets them find each other."""
 
 import os
 import re
@@ -14,11 +14,11 @@ import jax
 from rehyat_jax.errors import InputError
 
 WAIT_SECONDS = 300
-"""How long processes wait for each other: nodes of one job start minutes apart. JAX's own default."""
+"""Seconds that processes wait for each other: nodes of one job start minutes apart. It equals JAX's default."""
 
 
 class Launcher(NamedTuple):
-    """What started this process as one of several; `remedy` is for when JAX does not find the others."""
+    """The program that started this process as one of several; `remedy` helps if JAX does not find the others."""
 
     name: str
     remedy: str
@@ -35,24 +35,29 @@ KUBERNETES = Launcher(
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins this process to the others of its run; to be called before anything touches a JAX backend.
+    """Joins this process to the others of its run. Call it before any use of a JAX backend.
 
-    With all three options the run is as they say, and the process owns every device it sees (`JAX_LOCAL_DEVICE_IDS=0,1`
-    or `CUDA_VISIBLE_DEVICES` restrict it). With none of them, `jax.distributed.initialize` finds the others wherever
-    the environment says that there are several processes: Slurm and Open MPI (one process per GPU), Cloud TPU pods and
-    multislices, indexed Jobs of Kubernetes. A single process is left as it is.
+    With all three options, they define the run, and the process owns every device it sees (`JAX_LOCAL_DEVICE_IDS=0,1`
+    or `CUDA_VISIBLE_DEVICES` restrict it). With none of them, `jax.distributed.initialize` finds the other processes if
+    the environment shows that there are several. It supports:
 
-    JAX aborts, and raises nothing, when some of the other processes have not come within WAIT_SECONDS. A process that
-    has joined others outlives SIGTERM, which JAX takes as notice of a preemption (`training.stop_signal`).
+      - Slurm and Open MPI, with one process per GPU
+      - Cloud TPU pods and multislices
+      - indexed Jobs of Kubernetes
+
+    A single process is left unchanged.
+
+    JAX aborts without an exception if some of the other processes do not join within WAIT_SECONDS. SIGTERM does not end
+    a process that has joined others: JAX takes it as notice of a preemption (`training.stop_signal`).
 
     Args:
       coordinator: HOST:PORT where process 0 listens, reachable from all processes.
-      num_processes: how many processes take part.
-      process_id: which of them this is, in 0..num_processes-1.
+      num_processes: number of processes.
+      process_id: index of this process, in 0..num_processes-1.
 
     Raises:
-      InputError: an option is missing or wrong, the coordinator cannot be reached or its port is taken, or there are
-        several processes and JAX cannot find out which.
+      InputError: an option is missing or wrong, the coordinator cannot be reached or its port is in use, or JAX cannot
+        find the other processes.
     """
     options = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in options.items() if value is None]
@@ -68,19 +73,19 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for the run: logs, reports, configuration files."""
+    """True in the process that writes the run's logs, reports and configuration files."""
     return jax.process_index() == 0
 
 
 def find_launcher(environment: Mapping[str, str], platforms: str = "") -> Launcher | None:
-    """What the environment says has started several processes; None for a single one.
+    """The launcher that started several processes, detected from the environment; None for a single process.
 
-    In the order in which JAX looks, so that both mean the same launcher. Slurm's allocation may have more tasks than
-    the step that this process is in, and then a single process is meant (an interactive shell, say).
+    The order of the checks is JAX's, so that both find the same launcher. Only the tasks of this process's Slurm step
+    count: the allocation may have more, for example around an interactive shell, which is a single process.
 
     Args:
-      environment: of this process, after JAX was imported.
-      platforms: `jax.config.jax_platforms`; empty where JAX chooses.
+      environment: environment of this process, after JAX was imported.
+      platforms: `jax.config.jax_platforms`; empty if JAX chooses.
     """
     if int(environment.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return OPEN_MPI
@@ -92,7 +97,7 @@ def find_launcher(environment: Mapping[str, str], platforms: str = "") -> Launch
             return CLOUD_TPU
         if workers is not None:
             return None
-        # JAX sets this on import where it sees no TPU. TPU VMs outside of Kubernetes have their workers in metadata.
+        # JAX sets this on import if it sees no TPU. The metadata of TPU VMs outside of Kubernetes list the workers.
         if "TPU_SKIP_MDS_QUERY" not in environment and _tpu_vm_processes() > 1:
             return CLOUD_TPU
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
@@ -126,7 +131,7 @@ def _join_at(coordinator: str, num_processes: int, process_id: int) -> None:
         )
     if num_processes == 1:
         return
-    # Before JAX, which would abort the process without a Python exception.
+    # Checked before JAX connects, because JAX would abort the process without a Python exception.
     if process_id == 0:
         _check_port_is_free(int(port))
     else:
@@ -157,7 +162,7 @@ def _check_port_is_free(port: int) -> None:
 
 
 def _wait_for(host: str, port: int) -> None:
-    """Returns once something listens there; process 0 and the network's names may come later than this process."""
+    """Returns when something listens there; process 0 and host names may become available after this process starts."""
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:
@@ -173,14 +178,14 @@ def _wait_for(host: str, port: int) -> None:
 
 
 def _tpu_vm_processes() -> int:
-    """Workers of all slices, as the TPU VM's metadata tell; 1 where there are no such metadata."""
+    """Number of workers in all slices, from the TPU VM's metadata; 1 without such metadata."""
     workers = _metadata("worker-network-endpoints").split(",")
     slices = re.search(r"^MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata("tpu-env"), re.MULTILINE)
     return len(workers) * (int(slices[1]) if slices else 1)
 
 
 def _metadata(attribute: str, attempts: int = 3) -> str:
-    """An attribute of this virtual machine from Google's metadata server; empty where there is none."""
+    """An attribute of this virtual machine from Google's metadata server; empty if there is none."""
     request = urllib.request.Request(
         f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{attribute}",
         headers={"Metadata-Flavor": "Google"},

@@ -1,12 +1,18 @@
 """Plans a training run on TPUs or GPUs, none needed: python -m rehyat_jax.plan --config FILE --topology v5e:4x4.
 
-The train step of the configuration is compiled for the topology, as `train` would, and its memory, arithmetic,
-communication and time are told. Topologies are slices of TPUs or the GPUs of a host, h100:8. [--config.field=value ...]
-as for `train`; [--frames N --height H --width W] of a video in pixels, 81 x 480 x 832 by default; [--json FILE] also
-writes all figures. docs/plan.md says how they are formed.
+Compiles the configuration's train step for the topology, like `train`, and reports its memory, arithmetic,
+communication and time. docs/plan.md explains how the figures are computed. A topology is a slice of TPUs or the GPUs of
+a host, h100:8. The options are:
 
-Exit code 0 where the run fits into the chips' memory, 3 where it does not: then the smallest change that would fit is
-looked for. 2 where the user's input is wrong.
+  --config.field=value ...           as for `train`
+  --frames N --height H --width W    size of a video in pixels; 81 x 480 x 832 by default
+  --json FILE                        also write all figures
+
+Exit codes:
+
+  0  the run fits into the chips' memory
+  2  the user's input is wrong
+  3  the run does not fit; the command then searches for the smallest change that would fit
 """
 
 import json
@@ -74,7 +80,7 @@ def announced_plan(request: Request) -> Plan:
 
 @contextmanager
 def progress(message: str) -> Iterator[None]:
-    """Says on stderr what goes on, and every half minute for how long."""
+    """Prints a message on stderr, and the elapsed time every half minute until the block ends."""
     print(message, file=sys.stderr, flush=True)
     done, start = threading.Event(), time.monotonic()
 
@@ -93,10 +99,10 @@ def progress(message: str) -> Iterator[None]:
 
 
 def planned_model(config: ml_collections.ConfigDict) -> WanConfig:
-    """The architecture to be trained, read from `init_from` where that is here, else of the size `preset`.
+    """The architecture to train: read from `init_from` if that path exists, otherwise of the size `preset`.
 
     Raises:
-      InputError: the checkpoint is damaged; or it is not here, and what it makes hybrid is not said either.
+      InputError: the checkpoint is damaged; or it does not exist, and the configuration names no hybrid blocks.
     """
     stage = STAGES[config.stage]
     if stage.starts_from_model and Path(config.init_from).exists():
@@ -110,10 +116,10 @@ def planned_model(config: ml_collections.ConfigDict) -> WanConfig:
 
 
 def latent_size(config: ml_collections.ConfigDict, size: tuple[int | None, ...]) -> tuple[int, int, int]:
-    """Frames, height and width of the latents of videos of that size in pixels. None stands for the codec's size.
+    """Frames, height and width of the latents of a video with a size in pixels. None stands for the codec's default.
 
     Raises:
-      InputError: the codec has no such latents.
+      InputError: the codec cannot encode videos of that size.
     """
     codec = LATENT_SIZES[SOURCES[config.data.source].codec]
     pixels = (asked or default for asked, default in zip(size, codec.default_size, strict=True))
@@ -126,10 +132,10 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Reads the command line, the program's name first.
+    """Reads the command line, whose first element is the program's name.
 
     Raises:
-      InputError: a flag or a field is missing, unknown or wrong, or they do not go together.
+      InputError: a flag or a field is missing, unknown or wrong, or the values are not valid together.
     """
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
@@ -155,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv:
         print(__doc__)
         return 0
-    # The machine's own devices, if there are any, are not what is planned for.
+    # The plan is for the topology, not for devices of this machine.
     jax.config.update("jax_platforms", "cpu")
     code = 0
 

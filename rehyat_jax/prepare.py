@@ -2,12 +2,12 @@
 
   python -m rehyat_jax.prepare SRC DST [options]                       a folder of videos and captions
   python -m rehyat_jax.prepare latents SRC DST [options]               examples that were encoded elsewhere
-  python -m rehyat_jax.prepare teacher-trajectories MODEL DST [options]   what a model sees while it samples
+  python -m rehyat_jax.prepare teacher-trajectories MODEL DST [options]   inputs of a model while it samples
 
-Run a command again to go on where it was stopped; the result is the same to the byte. On several hosts, give each its
---host of --num-hosts and a DST that all of them see, or copy what they made into one folder and run the command once
-more there. DST receives the shards, `summary.json` and `summary.txt` with what was left out and why, a contact sheet,
-and last of all `dataset.json`. Formats: docs/data.md.
+Run a stopped command again to resume it; the resulting bytes are the same. On several hosts, give each its --host and
+the same --num-hosts, and a DST that all of them see. Otherwise copy their results into one folder and run the command
+again there. The command writes into DST the shards, `summary.json` and `summary.txt` with the rejected inputs and the
+reasons, a contact sheet, and last `dataset.json`. docs/data.md describes the formats.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
 
 
 def run(command: str, arguments: argparse.Namespace) -> str:
-    """Runs the chosen preparation; returns what to tell the user. Raises InputError."""
+    """Runs the chosen preparation; returns a message for the user. Raises InputError."""
     places = arguments.source, arguments.destination
     common = dict(dtype=arguments.store, unit=arguments.unit, hosts=Hosts(arguments.host, arguments.num_hosts))
     if command == TRAJECTORIES:
@@ -97,7 +97,7 @@ def run(command: str, arguments: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and prepares; returns the exit code, 2 when the user's input is wrong."""
+    """Parses the command line and prepares; returns the exit code, 2 if the user's input is wrong."""
     command, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     return report_input_errors(lambda: print(run(command, arguments)))
 

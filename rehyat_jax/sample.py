@@ -1,7 +1,7 @@
 """Samples videos: python -m rehyat_jax.sample --checkpoint DIR --prompt TEXT --out FILE.mp4 [options].
 
 The checkpoint, a model checkpoint or a PyTorch folder, names its codec and text encoder. Defaults are those of Wan2.1
-text to video: 50 UniPC steps, flow shift 5, guidance 5, and the size that the codec's models were made for. Without an
+text to video: 50 UniPC steps, flow shift 5, guidance 5, and the size for which the codec's models were made. Without an
 ffmpeg program, the frames are written to FILE.npy.
 """
 
@@ -19,14 +19,14 @@ from rehyat_jax.generation.generate import generate, initial_noise
 from rehyat_jax.generation.options import SamplingOptions, open_model
 
 WATCHABLE_HEIGHT = 240
-"""Smaller videos are enlarged a whole number of times, to at most this many pixels."""
+"""Largest height, in pixels, to which smaller videos are enlarged by an integer factor."""
 
 
 def sample(arguments: argparse.Namespace) -> list[Path]:
-    """Samples and writes what the command line asks for; returns the files, .npy in place of .mp4 without ffmpeg.
+    """Samples videos with the options of the command line; returns the written files, .npy if ffmpeg is missing.
 
     Raises:
-      InputError: the checkpoint, the size, the prompt or the output's place is wrong.
+      InputError: the checkpoint, the size, the prompt or the output path is wrong.
     """
     options = SamplingOptions.from_arguments(arguments)
     files = output_files(arguments.out, options.batch)
@@ -60,10 +60,10 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
 
 
 def output_files(out: Path, batch: int) -> list[Path]:
-    """`out` itself, or for several videos out_0.mp4, out_1.mp4 and so on. Makes the directory, to fail before sampling.
+    """`out` itself, or for several videos out_0.mp4, out_1.mp4 and so on. Creates the directory before sampling starts.
 
     Raises:
-      InputError: not an MP4 file, or a place that cannot be written to.
+      InputError: `out` is not an MP4 file, or cannot be written.
     """
     if out.suffix != ".mp4":
         raise InputError(f"--out {out}: expected a file name that ends in .mp4, found {out.name!r}")
@@ -88,7 +88,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and samples; returns the exit code, 2 when the user's input is wrong."""
+    """Parses the command line and samples; returns the exit code, 2 if the user's input is wrong."""
     arguments = parse_arguments(argv)
     return report_input_errors(lambda: sample(arguments))
 

@@ -1,13 +1,17 @@
 """Trains a model: python -m rehyat_jax.train --config configs/NAME.py --workdir DIR [--config.field=value ...].
 
-The configuration names the stage: "pretrain" (a softmax model from scratch), "distill" (stage 1: feature maps of the
-hybrid blocks against the model's own softmax attention) or "finetune" (stage 2: the whole transformer). The workdir
-receives `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`, a model checkpoint. The
-same command continues a run that was stopped; docs/faults.md tells what happens when something goes wrong. Every field:
-`rehyat_jax/training/config.py`.
+The configuration names the stage:
 
-On several hosts, the same command on each of them: Cloud TPUs, Slurm and Kubernetes are recognised; elsewhere give
-`--coordinator HOST:PORT --num_processes N --process_id I`. The workdir must be one that all of them see.
+  pretrain   a softmax model from scratch
+  distill    stage 1: the feature maps of the hybrid blocks, against the model's own softmax attention
+  finetune   stage 2: the complete transformer
+
+`rehyat_jax/training/config.py` explains every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
+and `checkpoints/` into the workdir, and at the end `model/`, a model checkpoint. The same command resumes a stopped
+run. docs/faults.md describes what happens when something goes wrong.
+
+On several hosts, run the same command on each of them, with a workdir that all of them see. Cloud TPUs, Slurm, Open MPI
+and Kubernetes are recognised; elsewhere give `--coordinator HOST:PORT --num_processes N --process_id I`.
 """
 
 import sys
@@ -49,7 +53,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[ja
     Args:
       config: see `rehyat_jax.training.config.default_config`.
       workdir: directory of the run; created if needed. Several processes must see the same one.
-      devices: to train on; all by default.
+      devices: devices to train on; all by default.
 
     Returns:
       Path of the resulting model checkpoint.
@@ -100,7 +104,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
                 print(f"with a command that differs from the run's:\n{changes}", flush=True)
 
     # --------------------------------------------------------------------------------------------------------- model
-    # A resumed run takes its trained parameters from its checkpoint: it still reads those that are frozen.
+    # A resumed run takes its trained parameters from its checkpoint and reads only the frozen ones here.
     stage = STAGES[config.stage]
     model = initial_model(config, with_values=is_new or stage.trains is not None)
     check_data(source, model, config)
@@ -129,7 +133,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     writer = MetricWriter(
         workdir, first_step=first_step, steps=config.steps, description=config.stage, is_silent=not is_main
     )
-    # The save that is under way is finished whatever happens.
+    # A save in progress is always finished.
     with closing(data), closing(writer), closing(checkpoints):
         control = RunControl(config, first_step, writer, stop_signal, schedule, make_evaluators(situation))
         for number in range(first_step + 1, config.steps + 1):
@@ -156,7 +160,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
 
 
 class Arguments(NamedTuple):
-    """The command line: the configuration with its overrides, and for `distributed.initialize` the processes."""
+    """The command line: the configuration with its overrides, the workdir, and options of `distributed.initialize`."""
 
     config: ml_collections.ConfigDict
     workdir: Path
@@ -172,7 +176,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
       argv: the program's name and its arguments.
 
     Raises:
-      InputError: a flag or a field is missing, unknown or of the wrong type; unknown ones name the nearest.
+      InputError: a flag or a field is missing, unknown or of the wrong type; for an unknown one, the message names the
+        nearest.
     """
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
@@ -187,7 +192,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and trains; returns the exit code, 2 when the user's input is wrong."""
+    """Parses the command line and trains; returns the exit code, 2 if the user's input is wrong."""
     argv = sys.argv if argv is None else ["train", *argv]
     if "--help" in argv:
         print(__doc__)
