@@ -23,8 +23,8 @@ from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.table import Layout
 from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, write_torch_checkpoint
-from rehyat_jax.weights.torch_config import DEFAULT_METADATA
 from rehyat_jax.weights.wan.names import wan_table
+from rehyat_jax.weights.wan.spec import WAN
 
 
 def write_random_checkpoint(folder: Path, config: WanConfig, layout: Layout) -> StreamedModel:
@@ -35,7 +35,7 @@ def write_random_checkpoint(folder: Path, config: WanConfig, layout: Layout) -> 
         shape = row.stacked_shape
         draw = lambda shape=shape: rng.standard_normal(shape, dtype=np.float32)
         params[row.path] = StreamedArray(shape, np.dtype(np.float32), draw)
-    model = StreamedModel(config, DEFAULT_METADATA, params)
+    model = StreamedModel(config, dict(WAN.metadata), params)
     folder.mkdir()
     with tqdm(total=model.nbytes, unit="B", unit_scale=True, desc="random checkpoint") as bar:
         write_torch_checkpoint(folder, model, layout, progress=bar.update, max_shard_bytes=MAX_SHARD_BYTES)

@@ -21,13 +21,13 @@ from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.checksums import find_damage
 from rehyat_jax.training.continuation import describe_run
 from rehyat_jax.training.run_data import RunData
-from rehyat_jax.training.setup import initial_model, make_source
+from rehyat_jax.training.setup import initial_model, open_data
 from rehyat_jax.training.stages import assemble
 
 
 def measure(config: ml_collections.ConfigDict, folder: Path, saves: int) -> dict[str, list[float]]:
     """Seconds of each kind, one figure for every save, in a run that trains the complete transformer."""
-    source = make_source(config)
+    source = open_data(config)
     data = RunData(source, config, seed=config.seed, accumulation_steps=config.accumulation_steps)
     model = initial_model(config)
     context = {"null_text": on_all_devices(source.null_text)}

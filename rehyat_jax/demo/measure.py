@@ -20,7 +20,7 @@ from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.training import distill
 from rehyat_jax.training.noising import noise_batch
-from rehyat_jax.training.setup import calibration_batch, initial_model, make_source
+from rehyat_jax.training.setup import calibration_batch, initial_model, open_data
 from rehyat_jax.training.step import Batch
 
 BATCH_SIZE = 16
@@ -40,7 +40,7 @@ def held_out_batches(count: int) -> Iterator[tuple[Batch, jax.Array]]:
 
 def undistilled(config: ml_collections.ConfigDict) -> WanTransformer:
     """The model that a distillation run starts from: fresh, calibrated feature maps."""
-    source = make_source(config)
+    source = open_data(config)
     null_text = jnp.asarray(source.null_text)
     with jax.set_mesh(make_mesh(config.mesh)):
         model, batch = initial_model(config), calibration_batch(source, config)
