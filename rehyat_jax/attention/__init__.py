@@ -1,4 +1,4 @@
-"""Hybrid attention: its definition, its implementations, its feature maps, and the full softmax attention beside it."""
+"""Hybrid attention (definition, implementations and feature maps) and full softmax attention."""
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.features.inline import InlineFeatures

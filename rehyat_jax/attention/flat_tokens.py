@@ -1,8 +1,8 @@
-"""Token arrays cut and joined along their tokens, as the flat views in which a TPU holds them.
+"""Slicing and concatenation of tokens, in the flat views in which a TPU stores token arrays.
 
-Of [batch, tokens, heads, width] a TPU would pad the heads to a multiple of eight; asked to cut or to join such arrays,
-XLA therefore takes them to another layout and back, which costs more than attention itself. Views in between that
-cancel cost nothing.
+A TPU would pad the heads of [batch, tokens, heads, width] to a multiple of eight. To slice or concatenate such arrays,
+XLA copies them to another layout and back, which costs more than attention itself. Flat views need no copy, and
+reshapes between them cancel.
 """
 
 import jax
@@ -15,7 +15,7 @@ def flat(tokens: jax.Array) -> jax.Array:
 
 
 def with_heads(view: jax.Array, heads: int) -> jax.Array:
-    """What `flat` is given."""
+    """The inverse of `flat`: [batch, tokens, heads * width] -> [batch, tokens, heads, width]."""
     return view.reshape(*view.shape[:2], heads, view.shape[2] // heads)
 
 
@@ -25,5 +25,5 @@ def cut(tokens: jax.Array, start: int | None, stop: int | None) -> jax.Array:
 
 
 def joined(*parts: jax.Array) -> jax.Array:
-    """One after the other."""
+    """The parts, concatenated along their tokens."""
     return with_heads(jnp.concatenate([flat(part) for part in parts], axis=1), parts[0].shape[2])

@@ -1,7 +1,7 @@
-"""Forms of self-attention, and which block of a model has which form.
+"""Forms of self-attention, and the form of every block of a model.
 
-A form is a small frozen dataclass. It knows how to attend, what it costs and which parameters it has; everything else
-(the model, distillation, weights, planning, the PyTorch export) asks the form. `FORMS` is the table of them.
+A form is a small frozen dataclass. It defines its computation, its cost and its parameters. Everything else (the model,
+distillation, weights, planning, the PyTorch export) asks the form. `FORMS` is the table of them.
 """
 
 import abc
@@ -30,7 +30,7 @@ class AttentionInputs:
 
     Attributes:
       query, key, value: [B, N, H, d] in the compute dtype; query and key are normalised and rotated.
-      unrotated_query, unrotated_key: the same before RoPE, for feature maps that want them.
+      unrotated_query, unrotated_key: the same before RoPE, for feature maps that use them.
       tokens_per_frame: tokens of one latent frame.
       num_frames: frames of the video. A video that is sharded along time may have further frames of padding at its
         end. No token attends to padding, and the attention of padding is zero.
@@ -55,7 +55,7 @@ class AttentionInputs:
 
 
 class Sizes(NamedTuple):
-    """What a form's FLOPs depend on: latent frames, tokens of a frame, heads and their width."""
+    """The sizes that determine a form's FLOPs: latent frames, tokens of a frame, heads and their width."""
 
     frames: int
     tokens_per_frame: int
@@ -84,15 +84,15 @@ class FormFlops:
 
 @dataclasses.dataclass(frozen=True)
 class Form(abc.ABC):
-    """A form of attention: what a model, distillation, planning and evaluation ask of it.
+    """A form of attention: its interface to a model, distillation, planning and evaluation.
 
-    A subclass is a frozen dataclass. Its fields are what a checkpoint stores.
+    A subclass is a frozen dataclass. A checkpoint stores its fields.
 
     Attributes:
       kind: its key in `FORMS`.
-      feature_map: of phi_query and phi_key; None for a form without feature maps.
-      chunk_frames: the frames of a video that is sharded along time are padded to a multiple of this.
-      causal: whether linear attention is to the past only.
+      feature_map: configuration of phi_query and phi_key; None for a form without feature maps.
+      chunk_frames: frames of a chunk. A video that is sharded along time is padded to a multiple of it.
+      causal: True if linear attention reads the past only.
     """
 
     kind: ClassVar[str]
@@ -114,9 +114,9 @@ class Form(abc.ABC):
         """The attention [B, N, H, d].
 
         Args:
-          inputs: of the block.
-          features: of its queries and keys.
-          implementation: as for `hybrid_attention`.
+          inputs: the block's inputs.
+          features: features of its queries and keys.
+          implementation: see `hybrid_attention`.
         """
 
     @abc.abstractmethod
@@ -135,7 +135,7 @@ class Form(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxForm(Form):
-    """Full softmax attention: the teacher's, and that of blocks that are not converted."""
+    """Full softmax attention, as in the teacher and in blocks that are not converted."""
 
     kind: ClassVar[str] = "softmax"
 
@@ -153,8 +153,8 @@ class HybridConfig(Form):
     """Softmax in a window, linear attention outside of it (see `rehyat_jax.attention.hybrid_attention`).
 
     Attributes:
-      chunk_frames, overlap_frames, causal, stabilizer: as for `hybrid_attention`.
-      feature_map: of phi_query and phi_key.
+      chunk_frames, overlap_frames, causal, stabilizer: see `hybrid_attention`.
+      feature_map: configuration of phi_query and phi_key.
     """
 
     chunk_frames: int = 3
@@ -209,7 +209,7 @@ class HybridConfig(Form):
 
     def flops(self, sizes: Sizes) -> FormFlops:
         window, linear = self.keys(sizes.frames)
-        # The tokens that read sums, and the tokens that enter them.
+        # The number of tokens that read sums, plus the number that enter them.
         ends = sizes.tokens_per_frame * int(np.count_nonzero(linear.any(axis=1)) + np.count_nonzero(linear.any(axis=0)))
         kernels = sum(rows * columns for rows, columns in self.feature_map.kernel_shapes(sizes.head_dim))
         return FormFlops(
@@ -222,17 +222,17 @@ class HybridConfig(Form):
 SOFTMAX = SoftmaxForm()
 
 FORMS: dict[str, type[Form]] = {form.kind: form for form in (SoftmaxForm, HybridConfig)}
-"""By `kind`."""
+"""The forms by `kind`."""
 
 
 class MapStack(NamedTuple):
     """Feature maps of one configuration, stacked over the blocks that have them.
 
     Attributes:
-      key: their key under "feature_maps" in the parameter tree; None where the model has one stack only, which is then
-        all of "feature_maps".
-      config: of both maps of a block.
-      blocks: in increasing order.
+      key: key under "feature_maps" in the parameter tree. None if the model has only one stack, which is then all of
+        "feature_maps".
+      config: configuration of both maps of a block.
+      blocks: block indices, increasing.
     """
 
     key: str | None
@@ -240,7 +240,7 @@ class MapStack(NamedTuple):
     blocks: tuple[int, ...]
 
     def of(self, feature_maps: Any) -> Any:
-        """This stack of a tree like the model's "feature_maps"."""
+        """The part of a tree like the model's "feature_maps" that belongs to this stack."""
         return feature_maps if self.key is None else feature_maps[self.key]
 
 
@@ -262,7 +262,7 @@ class BlockForms:
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """Which of `forms` each block has."""
+        """The index in `forms` of every block's form."""
         return tuple(self.forms.index(form) for form in self.of_block)
 
     @property
@@ -272,7 +272,7 @@ class BlockForms:
 
     @functools.cached_property
     def stacks(self) -> tuple[MapStack, ...]:
-        """The feature maps of the model. Forms that differ otherwise but have equal maps share a stack."""
+        """The stacks of the model's feature maps. Forms with equal maps share a stack even if they differ otherwise."""
         blocks: dict[FeatureMapConfig, list[int]] = {}
         for block, form in enumerate(self.of_block):
             if form.feature_map is not None:
@@ -288,17 +288,17 @@ class BlockForms:
 
     @property
     def chunk_frames(self) -> int:
-        """The least number of frames that is whole chunks in every block."""
+        """The smallest number of frames that makes complete chunks in every block."""
         return int(np.lcm.reduce([form.chunk_frames for form in self.forms]))
 
     def flops(self, sizes: Sizes) -> list[FormFlops]:
-        """Of the attention of every block."""
+        """The operations of every block's attention."""
         of_form = {form: form.flops(sizes) for form in self.forms}
         return [of_form[form] for form in self.of_block]
 
 
 FORM_FIELDS = {1: ("hybrid_blocks", "hybrid"), 2: ("attention",)}
-"""The fields of a model's JSON that say which block has which form, by format version."""
+"""The fields of a model's JSON that assign forms to blocks, by format version."""
 
 
 def forms_to_json(blocks: tuple[int, ...] | Literal["all"], forms: Form | tuple[Form, ...]) -> list[dict[str, Any]]:
@@ -318,8 +318,8 @@ def forms_to_json(blocks: tuple[int, ...] | Literal["all"], forms: Form | tuple[
 
 
 def forms_from_json(fields: dict[str, Any]) -> dict[str, Any]:
-    """The values "hybrid_blocks" and "hybrid" of a model's configuration, from those fields of its
-    JSON that `FORM_FIELDS` names.
+    """The values "hybrid_blocks" and "hybrid" of a model's configuration, from the fields of its JSON that
+    `FORM_FIELDS` names.
 
     Raises:
       TypeError: a form has an unknown field.

@@ -1,8 +1,8 @@
 """Attention on a mesh: every device calls the kernels on its own examples, heads and tokens.
 
-Arrays are [batch, tokens, heads, head_dim], cut as `TOKENS` says. XLA cannot cut a kernel by itself, hence `shard_map`.
-Where a video is cut along time its tokens are padded to whole chunks (`context_parallel.padded_frames`); padding is no
-key, and the attention to it is zero.
+Arrays are [batch, tokens, heads, head_dim], sharded by `TOKENS`. XLA cannot shard a kernel, so `shard_map` does it. A
+video that is sharded along time is padded to complete chunks (`context_parallel.padded_frames`). No token attends to
+padding, and the attention of padding is zero.
 """
 
 from typing import Any
@@ -68,10 +68,10 @@ def hybrid_attention_on_mesh(
 
 
 def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array, *, num_tokens: int) -> jax.Array:
-    """`softmax_attention` of a video to itself over the mesh in use; `num_tokens` of its tokens are not padding.
+    """Softmax self-attention of a video over the mesh in use; `num_tokens` of its tokens are not padding.
 
-    Along "context", devices trade tokens for heads (an all-to-all, as DeepSpeed-Ulysses does, arXiv 2309.14509), or,
-    where there are not enough heads to trade, gather keys and values.
+    Along "context", devices exchange tokens for heads by an all-to-all, as DeepSpeed-Ulysses does (arXiv 2309.14509).
+    If the heads cannot be divided among them, they gather keys and values instead.
     """
     if not is_cut():
         return softmax_attention(query, key, value)
@@ -95,7 +95,7 @@ def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array
 
 
 def cross_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`softmax_attention` of a video to a text, which every device along "context" holds whole."""
+    """`softmax_attention` of a video to a text. Every device along "context" holds the complete text."""
     if not is_cut():
         return softmax_attention(query, key, value)
     return jax.shard_map(softmax_attention, in_specs=(TOKENS, _TEXT, _TEXT), out_specs=TOKENS, check_vma=False)(

@@ -1,4 +1,4 @@
-"""Which platform a program is being made for, and the TPU kernels on any machine."""
+"""The platform that a program is compiled for, and TPU kernels interpreted on any machine."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import jax
 def target_platform() -> str:
     """The platform ("cpu", "gpu", "tpu") of the mesh in use (`jax.set_mesh`), else of the default backend.
 
-    A program compiled ahead of time for TPUs, on a machine that has none, is made under a mesh of their topology.
+    Ahead-of-time compilation for TPUs, on a machine that has none, uses a mesh of their topology.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
@@ -17,9 +17,9 @@ def target_platform() -> str:
 
 @contextlib.contextmanager
 def interpreted_tpu() -> Iterator[None]:
-    """Within it, `implementation="pallas_tpu"` runs on any machine, slowly: use small inputs.
+    """A context in which `implementation="pallas_tpu"` runs on any machine, slowly: use small inputs.
 
-    Products of float32 arrays are exact, as they are on no TPU.
+    Products of float32 arrays are exact here, unlike on any TPU.
     """
     from jax.experimental.pallas import tpu as pltpu  # imported where it is used, as all kernels are
 

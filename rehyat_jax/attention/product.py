@@ -12,9 +12,9 @@ def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """`jnp.einsum` of two arrays, accumulated and returned in float32 (float64 for float64 operands).
 
-    Operands of 16 bits go to the matrix units as they are. XLA's CPU backend lacks such a product for some layouts
-    ("Unsupported element type for DotThunk"), so there they are widened first, which changes no result: the product of
-    two 16-bit numbers is exact in float32. The choice is made when a program is lowered for its platform, not by the
+    Operands of 16 bits go to the matrix units unchanged. XLA's CPU backend lacks such a product for some layouts
+    ("Unsupported element type for DotThunk"), so on CPUs they are widened first. That changes no result: the product of
+    two 16-bit numbers is exact in float32. The choice depends on the platform that a program is lowered for, not on the
     machine that lowers it.
     """
     dtype = accumulation_dtype(jnp.promote_types(left.dtype, right.dtype))

@@ -1,4 +1,4 @@
-"""The name under which fused kernels mark what they keep for their backward pass, so that remat can keep it too."""
+"""The name that marks the residuals of fused attention kernels, so that a remat policy can keep them."""
 
 from typing import Any
 
@@ -6,10 +6,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 ATTENTION_RESIDUALS = "attention_residuals"
-"""For `jax.checkpoint_policies.save_only_these_names` and its like: then no forward kernel of a video's attention to
-itself runs twice. About as large as the attention's output."""
+"""The name to give to `jax.checkpoint_policies.save_only_these_names` or a similar policy.
+
+No forward kernel of a video's self-attention then runs twice. The residuals are about as large as its output.
+"""
 
 
 def kept(results: Any) -> Any:
-    """Marks a tree of arrays. A kernel's output must be marked before it is returned, as what is kept and as output."""
+    """The tree with its arrays marked. Mark a kernel's output first, then use it both as residual and as output."""
     return jax.tree.map(lambda array: checkpoint_name(array, ATTENTION_RESIDUALS), results)

@@ -1,4 +1,4 @@
-"""Facts about the chips that runs are planned for: the one table of them."""
+"""The table of chips that runs are planned for."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ class Chip:
 
     Attributes:
       peak_flops: bfloat16 FLOP/s.
-      flops_per_cycle: of all its matrix units together; with the peak, this is the clock. None for GPUs.
-      hbm_bytes: what the compiler lets a program use; of a GPU, what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION
-        says otherwise.
+      flops_per_cycle: FLOP a cycle of all its matrix units together; with the peak, it gives the clock. None for GPUs.
+      hbm_bytes: memory that the compiler lets a program use; for a GPU, memory that JAX takes unless
+        XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s that leave it over all its links together (as many arrive).
-      devices_per_chip: 2 where the cores of a chip are devices of their own.
-      topologies: sizes of slices, small to large, as tried for a run that does not fit.
+      devices_per_chip: 2 where the cores of a chip are separate devices.
+      topologies: sizes of slices, small to large, in the order tried for a run that does not fit.
     """
 
     peak_flops: float
@@ -50,8 +50,8 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # Peaks, bandwidths and links: docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x, read in November 2026; there
 # the link bandwidth is of both directions together, 400, 1200, 800 and 1200 GB/s a chip.
 # FLOP a cycle: 4 matrix units of 128 x 128 on v5e, twice 4 on v5p (two cores make a device), 2 of 256 x 256 on v6e and
-# on each core of a tpu7x; tests/test_static_cycles.py holds the compiler's own listings to the same.
-# HBM: what libtpu 0.0.42.1 answers to a program that is too large: "available HBM (15.75G)".
+# on each core of a tpu7x; tests/test_static_cycles.py checks the compiler's own listings against these.
+# HBM: libtpu 0.0.42.1's answer to a program that is too large, such as "available HBM (15.75G)".
 CHIPS = {
     "v5e": Chip(197e12, 131_072, int(15.75 * 2**30), 819e9, 200e9, 1, _FLAT),
     "v5p": Chip(459e12, 262_144, int(95.74 * 2**30), 2765e9, 600e9, 1, _CUBES),
@@ -64,7 +64,7 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """Raises InputError for one that is not in the table."""
+    """The chip of a topology. Raises InputError for one that is not in the table."""
     return CHIPS[_name(topology)]
 
 
@@ -83,7 +83,7 @@ def _name(topology: str) -> str:
 
 
 def device_count(topology: str) -> int:
-    """Devices of a topology such as "v5e:4x4" or "h100:8"; raises InputError unless it reads so."""
+    """The number of devices of a topology such as "v5e:4x4" or "h100:8". Raises InputError for another format."""
     generation, _, size = topology.partition(":")
     chip = chip_of(topology)
     try:

@@ -1,4 +1,4 @@
-"""What a program moves between devices, from its optimised HLO."""
+"""The bytes that a program moves between devices, from its optimised HLO."""
 
 import collections
 import math
@@ -16,18 +16,23 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 def collective_bytes(
     operations: Iterable[Operation], devices: int, shares: Mapping[Branch, Fraction] | None = None
 ) -> dict[str, int]:
-    """Bytes that one device sends in one execution, by kind; of two-way rings, what an optimal algorithm sends.
+    """Bytes that one device sends in one execution, by kind, with an optimal algorithm on two-way rings.
 
-    Among n devices that is (n - 1) / n of the gathered, or of the unscattered, array, twice that of an array that is
-    reduced for all, (n - 1) / n of what is exchanged all to all, and all of what is permuted.
+    Among n devices that is, of an array:
+
+    - all-gather: (n - 1) / n of the gathered array;
+    - reduce-scatter: (n - 1) / n of the unscattered array;
+    - all-reduce: 2 (n - 1) / n;
+    - all-to-all: (n - 1) / n;
+    - collective-permute: all of it.
 
     Args:
       operations: from `executed_operations(hlo, of_fusions=True)`.
-      devices: of the program.
+      devices: number of devices of the program.
       shares: see `cost_model.hlo_branches`.
     """
     sent: dict[str, float] = collections.Counter()
-    # One collective that runs beside several fusions appears in each of them, as parts of one chain.
+    # One collective that runs next to several fusions appears in each of them, as parts of one chain.
     seen = set()
     for operation in operations:
         kind = operation.kind.removesuffix("-start")
@@ -50,20 +55,20 @@ def collective_bytes(
 
 
 def _chain(operation: Operation) -> str:
-    """What the parts of one collective have in common; channels are not always numbered apart."""
+    """The text that the parts of one collective have in common. Different collectives may share a channel number."""
     found = re.search(r'chain_id="\d+"', operation.text) or re.search(r"channel_id=\d+", operation.text)
     return found.group() if found else operation.name
 
 
 def _size(operation: Operation) -> int:
-    """Bytes of the result. What a -start returns names its operands too, first, but for all-reduce; and flags."""
+    """Bytes of the result. A -start also returns flags and, except for all-reduce, its operands first."""
     arrays = [array.bytes for array in arrays_of(operation.result) if array.shape]
     has_operands = operation.kind.endswith("-start") and operation.kind != "all-reduce-start"
     return sum(arrays[len(arrays) // 2 :] if has_operands else arrays)
 
 
 def _group_size(text: str, devices: int) -> int:
-    """How many devices take part, in any of the three ways that XLA writes groups."""
+    """The number of devices that take part, from any of XLA's three notations of groups."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return listed.group(1).count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):

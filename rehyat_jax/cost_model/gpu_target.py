@@ -1,4 +1,4 @@
-"""GPUs to compile for where there are none: JAX's CUDA plugin needs neither GPU nor driver for that."""
+"""GPUs to compile for on machines without one: JAX's CUDA plugin needs neither GPU nor driver for that."""
 
 import jax
 from jax.experimental import topologies

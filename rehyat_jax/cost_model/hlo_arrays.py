@@ -11,10 +11,10 @@ class HloArray(NamedTuple):
     """One array.
 
     Attributes:
-      bits: of an element.
-      minor_to_major: its dimensions in the order in which they lie in memory; empty where that is not said.
-      tile: sizes of a tile in the last of these dimensions.
-      in_hbm: not in a TPU's VMEM or another memory.
+      bits: bits of an element.
+      minor_to_major: its dimensions in their order in memory, minor first; empty if the listing does not give it.
+      tile: sizes of a tile in its minor dimensions, the minor one last.
+      in_hbm: True unless it is in a TPU's VMEM or another memory.
     """
 
     bits: int
@@ -25,12 +25,12 @@ class HloArray(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Without padding."""
+        """Size without padding."""
         return math.prod(self.shape) * self.bits // 8
 
     @property
     def padded_bytes(self) -> int:
-        """Whole tiles."""
+        """Size in complete tiles."""
         sizes = list(self.shape)
         for axis, unit in zip(self.minor_to_major, reversed(self.tile), strict=False):
             sizes[axis] = -(-sizes[axis] // unit) * unit
@@ -38,7 +38,7 @@ class HloArray(NamedTuple):
 
 
 def arrays_of(hlo_type: str) -> list[HloArray]:
-    """All of them, in order."""
+    """All arrays of a type, in order."""
     numbers = lambda text: tuple(int(number) for number in text.split(",") if number)
     return [
         HloArray(

@@ -1,4 +1,4 @@
-"""How often each branch of a conditional runs, where that is known: otherwise all of them would count."""
+"""The shares in which the branches of a conditional run. Without shares, all branches would count."""
 
 import collections
 import dataclasses
@@ -8,18 +8,18 @@ from fractions import Fraction
 from rehyat_jax.cost_model.hlo_operations import Branch, Operation
 
 ShareOf = Callable[[Branch], Fraction | None]
-"""The share of a conditional's executions in which this branch runs; None: take the branch that costs most."""
+"""The share of a conditional's executions in which this branch runs; None to take the branch that costs most."""
 
 
 def branch_shares(costs: Iterable[tuple[Operation, int]], share_of: ShareOf) -> dict[Branch, Fraction]:
-    """The shares of all branches, from operations and what one execution of each costs."""
+    """The shares of all branches, from operations and the cost of one execution of each."""
     inside: dict[Branch, list[tuple[Operation, int]]] = collections.defaultdict(list)
     for operation, cost in costs:
         for branch in operation.branches:
             inside[branch].append((operation, cost))
     depth = {branch: operation.branches.index(branch) for branch, found in inside.items() for operation, _ in found[:1]}
     shares: dict[Branch, Fraction] = {}
-    # A conditional's cost depends on those within it: the innermost first.
+    # A conditional's cost depends on the conditionals inside it, so the innermost come first.
     for branch in sorted(inside, key=lambda branch: -depth[branch]):
         if branch in shares:
             continue
@@ -38,7 +38,7 @@ def _total(costs: list[tuple[Operation, int]], shares: Mapping[Branch, Fraction]
 
 
 def weighted(operation: Operation, shares: Mapping[Branch, Fraction]) -> Operation:
-    """The operation with its executions cut to those of the branches it is in; branches without a share count fully."""
+    """The operation with its executions times the shares of its branches; branches without a share count fully."""
     executions = Fraction(operation.executions)
     for branch in operation.branches:
         executions *= shares.get(branch, 1)

@@ -1,4 +1,4 @@
-"""Which operations of an optimised HLO module are executed, and how often: loops multiply what is inside them."""
+"""The executed operations of an optimised HLO module, and how often each runs: loops multiply their contents."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ _TRUE_OR_FALSE = re.compile(r"(true|false)_computation=%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One of `count` branches of the conditional `name`, of which one runs; of two, 1 is that where it is true."""
+    """One of `count` branches of the conditional `name`, of which one runs. If there are two, number 1 is for true."""
 
     name: str
     number: int
@@ -27,14 +27,14 @@ class Operation:
     """One line of HLO.
 
     Attributes:
-      name: of its result.
-      result: its result's type.
+      name: name of its result.
+      result: type of its result.
       kind: "fusion", "custom-call"...
-      text: all of it after the kind.
-      executions: as if every branch of a conditional around it ran.
-      branches: the branches that it is in, outermost first.
-      computation: what it is in, fusions aside.
-      fusion: the computation of the fusion that it is in.
+      text: the rest of the line after the kind.
+      executions: number of executions, as if every branch of the conditionals around it ran.
+      branches: the branches that contain it, outermost first.
+      computation: the computation that contains it, not counting fusions.
+      fusion: the computation of the fusion that contains it.
     """
 
     name: str
@@ -48,36 +48,36 @@ class Operation:
 
     @property
     def operands(self) -> list[str]:
-        """Their names."""
+        """Names of its operands."""
         return re.findall(r"%([\w.\-]+)", self.text.split(")")[0])
 
     @property
     def estimated_cycles(self) -> int | None:
-        """The compiler's estimate of one execution; None where it made none."""
+        """The compiler's estimate of one execution; None if it made none."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         # The largest integer stands for "not estimated".
         return int(match.group(1)) if match and int(match.group(1)) < 2**60 else None
 
     @property
     def kernel_body(self) -> str | None:
-        """The serialised Pallas kernel that is called here; None for anything else."""
+        """The serialised Pallas kernel that it calls; None for anything else."""
         match = re.search(r'"body":"([^"]*)"', self.text)
         return match.group(1) if self.kind == "custom-call" and "tpu_custom_call" in self.text and match else None
 
     @property
     def source(self) -> str:
-        """Where in the Python program it comes from."""
+        """Its origin in the Python program."""
         match = re.search(r'op_name="([^"]*)"', self.text)
         return match.group(1) if match else ""
 
 
 def executed_operations(hlo: str, *, of_fusions: bool = False) -> Iterator[Operation]:
-    """All operations in the order of the text, those in called computations in place of the call.
+    """All operations in the order of the text; a call is replaced by the operations of the called computation.
 
-    Of a conditional all branches count: which of them runs is not known.
+    All branches of a conditional count, because it is not known which of them runs.
 
     Args:
-      of_fusions: what is in a fusion comes after it.
+      of_fusions: True to yield the operations in a fusion too, after it.
 
     Raises:
       ValueError: a loop that does not count in constant steps to a constant.
@@ -141,7 +141,7 @@ def _branches(text: str) -> list[str]:
 
 
 def _trips(computations: dict[str, list[str]], caller: str, loop: Operation) -> int:
-    """How often a loop's body runs: from the loop itself, or from a condition `counter < constant`."""
+    """The number of times that a loop's body runs, from the loop itself or from a condition `counter < constant`."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known.group(1))
     called = {role: re.search(rf"{role}=%([\w.\-]+)", loop.text).group(1) for role in ("condition", "body")}
@@ -167,14 +167,14 @@ def _line(lines: list[str], name: str) -> Operation | None:
 
 
 def _element(lines: list[str], operands: str, index: int) -> str:
-    """The name of an element of the tuple that a loop is given; "" where it is no tuple made here."""
+    """The name of an element of the tuple that a loop is given; "" if the tuple is not made here."""
     operation = _line(lines, re.search(r"%([\w.\-]+)", operands).group(1))
     elements = operation.operands if operation else []
     return elements[index] if index < len(elements) else ""
 
 
 def _constant(lines: list[str], name: str) -> int | None:
-    """The number that is called so, perhaps copied; None for anything else."""
+    """The constant of that name, perhaps copied; None for anything else."""
     operation = _line(lines, name)
     if operation and operation.kind in ("copy", "bitcast"):
         return _constant(lines, operation.operands[0])
@@ -183,7 +183,7 @@ def _constant(lines: list[str], name: str) -> int | None:
 
 
 def _step(body: list[str], index: int) -> int | None:
-    """What a loop's body adds to its counter, the element `index` of its tuple; None if that cannot be seen."""
+    """The number that a loop's body adds to its counter, element `index` of its tuple; None if it is not found."""
     root = next(match for line in body if "ROOT " in line and (match := _OPERATION.match(line)))
     elements = Operation(*root.groups(), 1).operands
     added = _line(body, elements[index]) if index < len(elements) else None

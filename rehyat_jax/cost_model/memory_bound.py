@@ -1,7 +1,7 @@
-"""The least time that memory allows to operations that multiply no matrices.
+"""The bytes that operations without matrix products must move, which bound their time from below.
 
-libtpu's estimates of matrix products are at most 1.5 times what the matrix units allow; those of everything else are 2
-to 10 times what memory allows (`rehyat_jax.benchmarks.xla_estimates`).
+libtpu's estimates of matrix products are at most 1.5 times the least time of the matrix units. Its estimates of
+everything else are 2 to 10 times the least time of memory (`rehyat_jax.benchmarks.xla_estimates`).
 """
 
 import collections
@@ -15,10 +15,10 @@ _PRODUCTS = ("convolution", "dot")
 
 
 def memory_bytes(operations: Iterable[Operation]) -> dict[str, int]:
-    """Bytes of HBM that every operation must read and write, by name; those with a matrix product are left out.
+    """Bytes of HBM that every operation must read and write, by name; operations with a matrix product are skipped.
 
-    Arrays count with the padding of their tiles, those that stay in VMEM not at all. Of an array that is sliced, only
-    the slice counts; of one that is updated in place, only the update.
+    Arrays count with the padding of their tiles. Arrays that stay in VMEM do not count. Only the slice of a sliced
+    array counts, and only the update of an array that is updated in place.
 
     Args:
       operations: from `executed_operations(hlo, of_fusions=True)`.
@@ -38,7 +38,7 @@ def memory_bytes(operations: Iterable[Operation]) -> dict[str, int]:
 
 
 def array_bytes(result: str, *, in_hbm: bool = False) -> int:
-    """Of all arrays in a result's type, or of those in HBM, tiles' padding included."""
+    """Bytes of all arrays in a result's type, or only of those in HBM, with the padding of tiles."""
     return sum(array.padded_bytes for array in arrays_of(result) if array.in_hbm or not in_hbm)
 
 
@@ -61,7 +61,7 @@ def _read(operation: Operation, inside: dict[str, Operation], sizes: dict[str, i
             users[operand].append(user)
 
     def read_of(name: str, size: int) -> int:
-        """What is read of an array of some size, which has this name where it is used; all at most."""
+        """Bytes read of an array of `size` bytes that is called `name` where it is used; at most `size`."""
         parts = 0
         for user in users[name]:
             if user.kind == "bitcast" and user.name in users:
@@ -72,7 +72,7 @@ def _read(operation: Operation, inside: dict[str, Operation], sizes: dict[str, i
                 return size
         return min(parts, size)
 
-    # What an operand is called within a fusion does not say where it is.
+    # An operand's name within a fusion does not say where it is.
     given = operation.operands
     names = {operand: operand for operand in given}
     if operation.kind == "fusion":
@@ -87,9 +87,9 @@ def _written(operation: Operation, inside: dict[str, Operation], sizes: dict[str
         if made is not None and made.kind in ("bitcast", "tuple"):
             return sum(written_by(operand) for operand in made.operands)
         if made is not None and made.kind == "dynamic-update-slice":
-            # What control flow returns has no line of its own.
+            # The result of control flow has no line of its own.
             return sizes.get(made.operands[1], sizes[made.name])
         return sizes.get(name, 0)
 
-    # What a computation returns is listed last. What does not fit VMEM in all may be there in part.
+    # The result of a computation is listed last. A result that does not fit into VMEM may be there in part.
     return min(written_by(next(reversed(inside))), sizes[operation.name])

@@ -1,7 +1,8 @@
-"""What a program costs on a TPU that is not there, in cycles, from what the TPU compiler wrote about it.
+"""The cycles of a program on a TPU, from the TPU compiler's listings; no TPU is needed.
 
-Kernels (Pallas): the bundles that they issue, counted by executing their control flow (`tpu_scalar`). What XLA made
-itself: the compiler's own estimate of each fusion, times the trips of the loops around it. See docs/static_cycles.md.
+The cycles of Pallas kernels are the bundles that they issue, counted by executing their control flow (`tpu_scalar`).
+For XLA's own operations they are the compiler's estimate of each fusion, times the trips of the loops around it. See
+docs/static_cycles.md.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ CORES_SHARING_A_GRID = {"v5p": 2}
 
 
 SPLASH_DATA = 0x02020202
-"""What splash attention's kernels read of their mask, four blocks a word: 2 is a block without masked scores."""
+"""A word of the mask that splash attention's kernels read, four blocks a word: 2 is a block without masked scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class KernelCost:
 
     @property
     def mxu_cycles(self) -> float:
-        """The cycles that its matrix products would take, were all matrix units always in use."""
+        """The cycles that its matrix products would take if all matrix units were always in use."""
         return self.calls * float(self.times @ self.kernel.slots[:, 0] / self.kernel.capacity[0])
 
     @functools.cached_property
@@ -49,15 +50,15 @@ class KernelCost:
 
     @property
     def inner_loop(self) -> Region:
-        """Where it makes most matrix products, or spends most cycles if it makes none."""
+        """The region with the most matrix products, or with the most cycles if there are none."""
         return max(self.regions, key=lambda region: (region.cycles * region.busy[0], region.cycles))
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-    """The kernels, and the operations that XLA made itself and estimated, of one program.
+    """The kernels of one program, and the operations that XLA made itself and estimated.
 
-    `shares` is how often each branch of a conditional was taken to run.
+    `shares` is the assumed share of executions of each branch of a conditional.
     """
 
     kernels: list[KernelCost]
@@ -78,19 +79,19 @@ class ProgramCost:
 
     @property
     def main_kernel(self) -> KernelCost | None:
-        """The one that makes most matrix products."""
+        """The kernel with the most matrix products."""
         return max(self.kernels, key=lambda kernel: kernel.mxu_cycles, default=None)
 
 
 class StaticProgram:
-    """A compiled program, read and ready to be costed.
+    """A compiled program whose listings have been read.
 
     Attributes:
-      depends_on_data: whether the control flow of a kernel may depend on numbers that exist only when it runs.
+      depends_on_data: True if the control flow of a kernel may depend on numbers that exist only when it runs.
     """
 
     def __init__(self, program: CompiledProgram):
-        """Raises ValueError on control flow, or a format of the compiler's listings, that is not known here."""
+        """Raises ValueError on unknown control flow, or on an unknown format of the compiler's listings."""
         self._cores = CORES_SHARING_A_GRID.get(program.generation, 1)
         operations = list(executed_operations(program.hlo))
         self._xla = [operation for operation in operations if operation.estimated_cycles is not None]
@@ -117,9 +118,9 @@ class StaticProgram:
         """The cost of one execution on one chip (v5p), or one core (v5e, v6e have one, tpu7x two a chip).
 
         Args:
-          data: what every number is taken to be on which a kernel's control flow depends, but which exists only when
-            the kernel runs; perhaps a function of the kernel's name.
-          share_of: how often a conditional's branches run; all of them always, by default.
+          data: assumed value of every number that a kernel's control flow depends on and that exists only when the
+            kernel runs; or a function from the kernel's name to it.
+          share_of: share of executions of a conditional's branch; by default all branches always run.
         """
         data_of = data if callable(data) else lambda name: data
         times = {}

@@ -10,7 +10,7 @@ import numpy as np
 from rehyat_jax.errors import InputError
 
 LISTINGS = ("packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization")
-"""libtpu's names for the listing of bundles, and for that of the slots in use."""
+"""libtpu's names for the listing of bundles and for the listing of slots in use."""
 
 DELAY_SLOTS = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 6}
 """Bundles after a branch that are issued whether it is taken or not, by generation of TPUs."""
@@ -20,7 +20,7 @@ def generation_of(topology: str) -> str:
     """The generation of a topology such as "v5e:2x2".
 
     Raises:
-      InputError: one that is not known here.
+      InputError: the generation is unknown.
     """
     generation = topology.split(":")[0]
     if generation not in DELAY_SLOTS:
@@ -34,9 +34,9 @@ class Kernel:
 
     Attributes:
       bundles: the instructions of every bundle, as text.
-      slot_names: kinds of instruction slots, the matrix units' first; which there are depends on libtpu's version.
-      slots: int [bundles, slots], how many of each kind are in use.
-      capacity: int [slots], how many of each kind there are.
+      slot_names: kinds of instruction slots, the matrix units' first; the kinds depend on libtpu's version.
+      slots: number of slots of each kind in use, int [bundles, slots].
+      capacity: number of slots of each kind, int [slots].
       delay_slots: bundles after a branch that are issued whether it is taken or not.
     """
 
@@ -62,9 +62,10 @@ class Region:
 
 
 def read_kernel(directory: Path, name: str, generation: str) -> Kernel | None:
-    """Reads what libtpu wrote of the HLO instruction `name` for a generation of TPUs ("v5e", "v5p", "v6e", "tpu7x").
+    """The kernel of the HLO instruction `name` on a generation of TPUs ("v5e", "v5p", "v6e", "tpu7x").
 
-    The listings are those made before idle cycles are folded into delays: one row is one cycle. None if there are none.
+    It is read from libtpu's listings; None if there are none. They are made before idle cycles are folded into delays,
+    so one row is one cycle.
 
     Raises:
       ValueError: the two listings do not describe the same bundles: libtpu's format has changed.
@@ -85,7 +86,7 @@ def read_kernel(directory: Path, name: str, generation: str) -> Kernel | None:
 
 
 def regions(kernel: Kernel, times: np.ndarray) -> list[Region]:
-    """Neighbouring bundles that are issued equally often, in order; those never issued included."""
+    """Regions of neighbouring bundles that are issued equally often, in order, including those never issued."""
     cuts = [0, *(np.flatnonzero(np.diff(times)) + 1).tolist(), len(times)]
     return [
         Region(start, end, int(times[start]), kernel.slots[start:end].mean(axis=0) / kernel.capacity)
@@ -99,7 +100,7 @@ def _listing(directory: Path, name: str, label: str) -> Path | None:
 
 
 def _read_bundles(text: str) -> list[str]:
-    # Two things are told by comments alone: a load of the core's number, and what a division returns.
+    # Only comments mark two things: a load of the core's number, and the results of a division.
     text = re.sub(r"= sld (\[smem:[^;}]*?)/\*[^*]*\bcore id\b[^*]*\*/", r"= core_id \1", text)
     text = re.sub(r"= sdivrem\.u32 ([^;}/]*)/\* k(\w+) \*/", r"= sdivrem.\2 \1", text)
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)

@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation for a TPU that is not there, with the compiler's own listings kept.
+"""Ahead-of-time compilation for TPUs, on any machine, with the compiler's own listings.
 
-libtpu compiles on any machine. It reads the options that make it write its listings (the VLIW bundles of every kernel)
-once, when it is loaded, so every program is compiled by a process of its own:
+libtpu compiles on any machine. It reads its options for listings (the VLIW bundles of every kernel) only once, when it
+is loaded, so every program is compiled by a process of its own:
 python -m rehyat_jax.cost_model.tpu_compile MODULE:FUNCTION ARGUMENTS TOPOLOGY DIRECTORY MESH.
 """
 
@@ -34,7 +34,7 @@ NO_TPU = {
     # Nothing is run, so compilations need not wait for one another's lock on the chip.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""Environment in which libtpu, when it is loaded, looks for no TPU and asks no cloud machine what it runs on."""
+"""Environment in which libtpu, when it is loaded, neither looks for a TPU nor asks a cloud machine for its type."""
 
 
 class DoesNotFitError(Exception):
@@ -43,11 +43,11 @@ class DoesNotFitError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """What the compiler left: `hlo` is the optimised module's text; sizes are bytes of HBM on one device.
+    """The compiler's results: `hlo` is the optimised module's text; sizes are bytes of HBM on one device.
 
     `result_bytes` counts all results, `output_bytes` those that do not take the place of arguments. `peak_bytes` is
-    the most that is in use at a time, without the program itself. `host_bytes` is what it keeps in the host's memory
-    for one device while it runs. `directory` has the compiler's listings.
+    the most memory in use at a time, without the program itself. `host_bytes` is the host's memory that one device
+    uses while the program runs. `directory` has the compiler's listings.
     """
 
     generation: str
@@ -81,7 +81,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
     os.environ.update(NO_TPU)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # jaxlib's own, or whatever libtpu's plugin makes of it
+    except Exception as error:  # jaxlib's own error, or one of libtpu's plugin
         raise _unknown_topology(topology, str(error).splitlines()[0]) from error
 
 
@@ -96,13 +96,13 @@ def compiled_for_tpu(
         tuple of its arguments, trees of `jax.ShapeDtypeStruct`: for one chip.
       arguments: JSON-ready.
       topology: as in `jax.experimental.topologies`: "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1" or larger.
-      for_all_devices: the case is a program of all of the topology's devices instead: the function takes them first,
+      for_all_devices: True if the case is a program for all devices of the topology: the function takes them first,
         and returns a `jax.stages.Lowered`.
 
     Raises:
-      InputError: libtpu is missing, or the topology is not known to it or here.
+      InputError: libtpu is missing, or the topology is unknown to it or to this package.
       DoesNotFitError: the program needs more memory than the chip has.
-      RuntimeError: anything else that the compiler says.
+      RuntimeError: any other error of the compiler.
     """
     check_libtpu()
     generation = generation_of(topology)
@@ -113,7 +113,7 @@ def compiled_for_tpu(
             os.environ
             | NO_TPU
             | {
-                # Of the seventy passes of a large kernel all listings would be half a gigabyte.
+                # The listings of all seventy passes of a large kernel would be half a gigabyte.
                 "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
                 f"--xla_jf_dump_llo_pass_label_regex={'|'.join(LISTINGS)}",
             }
@@ -143,7 +143,7 @@ def _unknown_topology(topology: str, message: str) -> InputError:
 
 
 def _compile(case: str, arguments: dict, topology: str, directory: Path, *, for_all_devices: bool) -> None:
-    """The child process: compiles, and leaves result.json beside the listings."""
+    """Compiles in the child process, and writes result.json next to the listings."""
     module, function = case.split(":")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     make_case = getattr(importlib.import_module(module), function)
@@ -156,7 +156,7 @@ def _compile(case: str, arguments: dict, topology: str, directory: Path, *, for_
 
 
 def compiled_program(compiled: jax.stages.Compiled, topology: str) -> CompiledProgram:
-    """What a program says of itself, without listings."""
+    """The text and the sizes of a compiled program, without listings."""
     memory = compiled.memory_analysis()
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return CompiledProgram(
@@ -177,7 +177,7 @@ def compiled_program(compiled: jax.stages.Compiled, topology: str) -> CompiledPr
 def _for_one(device: jax.Device, make_case: Callable, arguments: dict) -> jax.stages.Lowered:
     mesh = Mesh(np.array([device]), ("chip",))
     here = NamedSharding(mesh, PartitionSpec())
-    # Without a mesh Pallas, and what chooses its blocks, would ask the default device which TPU it is.
+    # Without a mesh, Pallas and the choice of its blocks would ask the default device for the type of TPU.
     with jax.set_mesh(mesh):
         function, abstract = make_case(**arguments)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)

@@ -1,4 +1,4 @@
-"""The scalar instructions of a TPU kernel: how libtpu's listing writes them, and what they compute."""
+"""The scalar instructions of a TPU kernel: their notation in libtpu's listing, and their results."""
 
 import dataclasses
 import re
@@ -10,16 +10,16 @@ _WORD = 0xFFFFFFFF
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A scalar instruction. What it reads are names of values, which begin with %, or literals.
+    """A scalar instruction. It reads literals and values; names of values begin with %.
 
     Attributes:
-      bundle: which bundle it is part of.
-      name: as listed, with its types, but for "core_id" and "data" (see `parse`).
-      result, register: the value it returns, and where that is kept.
-      operands: what it computes with.
-      address: what is added up to the address in scalar memory that it loads or stores.
-      predicate, expected: it is only executed where the value `predicate` is as expected.
-      otherwise: its result where it is not executed.
+      bundle: number of its bundle.
+      name: its name as listed, with its types, except for "core_id" and "data" (see `parse`).
+      result, register: the value it returns, and the register that holds it.
+      operands: the inputs of its computation.
+      address: the terms of the address in scalar memory that it loads or stores.
+      predicate, expected: condition of its execution: the value `predicate` is equal to `expected`.
+      otherwise: its result if it is not executed.
       target: the bundle to branch to.
     """
 
@@ -36,17 +36,17 @@ class Instruction:
 
     @property
     def is_phi(self) -> bool:
-        """Whether values meet here that control flow has chosen; all of them are kept in one register."""
+        """True if its result is one of several values, chosen by control flow; one register holds all of them."""
         return self.name.endswith("phi")
 
     @property
     def is_data(self) -> bool:
-        """Whether the result may exist only when the kernel runs: an operand, memory, or what a vector holds."""
+        """True if the result may exist only when the kernel runs: an operand, memory, or a value from a vector."""
         return self.name in ("data", "spop") or (self.name == "sld" and self.cell == "any")
 
     @property
     def cell(self) -> str | None:
-        """The scalar memory that is read or written: a spilled register's own, or any."""
+        """The scalar memory that it reads or writes: a spilled register's own, or "any"; None if there is none."""
         if not self.address:
             return None
         return self.address[0] if self.address[0].endswith("_spill") else "any"
@@ -64,10 +64,10 @@ _TARGET = re.compile(r"target bundleno = (\d+)")
 
 
 def parse(bundle: int, text: str) -> Instruction | None:
-    """Reads one instruction; None where it neither returns a scalar, nor writes scalar memory, nor branches.
+    """One instruction; None if it neither returns a scalar, nor writes scalar memory, nor branches.
 
     Raises:
-      ValueError: it branches to where only the running program knows.
+      ValueError: it branches to a bundle that only the running program knows.
     """
     match = _INSTRUCTION.match(text.strip())
     if match is None:
@@ -80,7 +80,7 @@ def parse(bundle: int, text: str) -> Instruction | None:
     if stem == "sbr" and target is None:
         raise ValueError(f"bundle {bundle:#x}: expected a branch to a known bundle, found {text.strip()!r}")
     if stem == "inlined_call_operand":
-        # A scalar operand is there itself, of an array the address.
+        # A scalar operand is given as its value, an array as its address.
         name, rest = ("data" if "<no memory space>" in text else stem), ""
     operands = _TARGET.split(_ADDRESS.sub("", _PREDICATE.sub("", rest)))[0]
     return Instruction(
@@ -109,7 +109,7 @@ def is_literal(operand: str) -> bool:
 def literal(text: str) -> int | float:
     """The value of a literal operand: a word, a float, or the address of an allocation."""
     if text.startswith("#allocation"):
-        # Made up: far enough from one another.
+        # Invented addresses, far enough from one another.
         return int(re.search(r"\d+", text).group()) << 14
     text = text.removeprefix("$")
     try:
@@ -119,9 +119,9 @@ def literal(text: str) -> int | float:
 
 
 def operation(name: str) -> Callable | None:
-    """What an instruction computes from its operands, words (Python integers), predicates or floats.
+    """The function that an instruction computes from its operands: words (Python integers), predicates or floats.
 
-    None for one that is not known here.
+    None for an unknown instruction.
     """
     stem, *types = name.split(".")
     if stem == "scmp":
@@ -137,7 +137,7 @@ def operation(name: str) -> Callable | None:
 
 
 def _word(value: int | float) -> int:
-    """32 bits of an integer. Of a float, which stands for data of an unknown type, the nearest signed integer's."""
+    """The 32 bits of an integer. A float stands for data of an unknown type, and is clamped to a signed integer."""
     return int(min(max(value, -(2**31)), 2**31 - 1) if isinstance(value, float) else value) & _WORD
 
 

@@ -1,9 +1,9 @@
 """Executes the scalar half of a compiled TPU kernel, to count how often each of its bundles is issued.
 
 A bundle's scalar instructions keep the grid's indices, decide which parts of the kernel run at a grid step (`pl.when`)
-and branch; its vector instructions do the work. Branches depend on scalars alone, so that executing those tells exactly
-how often every bundle is issued, the pipeline's own steps, inner loops, and unrolled or predicated parts included.
-Nothing has to be known of how the kernel was written.
+and branch; its vector instructions do the work. Branches depend only on scalars. Executing the scalar instructions
+therefore gives the exact count of every bundle, including the pipeline's own steps, inner loops, and unrolled or
+predicated parts. The kernel's source is not needed.
 """
 
 import collections
@@ -15,18 +15,18 @@ from rehyat_jax.cost_model.tpu_bundles import Kernel
 from rehyat_jax.cost_model.tpu_instructions import Instruction, is_literal, literal, operation, parse
 
 _MAX_BLOCKS = 30_000_000
-"""Basic blocks executed before a kernel is taken never to end; the largest here run some millions."""
+"""Basic blocks executed before a kernel is assumed never to end; the largest here run some millions."""
 
 
 class ScalarProgram:
     """A kernel's branches and what they depend on.
 
     Attributes:
-      depends_on_data: whether a branch may depend on numbers that exist only when the kernel runs.
+      depends_on_data: True if a branch may depend on numbers that exist only when the kernel runs.
     """
 
     def __init__(self, kernel: Kernel):
-        """Raises ValueError on control flow that is not known here."""
+        """Raises ValueError on unknown control flow."""
         instructions = _instructions(kernel)
         branches = [instruction for instruction in instructions if instruction.target is not None]
         needed = _needed(instructions, branches)
@@ -38,16 +38,16 @@ class ScalarProgram:
         self._block_at = {cut: block for block, cut in enumerate(cuts)}
         self._branches = [branch_before.get(end) for end in cuts[1:]]
         self._blocks: list[list[Instruction]] = [[] for _ in self._lengths]
-        # Phis first: other instructions of their bundle read what they return.
+        # Phis first: other instructions of their bundle read their results.
         for instruction in sorted(needed, key=lambda instruction: (instruction.bundle, not instruction.is_phi)):
             self._blocks[np.searchsorted(cuts, instruction.bundle, side="right") - 1].append(instruction)
 
     def times_issued(self, *, core: int = 0, data: float = 0.0) -> np.ndarray:
-        """How often each bundle is issued in one call of the kernel, int [bundles].
+        """The number of times that each bundle is issued in one call of the kernel, int [bundles].
 
         Args:
-          core: which of a chip's cores executes, where they divide the grid between them.
-          data: what every number is taken to be that exists only when the kernel runs.
+          core: number of the executing core, if a chip's cores divide the grid between them.
+          data: assumed value of every number that exists only when the kernel runs.
 
         Raises:
           ValueError: the kernel does not end.
@@ -78,7 +78,7 @@ class ScalarProgram:
 
 
 def _instructions(kernel: Kernel) -> list[Instruction]:
-    """All scalar instructions in order. Those that take a division's results in turn are told which they take."""
+    """All scalar instructions in order. Those that take a division's results in turn get the index of their result."""
     instructions, taken = [], collections.Counter()
     for bundle, text in enumerate(kernel.bundles):
         for part in text.split(" ;; "):

@@ -46,7 +46,7 @@ def add_noise(clean: Array, noise: Array, sigma: Array) -> Array:
 
 
 def velocity_target(clean: Array, noise: Array) -> Array:
-    """What the network should predict anywhere on the path: noise - clean."""
+    """The network's target anywhere on the path: noise - clean."""
     return noise - clean
 
 
@@ -78,7 +78,7 @@ def sample_sigmas(key: Array, batch: int, *, distribution: SigmaDistribution, sh
 
 
 def flow_matching_loss(velocity: Array, target: Array) -> Array:
-    """Mean squared error over all elements, a float32 scalar whatever the dtype of the two [B, ...] arrays."""
+    """Mean squared error over all elements of the two [B, ...] arrays of any dtype, a float32 scalar."""
     error = velocity.astype(jnp.float32) - target.astype(jnp.float32)
     return jnp.mean(jnp.square(error))
 

@@ -1,11 +1,11 @@
 """Euler and UniPC as one multistep loop over a table of coefficients.
 
 Both samplers work with the predicted clean latents m_i = x_i - sigma_i v(x_i). In that form every update is a weighted
-sum of a few earlier states and predictions, and the weights depend on the sigma grid alone: they are computed once, in
+sum of a few earlier states and predictions. The weights depend only on the sigma grid. They are computed once, in
 float64, and the loop over steps compiles once.
 
-UniPC (arXiv 2302.04867) of order 2 with B(h) = e^h - 1 ("bh2"), as Wan2.1 samples: a step evaluates the network at the
-predicted x_i, corrects x_i with what it found (UniC), then predicts x_{i+1} (UniP). The first and the last step are of
+UniPC (arXiv 2302.04867) has order 2 and B(h) = e^h - 1 ("bh2"), as in Wan2.1. A step evaluates the network at the
+predicted x_i, corrects x_i with the result (UniC), and then predicts x_{i+1} (UniP). The first and the last step are of
 order 1.
 """
 
@@ -26,7 +26,7 @@ Sampler = Literal["unipc", "euler"]
 
 
 class Coefficients(NamedTuple):
-    """What `solver_step` needs to know about a step; with a leading axis [N], the whole table.
+    """The figures of a step that `solver_step` needs; with a leading axis [N], the complete table.
 
     Attributes:
       sigma, timestep: scalars at the start of the step.
@@ -41,7 +41,7 @@ class Coefficients(NamedTuple):
 
 
 class SolverState(NamedTuple):
-    """What step i is given, each [B, ...]: x_i predicted, x_{i-1} corrected, m_{i-1} and m_{i-2}."""
+    """The inputs of step i, each [B, ...]: x_i predicted, x_{i-1} corrected, m_{i-1} and m_{i-2}."""
 
     latents: Array
     corrected: Array
@@ -73,7 +73,7 @@ def initial_state(noise: Array) -> SolverState:
     """The state before the first step; the missing history has weight zero there.
 
     Raises:
-      ValueError: `noise` is in less than float32, too coarse to accumulate tens of steps in.
+      ValueError: `noise` has less precision than float32, too little to accumulate tens of steps.
     """
     if noise.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"noise must be float32 or float64, found {noise.dtype}; only the network may run in bfloat16")

@@ -1,4 +1,4 @@
-"""Where a sampler evaluates the network: a decreasing grid of sigmas and the timestep shown at each."""
+"""The points at which a sampler evaluates the network: a decreasing grid of sigmas, with a timestep for each."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class SigmaGrid(NamedTuple):
 
     Attributes:
       sigmas: float64 [N + 1], strictly decreasing within [0, 1]. Step i goes from sigmas[i] to sigmas[i + 1].
-      timesteps: float64 [N], what the network is told at the start of each step.
+      timesteps: float64 [N], the network's input at the start of each step.
     """
 
     sigmas: np.ndarray

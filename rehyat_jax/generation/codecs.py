@@ -12,7 +12,7 @@ Array = Any
 
 
 class Codec(Protocol):
-    """What sampling and data preparation need of a codec.
+    """The interface of a codec to sampling and data preparation.
 
     Videos are RGB, [batch, frames, height, width, 3] float32 in [0, 1]; latents are [batch, T, H, W, C] float32,
     already normalised to roughly zero mean and unit variance.
@@ -57,7 +57,7 @@ class WanVaeLatents:
 class SpaceToDepth:
     """The demo's lossless codec for grey videos: every 4x4 block of pixels becomes one latent pixel of 16 channels.
 
-    There is no temporal compression. Colour is averaged away by `encode`, and `decode` returns three equal channels.
+    There is no temporal compression. `encode` averages the channels, and `decode` returns three equal channels.
     """
 
     block = 4
@@ -92,7 +92,7 @@ class SpaceToDepth:
 
 
 LATENT_SIZES = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
-"""By the codec's name: `default_size` and `latent_shape`, as in `Codec`."""
+"""`default_size` and `latent_shape` (see `Codec`), by the codec's name."""
 
 
 def get_codec(name: str) -> Codec:

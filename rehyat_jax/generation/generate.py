@@ -43,14 +43,14 @@ def generate(
 ) -> Array:
     """One video for every prompt. The defaults are Wan2.1's for text to video.
 
-    Two models given the same noise sample the same videos as far as they agree.
+    Two models with the same noise sample the same videos as far as they agree.
 
     Args:
       model: softmax or hybrid; it runs in its own compute dtype, everything around it in float32.
       codec, text_encoder: those the model was trained with.
       prompts: B prompts.
       noise: [B, T, H, W, C] float32 standard normal; see `initial_noise`. Its shape decides the size of the videos.
-      negative_prompt: what to move away from, for all prompts.
+      negative_prompt: the prompt to move away from, the same for all prompts.
       steps: evaluations of the guided model.
       guidance_scale: 1 turns guidance off, and `negative_prompt` with it.
       flow_shift: see `rehyat_jax.diffusion.flow.shift_sigma`.
@@ -89,10 +89,11 @@ def generate_latents(
     progress: bool = False,
     on_step: Callable[[int, Coefficients, Array], None] | None = None,
 ) -> Array:
-    """`generate` between embedded prompts [B, L, text_dim] and latents [B, T, H, W, C], for encoders used elsewhere.
+    """`generate` from embedded prompts [B, L, text_dim] to latents [B, T, H, W, C], for encoders used elsewhere.
 
-    A step is compiled once for each model architecture and shape, and reused by later calls. Before each of them,
-    `on_step` is told its number, its sigma and timestep, and the latents [B, T, H, W, C] that the model will see.
+    A step is compiled once for each model architecture and shape, and later calls reuse it. Before each step,
+    `on_step` gets its number, its coefficients (sigma and timestep among them), and the latents [B, T, H, W, C] that
+    the model will see.
     """
     graphdef, params = nnx.split(model)
     table = coefficient_table(wan_grid(steps, flow_shift), sampler, noise.dtype)
@@ -115,7 +116,7 @@ def initial_noise(seed: int, videos: int | Sequence[int], latent_shape: Sequence
 
     Args:
       seed: from 0 to 2**32 - 1.
-      videos: the numbers i of B videos, or how many there are from 0 on.
+      videos: the numbers i of B videos; or B, for the numbers from 0 to B - 1.
       latent_shape: (T, H, W, C).
     """
 

@@ -21,14 +21,14 @@ from rehyat_jax.weights import load_wan, read_model_metadata
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How to sample: everything but the model, the prompts and where the result goes.
+    """Options of sampling: everything except the model, the prompts and the place of the result.
 
     Attributes:
-      negative_prompt: what to move away from.
-      seed: of the initial noise, 0 to 2**32 - 1.
+      negative_prompt: the prompt to move away from.
+      seed: seed of the initial noise, 0 to 2**32 - 1.
       steps, guidance_scale, flow_shift, sampler: see `rehyat_jax.generation.generate.generate`.
-      frames, height, width: of the videos, in pixels; None for the codec's.
-      batch: videos that are sampled at once.
+      frames, height, width: size of the videos, height and width in pixels; None for the codec's default.
+      batch: number of videos that are sampled at once.
       dtype: compute dtype of the transformer.
       mesh: sizes of mesh axes; empty for one device.
     """
@@ -84,14 +84,14 @@ class SamplingOptions:
 
 
 class OpenedModel(NamedTuple):
-    """What a checkpoint says, before its weights are read.
+    """The contents of a checkpoint, before its weights are read.
 
     Attributes:
-      codec_name, text_encoder_name: what the checkpoint calls them.
-      codec, text_encoder: the same, to be used.
+      codec_name, text_encoder_name: their names in the checkpoint.
+      codec, text_encoder: the objects of those names.
       latent_shape: (T, H, W, C) of the videos to sample.
-      on_mesh: `with on_mesh():` everything that computes runs where the options say.
-      load: reads the weights; within `on_mesh`.
+      on_mesh: function that returns a context; within it, computation runs on the mesh of the options.
+      load: function that reads the weights, to be called within `on_mesh`.
     """
 
     codec_name: str

@@ -11,7 +11,7 @@ from rehyat_jax.errors import InputError
 
 
 class TextEncoder(Protocol):
-    """What sampling and data preparation need of a text encoder.
+    """The interface of a text encoder to sampling and data preparation.
 
     Attributes:
       length: tokens per prompt; shorter prompts are padded with zero vectors.

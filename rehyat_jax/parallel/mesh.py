@@ -1,4 +1,4 @@
-"""The device mesh: four named axes, and what fits them."""
+"""The device mesh: four named axes, and checks of sizes that must fit them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,23 @@ from jax.sharding import AxisType, Mesh
 from rehyat_jax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
-"""data: copies of the model, each with its part of the batch. fsdp: the same, but parameters and optimizer state are
-cut among them and gathered block by block. context: a video cut along time, and parameters as along fsdp. tensor: heads
-and feed-forward columns."""
+"""The axes, and what is sharded along them:
+
+- data: the batch; each device has a copy of the model;
+- fsdp: the batch, and parameters and optimizer state, which are gathered block by block;
+- context: a video's frames, and parameters as along fsdp;
+- tensor: heads and feed-forward columns.
+"""
 
 BATCH = ("data", "fsdp")
-"""What the batch is cut along."""
+"""The axes that the batch is sharded along."""
 
 
 def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """Sizes of all axes; one of them may be -1, for all devices that the others leave.
 
     Raises:
-      InputError: the product is not the number of devices; the message lists sizes that would be.
+      InputError: the product is not the number of devices; the message lists sizes that would fit.
     """
     unknown = [axis for axis in AXES if sizes[axis] == -1]
     for axis in AXES:
@@ -44,7 +48,7 @@ def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def _one_axis_changed(sizes: Mapping[str, int], devices: int) -> str:
-    """The sizes of a single axis that would use all devices, in words; one that takes what is left stays."""
+    """The sizes of a single axis that would use all devices, in words; an axis of size -1 keeps it."""
     fits = []
     for axis in AXES:
         others = math.prod(size for name, size in sizes.items() if name != axis and size != -1)
@@ -58,8 +62,8 @@ def _one_axis_changed(sizes: Mapping[str, int], devices: int) -> str:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices, or of those given, in the order of `AXES`.
 
-    Devices that are close are neighbours along the inner axes, and a process's along the batch. Slices of TPUs divide
-    "data", or else "fsdp".
+    Devices that are close are neighbours along the inner axes. A process's devices are neighbours along the batch.
+    Slices of TPUs divide "data", or else "fsdp".
 
     Raises:
       InputError: see `resolve_sizes`; or the slices divide neither axis.
@@ -73,7 +77,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     axis = _axis_of_slices(shape, len(slices))
     part = tuple(shape[name] // (len(slices) if name == axis else 1) for name in AXES)
     parts = [_arranged(part, slices[index]) for index in sorted(slices)]
-    # Explicit axes would make every operation of the model name its output's sharding; XLA finds the same.
+    # With explicit axes, operations of the model would have to name their output's sharding. XLA finds the same ones.
     return Mesh(np.concatenate(parts, axis=AXES.index(axis)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -89,7 +93,7 @@ def _axis_of_slices(shape: Mapping[str, int], slices: int) -> str:
 
 
 def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """The devices of one slice, its torus followed as far as the processes' parts of a batch let it be."""
+    """The devices of one slice, in the order of its torus as far as the processes' parts of a batch allow."""
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
     array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -99,7 +103,7 @@ def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
 
 
 def check_batch(mesh: Mesh, examples: int) -> None:
-    """Raises InputError, with sizes that would fit, unless `examples` at a time can be cut along the batch."""
+    """Raises InputError, with sizes that would fit, unless `examples` at a time can be sharded along the batch."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
     if examples % parts:
         raise InputError(
@@ -119,9 +123,10 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
 
 
 def part_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """(part, parts): which of how many equal parts of every batch the devices of a process, this one by default, hold.
+    """(part, parts): the index of the part of every batch that a process's devices hold, and the number of equal parts.
 
-    Processes whose devices differ along "context" or "tensor" alone hold the same part.
+    The process is this one by default. Processes whose devices differ only along "context" or "tensor" hold the same
+    part.
 
     Raises:
       InputError: the devices of a process are not neighbours along the batch.
@@ -139,7 +144,7 @@ def part_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
 
 
 def _divisors(number: int) -> list[int]:
-    """The smallest sixteen."""
+    """The smallest sixteen divisors."""
     return [n for n in range(1, number + 1) if number % n == 0][:16]
 
 
@@ -148,7 +153,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def is_cut() -> bool:
-    """Whether the mesh in use has more than one device."""
+    """True if the mesh in use has more than one device."""
     return jax.sharding.get_abstract_mesh().size > 1
 
 

@@ -1,1 +1,1 @@
-"""What a training run will need and take on a TPU that is not there yet; see docs/plan.md."""
+"""Estimates of the memory and the time of a training run, without the devices it runs on; see docs/plan.md."""

@@ -1,4 +1,4 @@
-"""From a compiled train step to memory, cycles, bytes moved and seconds."""
+"""Memory, cycles, bytes moved and seconds of a compiled train step."""
 
 import dataclasses
 import re
@@ -16,12 +16,12 @@ from rehyat_jax.models.hybrid import FORM_SWITCH
 from rehyat_jax.models.wan.config import WanConfig
 
 STALLS = 1.5
-"""What the slow end of a step's time multiplies the static cycles by, which know of no stalls. An assumption: nothing
-here has run on a TPU."""
+"""Factor of the static cycles, which include no stalls, at the slow end of a step's time. An assumption: nothing here
+has run on a TPU."""
 
 GPU_USE = 0.75, 0.3
 """Shares of a GPU's peak at which its arithmetic runs, at the fast and at the slow end. An assumption: a GPU's kernels
-have no static cycles. The steps that were measured are within it, see docs/gpu.md."""
+have no static cycles. The measured steps are within this range, see docs/gpu.md."""
 
 LINKS_IN_USE = 0.5
 """The share of a chip's links that collectives use at the slow end: a ring along one axis of a torus leaves others
@@ -30,13 +30,14 @@ idle."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one step on one device.
+    """The cost of one step on one device.
 
     Attributes:
-      collective_bytes: sent, by kind.
-      hbm_traffic: bytes, the least: arguments and temporaries read and results and temporaries written, once each.
-      host_bytes: kept in the host's memory for the backward pass, so moved there and back once each; no time of it is
-        in the estimates, as what links to hosts carry is not published.
+      collective_bytes: bytes sent, by kind.
+      hbm_traffic: least bytes of HBM traffic: arguments and temporaries are read once, results and temporaries are
+        written once.
+      host_bytes: bytes kept in the host's memory for the backward pass, moved there and back once each. The estimates
+        include no time for that, because the bandwidth of links to hosts is not published.
     """
 
     collective_bytes: dict[str, int]
@@ -46,7 +47,7 @@ class Cost:
 
     @property
     def compute_seconds(self) -> tuple[float, float]:
-        """(low, high), of arithmetic and whatever else kernels do."""
+        """(low, high) of arithmetic and everything else that kernels do."""
         raise NotImplementedError
 
     @property
@@ -55,7 +56,7 @@ class Cost:
 
     @property
     def collective_seconds(self) -> float:
-        """With all links in use."""
+        """Seconds of collectives with all links in use."""
         return sum(self.collective_bytes.values()) / self.chip.ici_bandwidth
 
     @property
@@ -78,13 +79,14 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuCost(Cost):
-    """From the compiler's listings.
+    """The cost from the compiler's listings.
 
     Attributes:
-      cycles: static, of kernels and of what XLA made, collectives aside; of a kernel at least what memory needs.
-      least_cycles: the same, with what holds no matrix product as fast as memory allows, where that is faster than the
-        compiler's estimate.
-      kernel_cycles: of Pallas kernels, at memory's speed at least as in `cycles`.
+      cycles: static cycles of kernels and of XLA's own operations, without collectives; for a kernel, at least the
+        cycles that memory needs.
+      least_cycles: the same, with operations without matrix products as fast as memory allows, where that is faster
+        than the compiler's estimate.
+      kernel_cycles: cycles of Pallas kernels, with the same minimum as in `cycles`.
     """
 
     cycles: int
@@ -100,10 +102,10 @@ class TpuCost(Cost):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuCost(Cost):
-    """From arithmetic alone.
+    """The cost from arithmetic only.
 
     Attributes:
-      flops: of one device, with what is recomputed.
+      flops: FLOPs of one device, including recomputation.
     """
 
     flops: float
@@ -117,7 +119,7 @@ class GpuCost(Cost):
 
 
 def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig, flops: float) -> Cost:
-    """Costs a compiled program of the model `wan`, which takes so many FLOPs on one of its devices."""
+    """The cost of a compiled program of the model `wan`, which takes `flops` FLOPs on each device."""
     operations = list(executed_operations(program.hlo, of_fusions=True))
     common = dict(
         hbm_traffic=program.argument_bytes + program.result_bytes + 2 * program.temporary_bytes,
@@ -139,7 +141,7 @@ def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig
 
 
 def _cycles_above_least(static: ProgramCost, moved: Mapping[str, int], chip: Chip) -> int:
-    """Cycles by which the compiler's estimates exceed what memory allows to operations that move so many bytes."""
+    """Cycles by which the compiler's estimates exceed the memory time of operations that move `moved` bytes."""
     cycles_per_byte = chip.clock / chip.hbm_bandwidth
     return sum(
         operation.executions * max(0, operation.estimated_cycles - round(moved[operation.name] * cycles_per_byte))
@@ -149,7 +151,7 @@ def _cycles_above_least(static: ProgramCost, moved: Mapping[str, int], chip: Chi
 
 
 def cycles_of_kernels(static: ProgramCost, moved: Mapping[str, int], chip: Chip) -> int:
-    """Those in which kernels issue their instructions, or which memory needs for the bytes that they move, if more."""
+    """Cycles of kernels: those that issue instructions, or those that memory needs for the bytes moved, if more."""
     cycles_per_byte = chip.clock / chip.hbm_bandwidth
     return sum(
         max(kernel.cycles, round(kernel.calls * moved[kernel.name] * cycles_per_byte)) for kernel in static.kernels
@@ -157,17 +159,20 @@ def cycles_of_kernels(static: ProgramCost, moved: Mapping[str, int], chip: Chip)
 
 
 def program_cost(program: CompiledProgram, wan: WanConfig) -> ProgramCost:
-    """Static cycles. Kernels take the usual way: full masks in splash attention, fixed shifts in hybrid attention."""
+    """Static cycles.
+
+    Kernels take the usual path: full masks in splash attention, fixed shifts in hybrid attention.
+    """
     return StaticProgram(program).cost(
         lambda kernel: SPLASH_DATA if kernel.startswith("splash") else 0.0, share_of=shares_of_forms(wan)
     )
 
 
 def shares_of_forms(wan: WanConfig) -> ShareOf:
-    """How often the branches of a program's conditionals run.
+    """The shares in which the branches of a program's conditionals run.
 
-    The choice of a form is made once a block, and its branches are the model's forms in their order. It is known by its
-    name scope. For any other conditional the largest branch counts: inside of `shard_map`, devices may choose
+    A block chooses its form once, and the branches of that conditional are the model's forms in their order. Its name
+    scope identifies it. For any other conditional the largest branch counts: inside `shard_map`, devices may choose
     differently, and the slowest one decides.
     """
     forms = wan.block_forms
@@ -185,9 +190,9 @@ _IS_FORM_SWITCH = re.compile(rf"\b{FORM_SWITCH}\)*/cond$")
 
 
 def memory_by_kind(program: CompiledProgram, arguments: dict[str, int]) -> dict[str, int]:
-    """Bytes of HBM on one device: the arguments by kind, then what the compiler adds to them."""
+    """Bytes of HBM on one device: the arguments by kind, then the compiler's additions."""
     rest = {
-        # XLA's GPU compiler leaves out what the step does not read.
+        # XLA's GPU compiler drops arguments that the step does not read.
         "layout padding": max(0, program.argument_bytes - sum(arguments.values())),
         "temporaries": program.peak_bytes - program.argument_bytes,
         "program": program.code_bytes,
@@ -196,10 +201,10 @@ def memory_by_kind(program: CompiledProgram, arguments: dict[str, int]) -> dict[
 
 
 def bytes_asked_for(error: DoesNotFitError, arguments: int) -> int | None:
-    """What a program would have needed of HBM, of the compiler's message; None if it does not say.
+    """The bytes of HBM that a program would have needed, from the compiler's message; None if it does not say.
 
     Args:
-      arguments: bytes that it is given, which one of the messages leaves out.
+      arguments: bytes of the program's arguments, which one of the messages does not count.
     """
     size = r"([\d.]+)([KMG])"
     bytes_of = lambda found: int(float(found.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30}[found.group(2)])

@@ -1,4 +1,4 @@
-"""One run on one topology: compiled, and put into figures."""
+"""The plan of one run on one topology: its compiled step, and the figures from it."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from rehyat_jax.training.stages import STAGES
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is planned: a configuration, the architecture it trains, a video's latents (frames, height, width)."""
+    """The run to plan: a configuration, the architecture it trains, a video's latents (frames, height, width)."""
 
     config: ml_collections.ConfigDict
     wan: WanConfig
@@ -31,17 +31,17 @@ class Request:
     topology: str
 
     def case(self) -> dict[str, Any]:
-        """What `train_step.lowered` is to be called with, JSON-ready."""
+        """The arguments of `train_step.lowered`, JSON-ready."""
         config = json.loads(self.config.to_json())
         return {"config": config, "model": self.wan.to_dict(), "latents": list(self.latents)}
 
     @property
     def flops(self) -> StepFlops:
-        """Of one example of a step."""
+        """Operations of one example of a step."""
         return STAGES[self.config.stage].step_flops(self.wan, self.latents, remat=self.config.remat)
 
     def changed(self, changes: dict[str, Any], topology: str | None = None) -> "Request":
-        """The same with other values of the configuration's fields, perhaps on another topology."""
+        """A request with other values of the configuration's fields, optionally on another topology."""
         config = self.config.copy_and_resolve_references()
         config.update_from_flattened_dict(changes)
         return dataclasses.replace(self, config=config, topology=topology or self.topology)
@@ -49,15 +49,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run needs and takes.
+    """The memory and the cost of a run.
 
     Attributes:
       mesh: the resolved sizes of its axes.
-      arguments: bytes on a device of what a step is given, by kind.
-      memory: bytes on a device by kind, where the program fits.
-      peak: bytes on a device that the program needs; None where it does not fit and the compiler does not say.
-      cost: where it fits.
-      compile_seconds: of wall clock, beside whatever else the machine did.
+      arguments: bytes on a device of a step's arguments, by kind.
+      memory: bytes on a device by kind; empty if the compiler could not fit the program.
+      peak: bytes on a device that the program needs; None if it does not fit and the compiler does not say.
+      cost: cost of a step; None if the program does not fit.
+      compile_seconds: wall-clock time of compilation, next to the machine's other work.
     """
 
     request: Request
@@ -79,12 +79,12 @@ class Plan:
 
     @property
     def model_flops(self) -> int:
-        """Of a step, all devices together; see `models.wan.flops`."""
+        """Model FLOPs of a step, all devices together; see `models.wan.flops`."""
         return self.request.flops.model * self.request.config.batch_size
 
     @property
     def recomputed_flops(self) -> int:
-        """What the hardware does again in a step, for want of memory."""
+        """FLOPs that a step recomputes to save memory."""
         return self.request.flops.recomputed * self.request.config.batch_size
 
     @property
@@ -92,11 +92,11 @@ class Plan:
         return "jaxlib" if chip_of(self.request.topology).is_gpu else "libtpu"
 
     def utilization(self, step_seconds: float) -> float:
-        """Model FLOPs use: of the peak of all chips, at so many seconds a step."""
+        """Model FLOPs use: the share of the peak of all chips, at `step_seconds` a step."""
         return self.model_flops / (step_seconds * chip_of(self.request.topology).peak_flops * self.devices)
 
     def to_json(self) -> dict[str, Any]:
-        """As --json writes it. Ranges are {"low", "high"} by step time: the lowest use is at the longest step."""
+        """The plan as --json writes it. Ranges are {"low", "high"}; the lowest use is at the longest step."""
         plan = {
             "topology": self.request.topology,
             "devices": self.devices,
@@ -134,7 +134,7 @@ class Plan:
 
 
 def _compiled(request: Request) -> contextlib.AbstractContextManager[CompiledProgram]:
-    """The step for all devices; its listings last as long as the context."""
+    """The compiled step for all devices; its listings last as long as the context."""
     if chip_of(request.topology).is_gpu:
         compiled = train_step.lowered(devices_of(request.topology), **request.case()).compile()
         return contextlib.nullcontext(compiled_program(compiled, request.topology))
@@ -143,7 +143,7 @@ def _compiled(request: Request) -> contextlib.AbstractContextManager[CompiledPro
 
 
 class Placement(NamedTuple):
-    """What a run's step is given, before anything is compiled.
+    """The devices and the arguments of a run's step, before anything is compiled.
 
     Attributes:
       mesh: the resolved sizes of its axes.
@@ -156,7 +156,11 @@ class Placement(NamedTuple):
 
 
 def placement(request: Request) -> Placement:
-    """Raises InputError if libtpu is missing or does not know the topology, or the mesh cannot cut model or batch."""
+    """The placement of a run.
+
+    Raises:
+      InputError: libtpu is missing or does not know the topology, or the mesh cannot shard the model or the batch.
+    """
     devices = devices_of(request.topology)
     mesh = make_mesh(request.config.mesh, devices)
     with jax.set_mesh(mesh):
@@ -165,7 +169,7 @@ def placement(request: Request) -> Placement:
 
 
 def make_plan(request: Request) -> Plan:
-    """Compiles the train step and costs it; minutes.
+    """The plan of a run. Compiling its train step takes minutes.
 
     Raises:
       InputError: see `placement`; or a kernel needs more VMEM than the chip has.

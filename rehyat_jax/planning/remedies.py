@@ -1,4 +1,4 @@
-"""What to change in a run that does not fit, smallest change first."""
+"""Changes that make a run fit, smallest change first."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from rehyat_jax.training.stages import STAGES
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """Changes of the configuration, perhaps another topology, and what speaks for them.
+    """Changes of the configuration, perhaps another topology, and the evidence for them.
 
     Attributes:
-      estimate: bytes on a device by arithmetic; None where only the compiler can say.
-      verified: whether it was compiled, and fits.
+      estimate: bytes on a device by arithmetic; None if only the compiler can say.
+      verified: True if it was compiled and fits.
     """
 
     changes: dict[str, Any]
@@ -34,15 +34,18 @@ class Remedy:
 
 
 _KEEPS_LESS = dict.fromkeys(("none", "dots", "attention"), "block") | {"attention_offload": "offload"}
-"""remat -> the one that keeps least on the device, in the same place."""
+"""remat -> the policy that keeps least on the device, with a block's input in the same place."""
 
 
 def smallest_remedy(plan: Plan, compile_plan: Callable[[Request], Plan], *, compilations: int = 2) -> Remedy | None:
-    """The first change that fits, by the compiler while it may be asked, then by arithmetic; None if none does."""
+    """The first change that fits; None if none does.
+
+    At most `compilations` changes are compiled. Arithmetic decides about the others.
+    """
     config, topology = plan.request.config, plan.request.topology
     remat = {}
     if STAGES[config.stage].recomputes and config.remat in _KEEPS_LESS:
-        # What this saves only the compiler can say; what comes after starts from its answer.
+        # Only the compiler can say how much this saves; the next candidates start from its answer.
         remat, compilations = {"remat": _KEEPS_LESS[config.remat]}, compilations - 1
         plan = compile_plan(plan.request.changed(remat))
         if plan.fits:
@@ -59,7 +62,7 @@ def smallest_remedy(plan: Plan, compile_plan: Callable[[Request], Plan], *, comp
                     return dataclasses.replace(remedy, verified=True)
             elif remedy.estimate is not None:
                 return remedy
-        except InputError:  # the mesh cannot cut the model
+        except InputError:  # the mesh cannot shard the model
             continue
     return None
 
@@ -73,7 +76,7 @@ def candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         wanted = {"accumulation_steps": steps, "mesh.data": data, "mesh.fsdp": fsdp, "mesh.context": context}
         before = {"accumulation_steps": config.accumulation_steps}
         before |= {f"mesh.{axis}": size for axis, size in config.mesh.items()}
-        # -1 is what the other axes leave.
+        # -1 stands for all devices that the other axes leave.
         return {name: value for name, value in wanted.items() if before[name] not in (value, -1)}
 
     while config.batch_size % (2 * steps * rows) == 0:
@@ -82,7 +85,7 @@ def candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
     if plan.mesh["data"] > 1:
         yield changes(steps, 1, rows, context), topology
     if rows % 2 == 0:
-        # Half of every video on a device, and half as many at a time in all.
+        # Half of every video on a device, and half as many videos at a time in total.
         yield changes(2 * steps, 1, rows // 2, 2 * context), topology
     while topology := larger_topology(topology):
         times = device_count(topology) // plan.devices
@@ -94,13 +97,13 @@ def candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def estimated_peak(plan: Plan, request: Request) -> int | None:
-    """Bytes on a device of another run than the plan's; None where its plan does not know its own.
+    """Estimated bytes on a device of a run other than the plan's; None if the plan does not know its own peak.
 
-    What a step is given is what it is; temporaries are in proportion to the tokens that are on a device at a time,
-    gradients apart.
+    The arguments of a step are known exactly. Temporaries, except gradients, are proportional to the tokens on a device
+    at a time.
 
     Raises:
-      InputError: the mesh cannot cut the model or the batch.
+      InputError: the mesh cannot shard the model or the batch.
     """
     placed = placement(request)
     if plan.peak is None:
@@ -111,7 +114,7 @@ def estimated_peak(plan: Plan, request: Request) -> int | None:
 
 
 def _tokens(request: Request, mesh: dict[str, int]) -> float:
-    """On a device at a time, as frames of videos."""
+    """The tokens on a device at a time, counted as frames of videos."""
     config, wan = request.config, request.wan
     frames = request.latents[0] // wan.patch_size[0]
     videos = config.batch_size / (config.accumulation_steps * mesh["data"] * mesh["fsdp"])

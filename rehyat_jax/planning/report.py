@@ -8,7 +8,7 @@ from rehyat_jax.planning.planner import Plan
 
 
 def report(plan: Plan) -> str:
-    """Lines of text; sizes and cycles are of one device."""
+    """The plan as lines of text; sizes and cycles are of one device."""
     request, chip = plan.request, chip_of(plan.request.topology)
     config, wan = request.config, request.wan
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
@@ -35,7 +35,7 @@ def report(plan: Plan) -> str:
 
 
 def _forms(wan: WanConfig) -> str:
-    """How many blocks are hybrid; if their forms differ, how many have each."""
+    """The number of hybrid blocks; if their forms differ, the number of blocks with each form."""
     forms = wan.block_forms
     if len(set(forms.of_block[block] for block in forms.converted)) < 2:
         return f"{len(forms.converted)} hybrid"

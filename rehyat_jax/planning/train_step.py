@@ -1,4 +1,4 @@
-"""The train step of a configuration, as `train.py` makes it, without a single array: shapes and where they are."""
+"""The train step of a configuration, as `train.py` makes it, with shapes and shardings in place of arrays."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from rehyat_jax.training.stages import assemble
 
 
 class AbstractStep(NamedTuple):
-    """A jitted step and its abstract arguments, cut along the mesh in use."""
+    """A jitted step and its abstract arguments, sharded along the mesh in use."""
 
     step: Any
     state: dict[str, Any]
@@ -28,7 +28,7 @@ class AbstractStep(NamedTuple):
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes on one device of what the step is given, by kind; without the compiler's padding."""
+        """Bytes on one device of the step's arguments, by kind, without the compiler's padding."""
         kinds = {
             "parameters": self.state["params"],
             "optimizer state": self.state["opt_state"],
@@ -40,7 +40,7 @@ class AbstractStep(NamedTuple):
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Of a tree of abstract arrays with shardings, what one device holds."""
+    """Bytes that one device holds of a tree of abstract arrays with shardings."""
     part = lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
     return sum(part(leaf).size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -54,7 +54,7 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
       latents: frames, height and width of a video's latents.
 
     Raises:
-      InputError: the mesh cannot cut the model or the batch.
+      InputError: the mesh cannot shard the model or the batch.
     """
     mesh = jax.sharding.get_mesh()
     examples = config.batch_size // config.accumulation_steps
@@ -78,7 +78,7 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
 def lowered(
     devices: Sequence[jax.Device], *, config: dict[str, Any], model: dict[str, Any], latents: Sequence[int]
 ) -> jax.stages.Lowered:
-    """The step for a mesh of these devices, from JSON-ready descriptions: what `cost_model.tpu_compile` compiles."""
+    """The step for a mesh of these devices, from JSON-ready descriptions; `cost_model.tpu_compile` compiles it."""
     config = config_from_json(config)
     with jax.set_mesh(make_mesh(config.mesh, devices)):
         step, *arguments = abstract_step(config, WanConfig.from_dict(model), latents)
@@ -88,7 +88,7 @@ def lowered(
 def lowered_teacher(
     devices: Sequence[jax.Device], *, config: dict[str, Any], model: dict[str, Any], latents: Sequence[int]
 ) -> jax.stages.Lowered:
-    """The same model's forward pass with softmax attention alone, on the same examples: what stage 1 adds to."""
+    """The same model's forward pass with only softmax attention, on the same examples. Stage 1 adds to this."""
     config = config_from_json(config)
     wan = WanConfig.from_dict(model).replace(hybrid_blocks=())
     with jax.set_mesh(make_mesh(config.mesh, devices)):

@@ -1,4 +1,4 @@
-"""Hybrid attention: what it means, what it accepts, and which implementation runs."""
+"""Hybrid attention: its definition, its arguments, and the choice of an implementation."""
 
 import dataclasses
 import operator
@@ -37,9 +37,10 @@ def hybrid_attention(
 ) -> jax.Array | tuple[jax.Array, HybridState]:
     """Softmax attention inside a temporal window, linear attention outside it, one normalisation over both.
 
-    ReHyAt (arXiv 2601.04342), joint normalisation and recurrent form. The video's frames are cut into chunks of
-    Tc = chunk_frames. A query of chunk t attends by softmax to the frames [max(t*Tc - To, 0), (t+1)*Tc), To =
-    overlap_frames, and by the feature maps to every frame before that window (and, unless causal, after it):
+    Source: ReHyAt (arXiv 2601.04342), joint normalisation and recurrent form. The video's frames are divided into
+    chunks of Tc = chunk_frames. A query of chunk t attends by softmax to the window [max(t*Tc - To, 0), (t+1)*Tc) of
+    frames, where To = overlap_frames. It attends by the feature maps to every frame before the window and, unless
+    causal, to every frame after it:
 
         aS = sum_S exp(q.k_j / sqrt(head_dim) - c) v_j      aL = phi_query(q) sum_L phi_key(k_j) v_j^T
         nS = sum_S exp(q.k_j / sqrt(head_dim) - c)          nL = phi_query(q) sum_L phi_key(k_j)
@@ -48,28 +49,33 @@ def hybrid_attention(
     Args:
       query, key, value: [batch, tokens, heads, head_dim] of one floating dtype, tokens frame-major. Any number of
         frames: the last chunk may be ragged, or the only one.
-      phi_query, phi_key: non-negative features. Either arrays [batch, tokens, heads, features] in the dtype of `query`
-        or float32; or `InlineFeatures`, which "pallas_tpu" computes inside its kernels; or feature maps to be called
-        on `query` and `key`, inlined if they have a method `inline`, as `FeatureMap` has.
+      phi_query, phi_key: non-negative features, as one of
+        - arrays [batch, tokens, heads, features] in the dtype of `query` or float32;
+        - `InlineFeatures`, which "pallas_tpu" computes inside its kernels;
+        - feature maps, called on `query` and `key`, or inlined if they have a method `inline` like `FeatureMap`.
       tokens_per_frame: tokens of one latent frame.
       chunk_frames: Tc, at least 1.
       overlap_frames: To, between 0 and chunk_frames.
-      causal: whether linear attention is to the past only. Inside the window attention is bidirectional either way.
-      stabilizer: what c is. "row_max", the literal reading: the row's largest score in the window, so that the linear
-        weights are relative to it. "joint": zero (computed safely), so that full softmax attention is recovered where
-        phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different functions: never mix them between
-        training and inference. c is a constant in the gradient.
-      implementation: "reference" (dense, the definition), "scan" (recurrent), "xla" (chunks as a batch), "cudnn"
-        (NVIDIA GPUs: flash attention, 16 bits), "pallas_tpu" (TPUs: fused kernels), "pallas_gpu" (Hopper GPUs: one
-        fused kernel forward, cuDNN's backward; head_dim 128), or None for the best on the platform that the program is
-        made for that can do what is asked for.
-      initial_state: what was returned with the preceding chunks of the same video; None at its start. Causal only.
-      return_state: also return the state that continues the video. Causal only, and only after whole chunks.
+      causal: True if linear attention reads the past only. Inside the window attention is bidirectional either way.
+      stabilizer: the choice of c, a constant in the gradient. "row_max", the paper's literal reading: the row's largest
+        score in the window; the linear weights are relative to it. "joint": zero (computed safely); full softmax
+        attention is recovered where phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different functions:
+        never mix them between training and inference.
+      implementation: one of
+        - "reference": dense, the definition;
+        - "scan": recurrent;
+        - "xla": all chunks as a batch;
+        - "cudnn": flash attention, 16 bits, for NVIDIA GPUs;
+        - "pallas_tpu": fused kernels for TPUs;
+        - "pallas_gpu": one fused kernel forward, cuDNN's backward, head_dim 128, for Hopper GPUs;
+        - None: the best one that can do the request on the platform that the program is compiled for.
+      initial_state: the state returned with the preceding chunks of the same video; None at its start. Causal only.
+      return_state: also return the state that continues the video. Causal only, and only after complete chunks.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`; with return_state, (y, HybridState).
 
     Raises:
-      ValueError: on shapes, dtypes or arguments that do not fit together or that the implementation cannot do.
+      ValueError: shapes, dtypes or arguments do not fit together, or the implementation does not support them.
     """
     request = _checked_request(
         (query, key, value),
@@ -109,15 +115,15 @@ def hybrid_attention_weights(
     causal: bool = True,
     stabilizer: str = "row_max",
 ) -> tuple[jax.Array, jax.Array]:
-    """The dense weights of `hybrid_attention`, to look at. Their memory grows with the square of the tokens.
+    """The dense weights of `hybrid_attention`, for inspection. Their memory grows with the square of the tokens.
 
-    Args: as for `hybrid_attention`.
+    Args: see `hybrid_attention`.
 
     Returns: (softmax weights, linear weights), each [batch, heads, queries, keys] in float32 (float64 for float64
       arrays). The weights of a query, of both kinds together, sum to one.
 
     Raises:
-      ValueError: as `hybrid_attention` does, or if there are more than 2**28 weights.
+      ValueError: see `hybrid_attention`; or there are more than 2**28 weights.
     """
     request = _checked_request(
         (query, key, key),
@@ -149,7 +155,7 @@ def _checked_request(
     initial_state: HybridState | None = None,
     return_state: bool = False,
 ) -> Request:
-    """The arguments of `hybrid_attention` as a request, feature maps called. Raises ValueError."""
+    """The arguments of `hybrid_attention` as a request, with feature maps called or inlined. Raises ValueError."""
     query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in tokens)
     _check_tokens(query, key, value)
     numbers = dict(tokens_per_frame=tokens_per_frame, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
@@ -187,7 +193,7 @@ def _check_tokens(query, key, value):
 
 
 def _features(name: str, features: Features, x: jax.Array) -> jax.Array | InlineFeatures:
-    """Features as an array or inlined; `name` is the argument's."""
+    """Features as an array or inlined; `name` is the argument's name."""
     if features is None:
         raise ValueError(
             f"{name} must be features [batch, tokens, heads, features], InlineFeatures or a feature map, found None"

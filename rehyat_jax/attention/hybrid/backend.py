@@ -19,11 +19,12 @@ class Request:
     """Hybrid attention of a video, or of a part of one, with arguments that fit together.
 
     Attributes:
-      query, key, value, phi_query, phi_key, causal, stabilizer, return_state: as for `hybrid_attention`.
-      geometry: of these frames.
-      initial_state: the state after the frames before these, also where attention is bidirectional; None at the start.
+      query, key, value, phi_query, phi_key, causal, stabilizer, return_state: see `hybrid_attention`.
+      geometry: geometry of these frames.
+      initial_state: state after the frames before these, for bidirectional attention too; None at the start.
       later: sums over the frames after these, for bidirectional attention.
-      num_frames: int32 scalar, at least 1: how many frames are not padding; None if none is. Needs an initial_state.
+      num_frames: number of frames that are not padding, int32 scalar, at least 1; None if there is no padding. Needs an
+        initial_state.
     """
 
     query: jax.Array
@@ -60,13 +61,13 @@ class Request:
 
     @property
     def state_form(self) -> StateForm:
-        """What a state of this video must belong to."""
+        """The form of attention that a state of this video must have."""
         geometry = self.geometry
         sizes = geometry.tokens_per_frame, geometry.chunk_frames, geometry.overlap_frames
         return StateForm(*sizes, self.stabilizer)
 
     def with_arrays(self) -> "Request":
-        """The same with its features computed; those of padding are zero."""
+        """The request with its features computed; phi_key is zero for padding."""
         phi_key = without_padding(as_array(self.phi_key), self.geometry, self.num_frames)
         return dataclasses.replace(self, phi_query=as_array(self.phi_query), phi_key=phi_key)
 
@@ -87,16 +88,17 @@ def _can_do_all(request: Request) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation of hybrid attention, to be called on a `Request`.
+    """One implementation of hybrid attention, called on a `Request`.
 
     Attributes:
-      name: as `hybrid_attention(implementation=...)` knows it.
-      run: Request -> (output, state after the last chunk, meaningless unless that chunk is whole and asked for).
-      why_not: Request -> what keeps the backend from doing it, and what to do about it; None if it can.
-      takes_inline_features: whether `run` takes `InlineFeatures`; otherwise they are computed before.
-      keeps_state: whether it can start from a state and return one.
-      video_sums: (phi_key, value, geometry, num_frames) -> the sums over the frames before the video's last
-        overlap_frames, and over all its frames.
+      name: its name in `hybrid_attention(implementation=...)`.
+      run: Request -> (output, state after the last chunk). The state is meaningful only if the request asks for it and
+        that chunk is complete.
+      why_not: Request -> the reason why the backend cannot do it, and the remedy; None if it can.
+      takes_inline_features: True if `run` takes `InlineFeatures`; otherwise they are computed before.
+      keeps_state: True if it can start from a state and return one.
+      video_sums: (phi_key, value, geometry, num_frames) -> (sums over the frames before the video's last
+        overlap_frames, sums over all its frames).
     """
 
     name: str
@@ -133,15 +135,15 @@ IMPLEMENTATIONS = tuple(_MODULES)
 PREFERRED = {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla"), "cpu": ("scan",)}
 """The preferred backends of each platform, best first. The first one that can do a request runs.
 
-On CPUs the scan's small arrays stay in cache: at 16 videos of 21 frames x 9 tokens, 2 heads x 64, 256 features, two
-cores, it took 26 ms forward where "xla" took 48, and with the backward pass 110 and 118, in half the memory forward
-(`benchmarks.cpu`).
+On CPUs the scan's small arrays stay in cache. `benchmarks.cpu` measured 16 videos of 21 frames x 9 tokens, 2 heads x 64
+and 256 features on two cores. The scan took 26 ms forward and 110 ms with the backward pass; "xla" took 48 and 118 ms.
+The scan's forward pass needed half the memory.
 """
 
 
 @functools.cache
 def get_backend(name: str) -> Backend:
-    """The `BACKEND` of its module, which is imported now: kernels are loaded where they are used.
+    """The backend of that name. Its module is imported here, so that kernels are loaded only where they are used.
 
     Raises:
       ValueError: an unknown name, or one whose module this installation cannot import.
@@ -157,7 +159,7 @@ def get_backend(name: str) -> Backend:
 def choose_backend(request: Request, implementation: str | None) -> Backend:
     """The backend of that name; for None, the first preferred one that can do the request.
 
-    Preferences are those of the platform that the program is made for. Raises ValueError for an unknown name.
+    The preferences depend on the platform that the program is compiled for. Raises ValueError for an unknown name.
     """
     if implementation is not None:
         return get_backend(implementation)

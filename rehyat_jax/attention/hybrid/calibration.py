@@ -1,4 +1,4 @@
-"""The scale of the feature maps at which the linear branch carries the share of attention that it stands for."""
+"""The scale of the feature maps that gives the linear branch its true share of the attention."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from einops import rearrange
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 
 _LARGEST_LOG_SCALE = 60.0
-# Queries whose scores are held at a time.
+# Queries whose scores are in memory at a time.
 _QUERIES = 256
 
 
@@ -24,23 +24,23 @@ def linear_mass_log_scale(
     causal: bool,
     stabilizer: str,
 ) -> jax.Array:
-    """The factor of phi_query.phi_key that makes the linear branch's mass right, head by head, as a logarithm.
+    """The logarithm, for every head, of the factor of phi_query.phi_key that corrects the linear branch's mass.
 
     A token's linear share is the linear part of its normalisation, nL / (nS + nL) in the notation of
-    `hybrid_attention`. Its true share is the same of softmax attention to the same keys: nL is then the sum of
-    exp(q.k / sqrt(head_dim)) over the linear keys. The factor makes the means over tokens of the two shares equal.
-    Adding half of the result to the `log_scale` of each of the two feature maps applies it.
+    `hybrid_attention`. Its true share is the same ratio for softmax attention to the same keys, in which nL is the sum
+    of exp(q.k / sqrt(head_dim)) over the linear keys. The factor makes the two shares' means over tokens equal. To
+    apply it, add half of the result to the `log_scale` of each of the two feature maps.
 
-    Shares are bounded, masses are not: a mean of masses is ruled by the few tokens with the largest, a mean of their
-    logarithms by the tokens that hardly look outside their window. Left out are tokens without linear keys, and tokens
-    without linear mass, which no factor changes.
+    Shares are compared because they are bounded. A few tokens with the largest masses would dominate a mean of masses.
+    Tokens that hardly attend outside their window would dominate a mean of log masses. Tokens without linear keys or
+    without linear mass are excluded, because no factor changes them.
 
     Args:
       query, key: [batch, tokens, heads, head_dim].
       phi_query, phi_key: current features [batch, tokens, heads, features].
-      others: as in `hybrid_attention`.
+      others: see `hybrid_attention`.
 
-    Returns: [heads] float32, between -60 and 60; 0 where no token is left.
+    Returns: [heads] float32, between -60 and 60; 0 for a head whose tokens are all excluded.
     """
     geometry = ChunkGeometry(query.shape[1] // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
     softmax_keys, linear_keys = geometry.key_masks(causal=causal)
@@ -50,7 +50,7 @@ def linear_mass_log_scale(
         return jnp.moveaxis(frames, 1, 0)
 
     def softmax_masses(part) -> tuple[jax.Array, jax.Array]:
-        """Log of the true linear mass over the window's, and log nS, of one part's tokens: [batch, heads, tokens]."""
+        """log(true linear mass / window mass) and log nS of one part's tokens, each [batch, heads, tokens]."""
         query, softmax_keys, linear_keys = part
         scores = jnp.einsum("bqhd,tbkhd->bhqtk", query, frames_first(key)) / query.shape[-1] ** 0.5
         log_window, log_outside = (
@@ -60,7 +60,7 @@ def linear_mass_log_scale(
         row_max = jnp.max(scores, axis=(-2, -1), where=softmax_keys[:, None], initial=-jnp.inf)
         return log_outside - log_window, log_window - (row_max if stabilizer == "row_max" else 0)
 
-    # A part of a frame's queries at a time: the scores of all tokens at once would not fit in memory.
+    # One part of a frame's queries at a time: the scores of all tokens would not fit in memory.
     rows = max(n for n in range(1, _QUERIES + 1) if tokens_per_frame % n == 0)
     parts = rearrange(query.astype(jnp.float32), "b (part n) h d -> part b n h d", n=rows)
     frame_of_part = np.arange(len(parts)) * rows // tokens_per_frame

@@ -18,11 +18,13 @@ def attend_chunks(attend: AttendWindow, request: Request) -> tuple[jax.Array, Hy
     """Hybrid attention by any function that attends to windows.
 
     Args:
-      attend: called once with query [batch, chunks, n, heads, head_dim]; key and value [batch, chunks, w, heads,
-        head_dim], of which only the first num_keys [chunks] (int32) of a window are keys and the rest padding;
-        phi_query [batch, chunks, n, heads, features]; and the sums over each chunk's linear keys, a LinearState of
-        [batch, chunks, heads, features(, head_dim)]. Returns what each query reads, in the shape of query.
-      request: with its features computed.
+      attend: function that returns the result of every query, in the shape of query. It is called once, with
+        - query [batch, chunks, n, heads, head_dim];
+        - key and value [batch, chunks, w, heads, head_dim];
+        - num_keys int32 [chunks]: only that many keys at the start of a window are not padding;
+        - phi_query [batch, chunks, n, heads, features];
+        - linear, the sums over each chunk's linear keys: LinearState of [batch, chunks, heads, features(, head_dim)].
+      request: a request with its features computed.
 
     Returns: the output and the state after the last chunk (meaningless if that chunk is ragged).
     """
@@ -35,7 +37,7 @@ def attend_chunks(attend: AttendWindow, request: Request) -> tuple[jax.Array, Hy
 
     linear = _past_states(initial_state, leaving)
     if not request.causal:
-        # Never the total minus the window: that cancels, and a normalizer could come out negative.
+        # Never subtract the window from the total: cancellation could make a normalizer negative.
         future = jax.tree.map(lambda sums: _select(chunk > chunk[:, None], sums), sum_keys(phi_key, value))
         linear = LinearState.sum(linear, future)
     if request.later is not None:
@@ -66,15 +68,15 @@ def attend_chunks(attend: AttendWindow, request: Request) -> tuple[jax.Array, Hy
 def _windows(chunks: jax.Array, initial_overlap: jax.Array, overlap_start: int, chunk_tokens: jax.Array) -> jax.Array:
     """Each chunk's tokens, then its overlap, then padding: [batch, chunks, n, ...] -> [batch, chunks, w, ...].
 
-    In this order the keys of a window are always its first ones, with no mask: the first chunk of a video has no
-    overlap, and of one chunk perhaps not all tokens exist (`chunk_tokens`, [chunks]).
+    In this order the keys of a window always come first, so no mask is needed. The first chunk of a video has no
+    overlap, and one chunk may hold fewer tokens (`chunk_tokens`, [chunks]).
     """
     overlaps = jnp.concatenate([initial_overlap[:, None], chunks[:, :-1, overlap_start:]], axis=1)
     windows = jnp.concatenate([chunks, overlaps], axis=2)
     if isinstance(chunk_tokens, np.ndarray) and np.all(chunk_tokens == chunks.shape[2]):
         return windows
     chunk_tokens = jnp.asarray(chunk_tokens)
-    ragged = jnp.argmin(chunk_tokens)  # or the first, if all are whole
+    ragged = jnp.argmin(chunk_tokens)  # or the first, if all are complete
     take = lambda array: jax.lax.dynamic_index_in_dim(array, ragged, axis=1, keepdims=False)
     window = jax.lax.dynamic_update_slice_in_dim(take(windows), take(overlaps), chunk_tokens[ragged], axis=1)
     return jax.lax.dynamic_update_index_in_dim(windows, window, ragged, axis=1)
@@ -83,7 +85,7 @@ def _windows(chunks: jax.Array, initial_overlap: jax.Array, overlap_start: int, 
 def _past_states(initial_state: HybridState, leaving: LinearState) -> LinearState:
     """The sums over all frames before each chunk's window; leaves [batch, chunks, ...].
 
-    `leaving` are the sums over the frames that leave the softmax window when a chunk is done, but for the initial
+    `leaving` holds the sums over the frames that leave the softmax window after each chunk. It excludes the initial
     overlap, which leaves with the first chunk.
     """
 
@@ -98,7 +100,8 @@ def _past_states(initial_state: HybridState, leaving: LinearState) -> LinearStat
 def _select(selection: np.ndarray, chunks: jax.Array) -> jax.Array:
     """Sums the chunks that the boolean [readers, chunks] selects: [batch, chunks, ...] -> [batch, readers, ...].
 
-    XLA lowers a cumulative sum to a quadratic reduce-window. This small product only adds, hence the full precision.
+    XLA would lower a cumulative sum to a quadratic reduce-window. This small product only adds, so it needs full
+    precision.
     """
     selection = selection.astype(chunks.dtype)
     return jnp.einsum("rc,bc...->br...", selection, chunks, precision=jax.lax.Precision.HIGHEST)

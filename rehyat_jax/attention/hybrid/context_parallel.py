@@ -1,7 +1,7 @@
-"""Hybrid attention of a video cut along time over devices: whole chunks each, and a small exchange.
+"""Hybrid attention of a video that is sharded along time: complete chunks on each device, and a small exchange.
 
-What a device needs of those before it is the overlap of its first chunk, from its neighbour, and two sums of constant
-size: LASP-2's exchange of states (arXiv 2502.07563), with a halo. Bytes moved do not depend on the video's length.
+A device needs two sums of constant size from the devices before it, and its first chunk's overlap from its neighbour.
+This is LASP-2's exchange of states (arXiv 2502.07563) with a halo. The bytes moved do not depend on the video's length.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 
 
 def padded_frames(num_frames: int, chunk_frames: int, devices: int) -> int:
-    """The least number of frames, at least num_frames, that gives all devices the same number of whole chunks."""
+    """The smallest number of frames, at least num_frames, that gives all devices the same number of complete chunks.
+
+    One device needs no padding.
+    """
     if devices == 1:
         return num_frames
     chunks = -(-num_frames // chunk_frames)
@@ -40,23 +43,23 @@ def hybrid_attention_in_parts(
     stabilizer: str,
     implementation: str | None = None,
 ) -> jax.Array:
-    """One device's part of `hybrid_attention`, to be called by all devices along the mesh axis `axis` in `shard_map`.
+    """One device's part of `hybrid_attention`. All devices along the mesh axis `axis` call it in `shard_map`.
 
     Args:
-      query, key, value, phi_query, phi_key: this device's tokens, whole chunks, as many as every other device's.
-      num_frames: frames of the video; what the devices hold beyond them (`padded_frames`) is padding.
-      others: as `hybrid_attention`'s.
+      query, key, value, phi_query, phi_key: this device's tokens: complete chunks, the same number on every device.
+      num_frames: frames of the video; further frames on the devices (`padded_frames`) are padding.
+      others: see `hybrid_attention`.
 
     Returns: y for this device's tokens, zero for padding.
     """
     tokens = query.shape[1]
     geometry = ChunkGeometry(tokens // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
     index, devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    last = (num_frames - 1) // geometry.num_frames  # the device with the last frame; padding alone is beyond it
+    last = (num_frames - 1) // geometry.num_frames  # the device with the last frame; later devices hold only padding
     is_padded = num_frames < devices * geometry.num_frames
     real_frames = None
     if is_padded:
-        # What is beyond the last device goes its way like any other frames, read by nobody.
+        # Devices after `last` treat their padding as frames; no other device reads their results.
         last_frames = num_frames - last * geometry.num_frames
         real_frames = jnp.where(index == last, last_frames, geometry.num_frames).astype(jnp.int32)
 
@@ -93,5 +96,5 @@ def hybrid_attention_in_parts(
 
 
 def _sum_of(parts: jax.Array, chosen: jax.Array) -> jax.Array:
-    """The sum of those `parts` [devices, ...] that are chosen, bool [devices]. (A product would round on TPUs.)"""
+    """The sum of the `parts` [devices, ...] that `chosen`, bool [devices], selects. A product would round on TPUs."""
     return jnp.where(jnp.expand_dims(chosen, range(1, parts.ndim)), parts, 0).sum(axis=0)

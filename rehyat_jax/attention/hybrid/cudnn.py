@@ -1,4 +1,4 @@
-"""Softmax windows by cuDNN's flash attention, merged with the linear states by XLA: for NVIDIA GPUs."""
+"""implementation="cudnn", for NVIDIA GPUs: windows by cuDNN's flash attention, merged with linear states by XLA."""
 
 import functools
 
@@ -15,9 +15,9 @@ KERNELS = WindowKernels(functools.partial(merged_forward, cudnn_forward), cudnn_
 
 
 def run(request: Request) -> tuple[jax.Array, HybridState]:
-    """All chunks as a batch of cuDNN's, overlaps last, so that lengths stand for the masks. Exact in both stabilizers.
+    """Hybrid attention with all chunks as a batch of cuDNN's. Overlaps come last, so that lengths replace masks.
 
-    "row_max" takes a second pass of cuDNN over the window's scores forward, and none backward.
+    Both stabilizers are exact. "row_max" takes a second cuDNN pass over the window's scores, in the forward pass only.
     """
     return attend_chunks(functools.partial(attend_window_fused, KERNELS), request)
 

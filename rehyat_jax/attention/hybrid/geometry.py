@@ -1,4 +1,4 @@
-"""Which frames attend to which, and how tokens are cut into chunks."""
+"""The frames that every frame attends to, and the division of tokens into chunks."""
 
 import dataclasses
 from typing import Any
@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ChunkGeometry:
-    """A video of `num_frames` latent frames cut along time into chunks (ReHyAt section 3).
+    """A video of `num_frames` latent frames, divided along time into chunks (ReHyAt section 3).
 
-    Tokens are frame-major: token n belongs to frame n // tokens_per_frame. Chunk t holds the frames
-    [t*Tc, (t+1)*Tc), the last chunk possibly fewer, where Tc = chunk_frames; its softmax window reaches
-    To = overlap_frames further into the past. Because To <= Tc, the overlap of chunk t is the end of chunk t-1.
+    Tokens are frame-major: token n belongs to frame n // tokens_per_frame. Chunk t holds the frames [t*Tc, (t+1)*Tc),
+    where Tc = chunk_frames; the last chunk may hold fewer. The softmax window of chunk t reaches To = overlap_frames
+    further into the past. Because To <= Tc, the overlap of chunk t is the end of chunk t-1.
     """
 
     num_frames: int
@@ -28,7 +28,7 @@ class ChunkGeometry:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether the last chunk holds fewer than chunk_frames frames."""
+        """True if the last chunk holds fewer than chunk_frames frames."""
         return self.num_frames % self.chunk_frames > 0
 
     @property
@@ -63,19 +63,20 @@ class ChunkGeometry:
         return tokens[:, : self.num_frames * self.tokens_per_frame]
 
     def delay(self, tokens: jax.Array) -> jax.Array:
-        """The tokens [batch, tokens, ...], overlap_frames later: those of frame i where those of frame i + To were.
+        """The tokens [batch, tokens, ...] delayed by To = overlap_frames: frame i moves to the place of frame i + To.
 
-        Chunk t of the delayed video is what leaves the softmax window when chunk t is done.
+        Chunk t of the delayed video holds the frames that leave the softmax window after chunk t.
         """
         delay = self.overlap_frames * self.tokens_per_frame
         return jnp.pad(tokens, [(0, 0), (delay, 0)] + [(0, 0)] * (tokens.ndim - 2))[:, : tokens.shape[1]]
 
     def chunk_tokens(self, num_frames: jax.Array | None = None) -> np.ndarray | jax.Array:
-        """How many of each chunk's tokens are keys of its window, int32 [chunks]; a constant without `num_frames`.
+        """The number of each chunk's tokens that are keys of its window, int32 [chunks].
 
         Args:
-          num_frames: an int32 scalar, the frames after which there is padding, if that is not known when tracing. What
-            lies beyond the chunk with the last frame is padding alone and counts as whole: nobody reads it.
+          num_frames: number of frames before the padding, int32 scalar; None if there is no padding, which makes the
+            result a constant. Chunks after the last frame hold only padding. They count as complete, because nobody
+            reads them.
         """
         where: Any = np.where if num_frames is None else jnp.where
         last: Any = self.num_frames if num_frames is None else num_frames
@@ -84,12 +85,12 @@ class ChunkGeometry:
         return where(is_ragged, frames, self.chunk_frames).astype(np.int32) * self.tokens_per_frame
 
     def is_token(self, num_frames: jax.Array | None = None) -> np.ndarray | jax.Array:
-        """Boolean [chunks, chunk tokens]: which of `split`'s tokens are keys of their window; see `chunk_tokens`."""
+        """Boolean [chunks, chunk tokens]: True for tokens of `split` that are keys of a window; see `chunk_tokens`."""
         return np.arange(self.chunk_frames * self.tokens_per_frame) < self.chunk_tokens(num_frames)[:, None]
 
 
 def without_padding(tokens: jax.Array, geometry: ChunkGeometry, num_frames: jax.Array | None) -> jax.Array:
-    """Tokens [batch, tokens, ...], zero from frame `num_frames` on, an int32 scalar; None if all are of the video."""
+    """Tokens [batch, tokens, ...], zero from frame `num_frames` (int32 scalar) on; None if there is no padding."""
     if num_frames is None:
         return tokens
     is_token = np.arange(tokens.shape[1]) < num_frames * geometry.tokens_per_frame

@@ -1,4 +1,4 @@
-"""Windows and linear states in one fused kernel forward, and by cuDNN backward: for Hopper GPUs (H100, H200)."""
+"""implementation="pallas_gpu", for Hopper GPUs (H100, H200): one fused forward kernel, and cuDNN's backward."""
 
 import functools
 
@@ -15,9 +15,9 @@ KERNELS = WindowKernels(hopper_window_forward, cudnn_backward)
 
 
 def run(request: Request) -> tuple[jax.Array, HybridState]:
-    """All chunks as a batch of a fused kernel, which takes no second pass for "row_max" as "cudnn" does.
+    """Hybrid attention with all chunks as a batch of a fused kernel. Unlike "cudnn", "row_max" takes no second pass.
 
-    The kernel is Mosaic GPU's and needs warpgroup instructions that only compute capability 9.0 has.
+    The Mosaic GPU kernel needs warpgroup instructions that only compute capability 9.0 has.
     """
     return attend_chunks(functools.partial(attend_window_fused, KERNELS), request)
 

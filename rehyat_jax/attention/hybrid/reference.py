@@ -23,7 +23,7 @@ def normalised_weights(request: Request) -> tuple[jax.Array, jax.Array]:
 
 
 def _weights(request: Request) -> tuple[jax.Array, jax.Array]:
-    """The same before normalisation.
+    """The softmax and the linear weights before normalisation.
 
     The softmax keys weigh exp(q.k / sqrt(head_dim) - c), the linear keys phi_query.phi_key. "row_max": c is the row's
     largest score in its window. "joint": c = 0, literally, so float32 overflows at scores of 88: use float64.

@@ -46,9 +46,9 @@ def run(request: Request) -> tuple[jax.Array, HybridState]:
 
 
 def _future_states(phi_key: jax.Array, value: jax.Array, later: LinearState | None) -> LinearState:
-    """For every chunk the sums over all chunks after it and `later`; leaves [chunks, batch, ...], as are the arrays.
+    """The sums over all chunks after each chunk, plus `later`; leaves [chunks, batch, ...], like the arrays.
 
-    Never the total minus the window: that cancels, and a normalizer could come out negative.
+    Never subtract the window from the total: cancellation could make a normalizer negative.
     """
 
     def step(later: LinearState, chunk) -> tuple[LinearState, LinearState]:

@@ -1,4 +1,4 @@
-"""What the recurrent form remembers of the frames it has seen."""
+"""The state that the recurrent form keeps of the frames it has seen."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from rehyat_jax.attention.product import accumulation_dtype, product
 
 
 class LinearState(NamedTuple):
-    """Sums over a set of keys j: all that linear attention needs to know of them.
+    """Sums over a set of keys j: all that linear attention needs of them.
 
     Attributes:
       state: s = sum_j phi_key(k_j) v_j^T, [..., heads, features, head_dim].
@@ -60,20 +60,21 @@ class StateForm(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class HybridState:
-    """All that the chunks of a causal video yet to come need of the chunks already seen.
+    """The state of a causal video: all that later chunks need of the chunks already seen.
 
-    Its structure and shapes never change, so it can be a scan carry or an argument of a jitted function, and its size
-    does not depend on the length of the video. Sums are float32 (float64 for float64 inputs). A token enters `past`
-    only when it leaves the next chunk's softmax window: until then its keys and values are held in the overlap, and
-    since overlap_frames <= chunk_frames all of the overlap leaves together, so its sums can wait ready in `overlap`.
+    Its structure and shapes never change, so it can be a scan carry or an argument of a jitted function. Its size does
+    not depend on the length of the video. Sums are float32 (float64 for float64 inputs). A token enters `past` only
+    when it leaves the next chunk's softmax window; until then the overlap holds its key and value. Because
+    overlap_frames <= chunk_frames, the complete overlap leaves at once, so `overlap` keeps its sums ready.
 
     Attributes:
       past: sums over the frames before the next chunk's window; state [batch, heads, features, head_dim], normalizer
         [batch, heads, features].
       overlap: sums over the frames of the overlap, same shapes.
       overlap_key, overlap_value: [batch, overlap_frames * tokens_per_frame, heads, head_dim], in the inputs' dtype.
-      chunks: int32 scalar, how many chunks have been seen. At 0 the overlap holds no frames, only zeros.
-      form: checked when the video continues; None fits any form. It is part of the structure, not an array.
+      chunks: number of chunks seen, int32 scalar. At 0 the overlap holds no frames, only zeros.
+      form: form of attention, checked when the video continues; None fits any form. It is part of the structure, not an
+        array.
     """
 
     past: LinearState
@@ -106,7 +107,7 @@ class HybridState:
     ) -> "HybridState":
         """The state before the first chunk of a video. `dtype` is that of the queries, keys and values.
 
-        With chunk_frames and stabilizer the state knows its form.
+        With chunk_frames and stabilizer the state records its form.
         """
         sums = LinearState(
             state=jnp.zeros((batch, heads, features, head_dim), accumulation_dtype(dtype)),

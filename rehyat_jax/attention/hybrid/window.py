@@ -52,13 +52,12 @@ def _stabilize(scores: jax.Array, linear_mass: jax.Array, stabilizer: str) -> tu
     """The constant subtracted from the scores of a row, and the factor of its linear terms: both [..., heads, n].
 
     "row_max" subtracts the largest score from the softmax branch only, as printed in the paper. "joint" subtracts the
-    same constant from both branches, which leaves their ratio as it is: being neutral, it is a constant in the
-    gradient too. The linear mass must take part in choosing it, or the linear terms would overflow where all scores
-    are far below zero.
+    same constant from both branches. That does not change their ratio, so it can be a constant in the gradient too. The
+    choice must include the linear mass: otherwise linear terms would overflow where all scores are far below zero.
     """
     row_max = jnp.max(jax.lax.stop_gradient(scores), axis=-1)
     if stabilizer == "row_max":
         return row_max, jnp.ones_like(row_max)
-    # No mass at all: log 0 is -inf, the maximum ignores it, and nothing here is differentiated.
+    # Without linear mass, log 0 is -inf. The maximum ignores it, and nothing here is differentiated.
     shift = jnp.maximum(row_max, jnp.log(jax.lax.stop_gradient(linear_mass)))
     return shift, jnp.exp(-jnp.maximum(shift, LOWEST_LINEAR_SHIFT))

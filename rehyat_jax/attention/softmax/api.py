@@ -1,4 +1,4 @@
-"""Full softmax attention: the teacher's, that of the blocks which stay as they are, and attention to the text."""
+"""Full softmax attention: of the teacher, of blocks that are not converted, and to the text."""
 
 import functools
 
@@ -22,10 +22,11 @@ def softmax_attention(
     Args:
       query: [batch, queries, heads, head_dim].
       key, value: [batch, keys, heads, head_dim].
-      implementation: "xla" stores all scores, anywhere; from 512 queries and keys on it recomputes them for the
-        gradient. "splash" (TPUs; bfloat16 or float32, head_dim 64 or 128) and "cudnn" (NVIDIA GPUs from Ampere on;
-        bfloat16 or float16, head_dim a multiple of 8 up to 128) store none. None is the best that these arrays allow
-        on the platform that the program is made for (`target_platform`).
+      implementation: one of
+        - "xla" (any platform): stores all scores; from 512 queries and keys on it recomputes them for the gradient;
+        - "splash" (TPUs; bfloat16 or float32, head_dim 64 or 128): stores no scores;
+        - "cudnn" (NVIDIA GPUs from Ampere on; bfloat16 or float16, head_dim a multiple of 8 up to 128): stores none;
+        - None: the best that these arrays allow on the platform that the program is compiled for (`target_platform`).
 
     Returns: [batch, queries, heads, head_dim] in the dtype of `query`; weights are computed in float32.
 
@@ -82,7 +83,7 @@ def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array):
 
 
 def _problem(implementation: str, query: jax.Array) -> str | None:
-    """What keeps an implementation from taking these arrays, or None."""
+    """The reason why an implementation cannot take these arrays; None if it can."""
     dtype, head_dim = query.dtype.name, query.shape[-1]
     if implementation not in IMPLEMENTATIONS:
         return f"implementation must be one of {IMPLEMENTATIONS} or None, found {implementation!r}"

@@ -1,7 +1,7 @@
-"""Heads before tokens and back, each in one copy of whole tiles.
+"""Transposition of tokens and heads, in one copy of complete tiles.
 
-Of an array [tokens, heads * head_dim] in HBM, 8 tokens of 128 columns lie together, which may well be one head's. XLA
-does not see that, and takes two or three copies over other layouts for what kernels want in [heads, tokens, head_dim].
+In HBM, an array [tokens, heads * head_dim] consists of tiles of 8 tokens by 128 columns, which may be one head's. XLA
+does not use that. It makes two or three copies in other layouts to get the [heads, tokens, head_dim] that kernels need.
 """
 
 import functools
@@ -21,7 +21,7 @@ def heads_first(tokens: jax.Array, length: int, interpret: bool = False) -> jax.
 
     Args:
       length: a multiple of 128.
-      interpret: on any platform, slowly.
+      interpret: interpret the kernel, on any platform and slowly.
     """
     return _to_heads(_Move(*tokens.shape, length, interpret), tokens)
 

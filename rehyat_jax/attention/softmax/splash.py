@@ -11,14 +11,14 @@ from rehyat_jax.attention.softmax.heads_first import heads_first, tokens_first
 
 
 def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """softmax(q.k / sqrt(head_dim)) v over all keys. No score is ever stored, in the gradient neither.
+    """softmax(q.k / sqrt(head_dim)) v over all keys. No score is ever stored, not even for the gradient.
 
-    Lengths are padded to whole blocks. Padded keys are another segment than all queries, and so are masked; what padded
-    queries give is dropped. The kernels take scores as they are, so queries are scaled beforehand: one more rounding of
-    16-bit queries.
+    Lengths are padded to complete blocks. Padded keys belong to another segment than all queries, which masks them. The
+    results of padded queries are dropped. The kernels do not scale scores, so queries are scaled before: one more
+    rounding of 16-bit queries.
 
     Args:
-      query: [batch, queries, heads, head_dim], of the dtypes and widths that `softmax_attention` lets through.
+      query: [batch, queries, heads, head_dim], of the dtypes and widths that `softmax_attention` accepts.
       key, value: [batch, keys, heads, head_dim].
       interpret: interpret the kernels, on any platform and slowly.
 
@@ -27,10 +27,10 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, inte
     batch, queries, heads, head_dim = query.shape
     keys = key.shape[1]
     query_block = _even_block(queries, 1024, multiple_of=128)
-    # As many keys as fit into every generation's VMEM beside 1024 queries, the backward kernels' buffers included.
+    # The most keys that fit into every generation's VMEM next to 1024 queries and the backward kernels' buffers.
     key_block = _even_block(keys, 4096 // query.dtype.itemsize, multiple_of=128 if keys <= 512 else 512)
     padded_queries, padded_keys = _round_up(queries, query_block), _round_up(keys, key_block)
-    # On a TPU a head takes up whole rows of 128 lanes.
+    # On a TPU a head takes up complete rows of 128 lanes.
     dq_copies_bytes = query.nbytes * max(128 // head_dim, 1) * (padded_keys // key_block)
 
     kernel = splash.make_splash_mha(
@@ -38,7 +38,7 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, inte
         block_sizes=_block_sizes(query_block, key_block, one_pass_backward=dq_copies_bytes <= _MOST_DQ_COPIES_BYTES),
         head_shards=1,
         q_seq_shards=1,
-        # Attention to a text is soon made again, for a result as large as that of a video's attention to itself.
+        # Attention to a text is cheap to recompute, and its result is as large as that of a video's self-attention.
         residual_checkpoint_name=ATTENTION_RESIDUALS if keys >= queries else None,
         interpret=interpret,
     )
@@ -56,18 +56,21 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, inte
     return tokens_first(output, batch, queries, interpret)
 
 
-# The backward kernel that makes one pass is faster than two passes, but writes the queries' gradient once for every
-# block of keys before these copies are summed: memory that grows with the square of a video's length.
+# The one-pass backward kernel is faster than two passes. But it writes a copy of the queries' gradient for every block
+# of keys, and then sums the copies. Their memory grows with the square of a video's length.
 _MOST_DQ_COPIES_BYTES = 2 * 2**30
 
 
 def _block_sizes(query_block: int, key_block: int, *, one_pass_backward: bool) -> splash.BlockSizes:
-    """The same blocks in all kernels, the keys of a block taken in up to 512 at a time.
+    """The same blocks in all kernels; the keys of a block are computed up to 512 at a time.
 
-    By static cycle counts of the TPU compiler (libtpu 0.0.51; 12 heads x 128, 32,760 tokens, bfloat16) in millions on
-    v5e: forward 68 with blocks of 1024 queries and 2048 keys, 81 with 1024 and 1024; backward in one pass 163, in two
-    195, in two with 1024 and 1024 204. Blocks of 512 and 4096 make one pass in 159 with half as many copies, but do
-    not fit into the VMEM of v5p.
+    Static cycles of the TPU compiler in millions, for v5e (libtpu 0.0.51; 12 heads x 128, 32,760 tokens, bfloat16):
+
+    - forward: 68 with blocks of 1024 queries and 2048 keys, 81 with 1024 and 1024;
+    - backward in one pass: 163, or 159 with 512 and 4096;
+    - backward in two passes: 195, or 204 with 1024 and 1024.
+
+    Blocks of 512 and 4096 make half as many copies, but do not fit into the VMEM of v5p.
     """
     compute = math.gcd(key_block, 512)
     two_passes = dict(block_q_dq=query_block, block_kv_dq=key_block)
@@ -84,7 +87,7 @@ def _block_sizes(query_block: int, key_block: int, *, one_pass_backward: bool) -
 
 
 def _even_block(length: int, largest: int, *, multiple_of: int) -> int:
-    """The length of each of as few equal blocks as cover `length`."""
+    """The length of the equal blocks, as few as possible, that cover `length`."""
     return _round_up(math.ceil(length / math.ceil(length / largest)), multiple_of)
 
 

@@ -1,4 +1,4 @@
-"""How token arrays are cut into blocks for the TPU kernels, and how a kernel walks over a block."""
+"""The division of token arrays into blocks for the TPU kernels, and a kernel's walk over a block."""
 
 import dataclasses
 import itertools
@@ -27,8 +27,9 @@ def dot(left: jax.Array, right: jax.Array, contraction) -> jax.Array:
 class HeadBlocks:
     """A view of [batch, tokens, heads, width] from which a kernel takes blocks [rows, width] of one head's tokens.
 
-    Where a head fills whole vector registers (width a multiple of 128 lanes) its columns are cut from
-    [batch, tokens, heads * width], the layout in which projections write; otherwise heads go first, which costs a copy.
+    If a head fills complete vector registers (width a multiple of 128 lanes), the view is
+    [batch, tokens, heads * width], the layout in which projections write. Otherwise it is
+    [batch, heads, tokens, width], which costs a copy.
     """
 
     batch: int
@@ -55,20 +56,20 @@ class HeadBlocks:
 
     @property
     def shape(self) -> jax.ShapeDtypeStruct:
-        """Of the view."""
+        """Shape and dtype of the view."""
         if self.in_place:
             return jax.ShapeDtypeStruct((self.batch, self.tokens, self.heads * self.width), self.dtype)
         return jax.ShapeDtypeStruct((self.batch, self.heads, self.tokens, self.width), self.dtype)
 
     def spec(self, rows: int, index: Callable[..., jax.Array]) -> pl.BlockSpec:
-        """Blocks of `rows` tokens. `index` takes the grid indices after (batch, head) and gives the block's."""
+        """Blocks of `rows` tokens. `index` takes the grid indices after (batch, head) and returns the block's index."""
         if self.in_place:
             return pl.BlockSpec((None, rows, self.width), lambda b, h, *step: (b, index(*step), h))
         return pl.BlockSpec((None, None, rows, self.width), lambda b, h, *step: (b, h, index(*step), 0))
 
 
 def unview(view: jax.Array, heads: int) -> jax.Array:
-    """The array [batch, tokens, heads, width] of which `view` is the view."""
+    """The array [batch, tokens, heads, width] that has this view."""
     if view.ndim == 3:
         return with_heads(view, heads)
     return jnp.moveaxis(view, 1, 2)
@@ -77,8 +78,8 @@ def unview(view: jax.Array, heads: int) -> jax.Array:
 def for_tiles(length: int, width: int, unroll: int, body: Callable[[list[tuple[int | jax.Array, int]]], None]) -> None:
     """Calls `body` with lists of tiles (start, size) that cover range(length) in order, about `unroll` tiles a list.
 
-    Within a list the compiler may overlap one tile's work with the next's; between lists it may not. Starts are
-    multiples of `width`, which must be one of 128. A narrow remainder joins the last tile.
+    The compiler may overlap the work of tiles within a list, but not between lists. Starts are multiples of `width`,
+    which must be a multiple of 128. A narrow remainder joins the last tile.
     """
     stretch = unroll * width
     looped = max((length - width) // stretch, 0)  # what is left holds at least one tile of full width

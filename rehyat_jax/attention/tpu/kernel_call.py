@@ -1,4 +1,4 @@
-"""One way of calling a TPU kernel."""
+"""The call of a TPU kernel with named operands."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +28,11 @@ def call_kernel(
     """Runs `kernel(inputs, outputs, scratch)`, three dictionaries of references, over a grid.
 
     Args:
-      inputs: name -> (array or tuple of arrays, BlockSpec or tuple of them); None is left out.
+      inputs: name -> (array or tuple of arrays, BlockSpec or tuple of them); None is skipped.
       outputs: name -> (ShapeDtypeStruct or tuple, BlockSpec or tuple).
       scratch: name -> memory.
-      parallel: how many leading grid axes carry nothing from step to step; the others run in order.
-      aliases: output name -> input name whose memory it takes over; blocks that are never written keep their values.
+      parallel: number of leading grid axes that carry nothing from step to step; the others run in order.
+      aliases: output name -> name of the input whose memory it reuses; blocks that are never written keep their values.
       interpret: interpret the kernel, on any platform and slowly.
 
     Returns: name -> array or tuple of arrays, as `outputs`.
@@ -56,7 +56,7 @@ def call_kernel(
         name=name,
         interpret=interpret,
     )
-    # Of 16-bit matrices Mosaic knows no other product than the one that is exact anyway.
+    # Mosaic has only one product of 16-bit matrices, which is exact anyway.
     is_short = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arrays))
     with jax.default_matmul_precision("default" if is_short else "highest"):
         (results,) = run(arrays)
@@ -70,7 +70,7 @@ def _leaf(tree: dict[str, Any], name: str) -> int:
 
 
 def token_blocks(array: jax.Array, rows: int, index: Callable[..., jax.Array]) -> tuple[jax.Array, pl.BlockSpec]:
-    """An input of `rows` tokens [batch, tokens, heads, width] a step; see `HeadBlocks.spec`."""
+    """An input [batch, tokens, heads, width] of which a step reads `rows` tokens; see `HeadBlocks.spec`."""
     blocks = HeadBlocks.of(array)
     return blocks.view(array), blocks.spec(rows, index)
 
@@ -82,14 +82,14 @@ def new_rows(batch: int, heads: int, blocks: int, rows: int, index: Callable[...
 
 
 def row_blocks(values: jax.Array, rows: int, index: Callable[..., jax.Array]) -> tuple[jax.Array, pl.BlockSpec]:
-    """An input made as `new_rows`, perhaps for blocks that are a multiple of these."""
+    """An input in the layout of `new_rows`, `rows` tokens a step. Its own blocks may be a multiple of these."""
     batch, heads = values.shape[:2]
     values = values.reshape(batch, heads, -1, 1, rows)
     return values, new_rows(batch, heads, values.shape[2], rows, index)[1]
 
 
 def per_head(matrices: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], tuple[pl.BlockSpec, ...]]:
-    """Inputs [heads, rows, columns] of which a step sees its head's."""
+    """Inputs [heads, rows, columns]; a step reads the matrix of its head."""
     specs = tuple(pl.BlockSpec((None, *matrix.shape[1:]), lambda b, h, *_: (h, 0, 0)) for matrix in matrices)
     return matrices, specs
 
@@ -107,5 +107,5 @@ def state_block(states: Any, index: Callable[..., jax.Array]) -> tuple[Any, pl.B
 
 
 def scalars(values: jax.Array | None) -> tuple[jax.Array, pl.BlockSpec] | None:
-    """An input that every step sees whole, in scalar memory."""
+    """An input in scalar memory that every step can read completely."""
     return None if values is None else (values, pl.BlockSpec(memory_space=pltpu.SMEM))

@@ -1,13 +1,13 @@
 """RMS norm and rotation of queries or keys in one pass over memory, as Pallas kernels for TPUs.
 
-With n = x r w, r being a token's 1 / RMS and w the norm's weights, and a rotation y = n cos + turn(n) sin in which
-turn(n)[2i] = -n[2i + 1], turn(n)[2i + 1] = n[2i], the gradients are
+Let n = x r w, where r is a token's 1 / RMS and w are the norm's weights. Let y = n cos + turn(n) sin be the rotation,
+where turn(n)[2i] = -n[2i + 1] and turn(n)[2i + 1] = n[2i]. The gradients are
 
     dn = dy cos - turn(dy) sin      dx = dn r w      dr = sum over columns of dn x w      dw = sum over tokens of dn x r
 
-(turn is its own inverse but for the sign, and the same on both lanes of a pair). XLA takes a pass for the norm, and for
-the rotation either copies from layout to layout, as heads and pairs of lanes are no axes of its tiles, or a loop over
-heads.
+(turn is its own inverse except for the sign, and sin is the same on both lanes of a pair). XLA makes one pass for the
+norm. For the rotation it either copies between layouts, because heads and pairs of lanes are not axes of its tiles, or
+loops over heads.
 """
 
 import itertools
@@ -24,10 +24,10 @@ from rehyat_jax.attention.tpu.kernel_call import call_kernel
 HEAD_DIM = LANES
 """Columns of a head, one row of lanes: the only width that the kernels take."""
 
-# Of all that a step of the backward kernel reads and writes, twice, of the 16 MiB that a kernel has by default.
+# Limit for all that a step of the backward kernel reads and writes, held twice. A kernel has 16 MiB by default.
 _VMEM_BYTES = 12 * 2**20
 
-# Rows of a block that are worked on at a time, few enough for cosines and sines to stay in registers.
+# Rows of a block that are processed at a time, few enough to keep cosines and sines in registers.
 _ROWS = 32
 _SUBLANES = 8
 
@@ -42,7 +42,7 @@ def scale_and_rotate(
       x: [B, N, heads * 128].
       row_scale: [B, N, 1] float32.
       column_scale: [heads * 128] float32.
-      cos, sin: [N, 128] float32, those of every pair twice; no gradient.
+      cos, sin: [N, 128] float32, each pair's value twice; no gradient.
 
     Returns: [B, N, heads * 128] in x's dtype, computed in float32.
     """
@@ -88,7 +88,7 @@ def _backward(kept, cotangent):
         def rotate_rows(rows):
             row_scale, cos, sin = (inputs[name][rows] for name in ("row_scale", "cos", "sin"))
             row_scale = jnp.broadcast_to(row_scale, cos.shape)
-            # Rows after the last token hold anything.
+            # Rows after the last token hold arbitrary values.
             row = first_row + rows.start + jax.lax.broadcasted_iota(jnp.int32, cos.shape, 0)
             is_token = row < tokens
 
@@ -131,7 +131,7 @@ scale_and_rotate.defvjp(lambda *arguments: (scale_and_rotate(*arguments), argume
 
 
 class _Blocks(NamedTuple):
-    """How [batch, tokens, width] is walked over: all columns of `rows` tokens a step."""
+    """Blocks of [batch, tokens, width]: all columns of `rows` tokens a step."""
 
     batch: int
     tokens: int
@@ -140,7 +140,7 @@ class _Blocks(NamedTuple):
     @classmethod
     def of(cls, x: jax.Array) -> "_Blocks":
         batch, tokens, width = x.shape
-        # x and two like it, two tables, and two values of a row, which take up a row of lanes each.
+        # x and two arrays like it, two tables, and two values of a row, each of which takes up a row of lanes.
         row_bytes = 3 * width * x.dtype.itemsize + 4 * LANES * 4
         at_most = min(_VMEM_BYTES // (2 * row_bytes), pl.cdiv(tokens, _ROWS) * _ROWS)
         return cls(batch, tokens, max(1 << at_most.bit_length() - 1, _ROWS))
@@ -165,7 +165,7 @@ class _Blocks(NamedTuple):
 
 
 def _for_rows(rows: int, body) -> None:
-    """Calls `body` with a few of a block's rows after another."""
+    """Calls `body` with `_ROWS` rows of a block at a time."""
 
     @pl.loop(0, rows, step=_ROWS)
     def _(start):
@@ -173,7 +173,7 @@ def _for_rows(rows: int, body) -> None:
 
 
 def _heads(width: int) -> list[pl.Slice]:
-    """The columns of every head. All are read before any is written, for the compiler to overlap their work."""
+    """The columns of every head. All are read before any is written, so that the compiler can overlap their work."""
     return [pl.ds(start, LANES) for start in range(0, width, LANES)]
 
 

@@ -46,7 +46,7 @@ class WanConfig:
                 f'hybrid_blocks must be "all" or increasing block indices below {self.num_layers}, '
                 f"found {self.hybrid_blocks!r}"
             )
-        # Equal architectures are equal however they were written.
+        # Normalise the fields, so that equal architectures compare equal.
         hybrid = self.hybrid if isinstance(self.hybrid, tuple | list) else (self.hybrid,) * len(blocks)
         if len(hybrid) != len(blocks):
             raise ValueError(
@@ -79,7 +79,7 @@ class WanConfig:
         return BlockForms(tuple(converted.get(block, SOFTMAX) for block in range(self.num_layers)))
 
     def replace(self, **changes: Any) -> "WanConfig":
-        """A copy with other values. Blocks chosen among the hybrid ones keep their forms."""
+        """A copy with other values. Blocks that stay hybrid keep their forms."""
         if "hybrid_blocks" in changes and "hybrid" not in changes and isinstance(self.hybrid, tuple):
             blocks = changes["hybrid_blocks"]
             chosen = range(self.num_layers) if blocks == "all" else blocks
@@ -94,7 +94,7 @@ class WanConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "WanConfig":
-        """Inverse of `to_dict`, of format version 1 or 2. Raises TypeError on an unknown field."""
+        """Inverse of `to_dict`, for format version 1 or 2. Raises TypeError on an unknown field."""
         fields = dict(fields)
         if "patch_size" in fields:
             fields["patch_size"] = tuple(fields["patch_size"])

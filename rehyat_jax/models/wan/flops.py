@@ -1,15 +1,15 @@
 """Floating-point operations of the Wan transformer, from its sizes: a multiply-add is two.
 
-Matrix products alone are counted, as is the custom for model FLOPs use (PaLM, arXiv 2204.02311, appendix B), and each
-attention as what it is: softmax attention over all pairs of tokens, hybrid attention over its window and its sums.
-Recomputation and padding are no work of the model, and are not in it.
+Only matrix products are counted, as is usual for model FLOPs use (PaLM, arXiv 2204.02311, appendix B). Softmax
+attention counts over all pairs of tokens, hybrid attention over its window and its sums. Recomputation and padding do
+not count, because they are not work of the model.
 
 With N tokens of width D = H d, L text tokens, a feed-forward width M and P = tokens of a frame, one block takes
 
     self-attention's projections    8 N D^2
     softmax attention               4 N^2 D
       or hybrid: its window         4 D P^2 (pairs of a frame and a frame of its window)
-                 readout and sums   2 (N_q + N_k) F (D + H)      N_q tokens have a past to read, N_k are read
+                 readout and sums   2 (N_q + N_k) F (D + H)      N_q tokens read sums, N_k tokens enter them
                  feature maps       2 (N_q + N_k) (D F + (layers - 1) H F^2)
     cross-attention                 4 N D^2 + 4 L D^2 + 4 N L D
     feed-forward                    4 N D M
@@ -70,17 +70,19 @@ def forward_flops(config: WanConfig, latents: tuple[int, int, int]) -> ForwardFl
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Of one video through a training step: the model's, and what the hardware does again for want of memory."""
+    """Operations of one video in a training step: the model's, and those recomputed to save memory."""
 
     model: int
     recomputed: int
 
 
 def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: str) -> StepFlops:
-    """Counts for stage 1, whatever the remat policy.
+    """Counts for stage 1, the same for every remat policy. They include:
 
-    The softmax teacher's forward pass, the hybrid attention next to it, and the gradients of the feature maps alone:
-    for their products and the readout, twice the forward pass; for the sums, once, because values have no gradient.
+    - the softmax teacher's forward pass;
+    - the hybrid attention next to it;
+    - the gradients of only the feature maps: twice the forward pass for their products and the readout, once for the
+      sums, because values have no gradient.
     """
     del remat
     count, forms = forward_flops(config, latents), config.block_forms
@@ -93,8 +95,8 @@ def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, rema
 def training_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: str) -> StepFlops:
     """Counts for the gradient of all parameters under a remat policy. A backward pass is twice its forward pass."""
     count = forward_flops(config, latents)
-    # "dots" keeps what the weights' products return, "attention" what attention does; others a block's input alone.
-    # No gradient needs what a block ends with, where that is worth it (see `linear.Linear.gated`).
+    # "dots" keeps the results of the weights' products, "attention" those of attention. Others keep its input only.
+    # With enough tokens, no gradient needs the result of a block's last product (see `linear.Linear.gated`).
     tokens = math.prod(length // patch for length, patch in zip(latents, config.patch_size, strict=True))
     last = config.num_layers * count.last_product if tokens >= config.ffn_dim else 0
     products = config.num_layers * count.block

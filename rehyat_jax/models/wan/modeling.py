@@ -35,7 +35,7 @@ _BLOCK_INPUT = "block_input"
 
 
 def _input_on_host(*saved: str) -> Callable[..., Any]:
-    """Keeps a block's input in the host's memory, and what bears these names on the device."""
+    """The policy that keeps a block's input in the host's memory, and arrays of these names on the device."""
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=saved,
         names_which_can_be_offloaded=[_BLOCK_INPUT],
@@ -52,9 +52,15 @@ REMAT_POLICIES = {
     "offload": _input_on_host(),
     "attention_offload": _input_on_host(ATTENTION_RESIDUALS),
 }
-"""What a block keeps for the backward pass: everything; only its input; what fused kernels keep of self-attention's
-results too; or the outputs of its weight products too; or as "block" and "attention" with the input in the host's
-memory."""
+"""The arrays that a block keeps for the backward pass:
+
+- none: everything;
+- block: its input only;
+- attention: its input and the residuals of the fused self-attention kernels;
+- dots: its input and the results of its weight products;
+- offload: as block, with the input in the host's memory;
+- attention_offload: as attention, with the input in the host's memory.
+"""
 
 
 Attend = Callable[[AttentionInputs, Any], tuple[jax.Array, Any]]
@@ -64,8 +70,8 @@ Attend = Callable[[AttentionInputs, Any], tuple[jax.Array, Any]]
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     """LayerNorm without parameters over the last axis, in float32 with the biased variance.
 
-    Mean and mean of squares are taken together, as Flax's LayerNorm takes them: one pass over memory less than the mean
-    of squared distances, for an error of 1e-7 times mean^2 / variance.
+    Mean and mean of squares are computed together, as in Flax's LayerNorm. The mean of squared distances would take one
+    more pass over memory. The error is 1e-7 times mean^2 / variance.
     """
     x = x.astype(jnp.float32)
     mean, squares = x.mean(-1, keepdims=True), jnp.square(x).mean(-1, keepdims=True)
@@ -80,7 +86,7 @@ def timestep_embedding(timestep: jax.Array, dim: int) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the model's whole width, before the split into heads; float32 inside."""
+    """Root-mean-square norm over the model's complete width, before the split into heads; float32 inside."""
 
     def __init__(self, width: int, *, eps: float):
         self.scale = nnx.Param(jnp.ones(width), axes=("tensor",))
@@ -141,7 +147,7 @@ class FeedForward(nnx.Module):
         self.down = linear(config.ffn_dim, config.width, ("tensor", "fsdp"), **options)
 
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        """Of x [B, N, D], times a gate [B, 1, D]; float32."""
+        """The output for x [B, N, D], times a gate [B, 1, D]; float32."""
         return self.down.gated(nnx.gelu(constrain(self.up(x), HIDDEN), approximate=True), gate)
 
 
@@ -307,8 +313,8 @@ class WanTransformer(nnx.Module):
         Args:
           latents: [B, T, H, W, C_in].
           timestep: [B], in 0..1000.
-          text: [B, L, text_dim], L at most config.text_length; zero-padded to it here, and every position attends
-            (Wan masks nothing).
+          text: [B, L, text_dim], L at most config.text_length. It is zero-padded to that length, and no position is
+            masked, as in Wan.
 
         Returns:
           [B, T, H, W, C_out] float32; rows and columns that don't fill a patch are dropped, as upstream.
@@ -341,7 +347,7 @@ class WanTransformer(nnx.Module):
 
         patches = self.patch_embedding(latents)
         num_frames, *_ = grid = patches.shape[1:4]
-        # If a video is sharded along time, all devices hold the same number of whole chunks, of every form.
+        # If a video is sharded along time, all devices hold the same number of complete chunks, of every form.
         frames = padded_frames(num_frames, config.block_forms.chunk_frames, axis_size("context"))
         grid = (frames, *grid[1:])
         patches = jnp.pad(patches, [(0, 0), (0, grid[0] - num_frames), (0, 0), (0, 0), (0, 0)])
@@ -383,7 +389,7 @@ class WanTransformer(nnx.Module):
         return velocity[:, : num_frames * pt], aux
 
     def attend(self, inputs: AttentionInputs, per_block: Any) -> tuple[jax.Array, None]:
-        """Self-attention in the block's own form; one of `Attend`."""
+        """Self-attention in the block's own form; an `Attend`."""
 
         def in_form(form: Form) -> Callable[[], jax.Array]:
             features = lambda: self.features(form, inputs, per_block.get("feature_maps"))

@@ -33,9 +33,9 @@ def rope_table(
       theta: base of the geometric frequencies.
 
     Returns:
-      (cos, sin), each float32 [frames * height * width, d], tokens frame-major, those of every pair twice. Angles are
-      formed in float64: at position 1000 a float32 angle is already off by 3e-5. In a compiled program they are put
-      together from one small table for every axis; as constants, 161 frames at 480p would add a quarter of a gigabyte.
+      (cos, sin), each float32 [frames * height * width, d], tokens frame-major, each pair's value twice. Angles are
+      computed in float64: at position 1000 a float32 angle is already off by 3e-5. A compiled program assembles them
+      from one small table for every axis; constants for 161 frames at 480p would add a quarter of a gigabyte.
     """
     cosines, sines = [], []
     for axis, (size, dim) in enumerate(zip(grid, axis_dims(head_dim), strict=True)):
@@ -54,7 +54,7 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by `rope_table`'s angles, in float32; keeps x's dtype.
 
     Args:
-      table: cosines and sines [N, d], those of every pair twice.
+      table: cosines and sines [N, d], each pair's value twice.
     """
     x32 = x.astype(jnp.float32)
     turned = jnp.stack([-x32[..., 1::2], x32[..., 0::2]], axis=-1).reshape(x.shape)
@@ -65,7 +65,7 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 def scaled_and_rotated(
     x: jax.Array, row_scale: jax.Array, column_scale: jax.Array, table: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
-    """`rotate` of the heads of x * row_scale * column_scale (an RMS norm, say), which is rounded to x's dtype before.
+    """`rotate` of the heads of x * row_scale * column_scale, for example an RMS norm, after rounding to x's dtype.
 
     Args:
       x: [B, N, H * d].
@@ -81,7 +81,7 @@ def scaled_and_rotated(
 
         run = scale_and_rotate
         if is_cut():
-            # XLA cannot cut a kernel by itself.
+            # XLA cannot shard a kernel.
             specs = (_TOKENS, PartitionSpec(*_TOKENS[:2]), PartitionSpec("tensor"), _TABLE, _TABLE)
             run = jax.shard_map(run, in_specs=specs, out_specs=_TOKENS, check_vma=False)
         return run(x, row_scale, column_scale, cos, sin)

@@ -1,8 +1,8 @@
 """cuDNN's flash attention, forward and backward, as the custom calls that XLA's GPU compiler turns into cuDNN graphs.
 
-`jax.nn.dot_product_attention` makes the same calls, but rounds the log-sum-exp to the dtype of the query (in bfloat16 a
-window's weight would be wrong by percents), and gives no way to hand the backward another output and log-sum-exp. The
-tests compare these calls with jax's own, field by field.
+`jax.nn.dot_product_attention` makes the same calls, with two limits. It rounds the log-sum-exp to the dtype of the
+query: in bfloat16 a window's weight would be wrong by percents. Its backward accepts no other output and log-sum-exp.
+The tests compare these calls with jax's own, field by field.
 """
 
 import json
@@ -36,7 +36,7 @@ def cudnn_forward(
     Args:
       query: [n, queries, heads, head_dim], bfloat16 or float16; head_dim a multiple of 8 up to 128.
       key, value: [n, keys, heads, head_dim].
-      num_keys: int32 [n], how many of the keys are not padding.
+      num_keys: number of keys that are not padding, int32 [n].
 
     Returns: the output in query's shape and dtype, and the log-sum-exp of scale * q.k, [n, heads, queries] in float32.
     """
@@ -66,7 +66,7 @@ def cudnn_backward(
 
 
 def why_not_cudnn(query: jax.Array) -> str | None:
-    """What keeps cuDNN's attention from taking these queries, and what to do about it; None if it takes them."""
+    """The reason why cuDNN's attention cannot take these queries, and the remedy; None if it can."""
     if query.dtype not in _ELEMENT_TYPES:
         return (
             f"cuDNN's attention takes query, key and value in bfloat16 or float16, found {query.dtype}: cast them, or "
@@ -81,12 +81,15 @@ def why_not_cudnn(query: jax.Array) -> str | None:
 
 
 def _lengths(query: jax.Array, num_keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many queries and keys of each batch element are no padding. Queries that pad are computed, and cut off."""
+    """The numbers of queries and of keys that cuDNN reads, int32 [n]. Padding queries are computed, then dropped."""
     return jnp.full((query.shape[0],), query.shape[1], jnp.int32), num_keys
 
 
 def _call(target: str, operands: tuple, results: tuple, scale: float, products: dict) -> tuple[jax.Array, ...]:
-    """Calls cuDNN. Results of rank 4 are described as [batch, heads, ...] but laid out, and returned, tokens first."""
+    """The results of a cuDNN call, those of rank 4 tokens first.
+
+    Their shape in the call is [batch, heads, ...], but their layout in memory is tokens first.
+    """
     query, key = operands[:2]
     scores_shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     # XLA gives cuDNN its workspace in place of this last, empty result.

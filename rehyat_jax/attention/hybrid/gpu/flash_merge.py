@@ -9,9 +9,9 @@ from rehyat_jax.attention.hybrid.linear_products import read_sums
 from rehyat_jax.attention.hybrid.state import LinearState
 from rehyat_jax.attention.hybrid.window import LOWEST_LINEAR_SHIFT
 
-# A power of two, so that it rounds nothing: scores keep their float32 digits. The larger, the closer is the log-sum-exp
-# to the maximum: at most log(6240) / 2**16 = 0.00013 above it, where all keys of a Wan window tie. But kernels round
-# scale * max before they subtract it, and exp2 of that rounding must stay in range: so for |score| up to 10**4.
+# A power of two rounds nothing: scores keep their float32 digits. A larger one brings the log-sum-exp closer to the
+# maximum: here at most log(6240) / 2**16 = 0.00013 above it, where all keys of a Wan window tie. But kernels round
+# scale * max before they subtract it, and exp2 of that rounding must stay in range. It does for |score| up to 10**4.
 _INVERSE_TEMPERATURE = 2.0**16
 
 
@@ -26,10 +26,11 @@ def merged_forward(
     *,
     stabilizer: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The forward of `WindowKernels` by a flash attention.
+    """The forward of `WindowKernels`, made from a flash attention.
 
-    `flash_attention` takes and returns what `cudnn_forward` does. Its log-sum-exp is all that the joint normalisation
-    needs of the softmax branch; "row_max" needs the row's maximum besides, a second pass, see `_row_max`.
+    `flash_attention` has the arguments and results of `cudnn_forward`. The only statistic that the joint normalisation
+    needs of the softmax branch is the log-sum-exp. "row_max" also needs the row's maximum, from a second pass
+    (`_row_max`).
     """
     scale = query.shape[-1] ** -0.5
     softmax_output, softmax_log_sum_exp = flash_attention(query, key, value, num_keys, scale)

@@ -1,13 +1,13 @@
-"""A chunk's window by fused kernels: the gradient that makes any forward kernel trainable by a plain flash attention.
+"""A chunk's window by fused kernels: any forward kernel is trainable by the backward of a plain flash attention.
 
-With L the joint log-sum-exp of a row (of its softmax weights and its linear mass) and o the joint output, let
+Let L be the joint log-sum-exp of a row (of its softmax weights and its linear mass) and o the joint output. Let
 P = exp(s - L) and delta = sum(do * o). Then the softmax branch's gradient,
 
     dS = P * (do.v - delta),   dv = P^T do,
 
-is just what a flash attention's backward computes when it is given (o, L) for an output and log-sum-exp of its own: it
-needs to know nothing of the linear branch, and a log-sum-exp is never differentiated. With w the weight that a row
-gives to its linear branch, y = sum(P v) + w aL, what remains are small products:
+is what a flash attention's backward computes if it is given (o, L) as its own output and log-sum-exp. It needs no
+knowledge of the linear branch, and no log-sum-exp is differentiated. Let w be the weight that a row gives to its linear
+branch, y = sum(P v) + w aL. The remaining gradients are small products:
 
     dphi_query = (w do) s^T - w delta z,   ds = phi_query^T (w do),   dz = -phi_query^T (w delta).
 """
@@ -26,17 +26,21 @@ from rehyat_jax.attention.residuals import kept
 
 
 class WindowKernels(NamedTuple):
-    """The two directions of a fused window, of n windows at once.
+    """The forward and the backward of a fused window, for n windows at once.
 
-    Arrays are query [n, queries, heads, head_dim], key and value [n, keys, heads, head_dim], num_keys int32 [n] (the
-    other keys of a window are padding), phi_query [n, queries, heads, features], linear the sums over the keys outside
-    the window. Statistics of a row are [n, heads, queries], float32 or float64.
+    The arrays are:
+
+    - query [n, queries, heads, head_dim], key and value [n, keys, heads, head_dim];
+    - num_keys int32 [n]: the other keys of a window are padding;
+    - phi_query [n, queries, heads, features];
+    - linear: the sums over the keys outside the window;
+    - statistics of a row: [n, heads, queries], float32 or float64.
 
     Attributes:
-      forward: (query, key, value, num_keys, phi_query, linear, stabilizer=...) -> (output, log_sum_exp, linear_weight),
-        the joint ones: L and w above.
+      forward: (query, key, value, num_keys, phi_query, linear, stabilizer=...) -> (output, log_sum_exp, linear_weight):
+        the joint output, L and w above.
       backward: (query, key, value, num_keys, output, log_sum_exp, cotangent) -> cotangents of query, key and value, for
-        whatever output and log_sum_exp are given. For keys that are padding it may return anything.
+        any given output and log_sum_exp. The cotangents of padding keys may be anything.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
@@ -75,7 +79,7 @@ def _attend_forward(kernels, stabilizer, query, key, value, num_keys, phi_query,
 
 def _attend_backward(kernels, stabilizer, residuals, cotangent):
     query, key, value, num_keys, phi_query, state, normalizer, output, log_sum_exp, linear_weight = residuals
-    # The compiler drops this call where only the features learn: nothing else here reads it.
+    # The compiler drops this call where only the features learn: nothing else here reads its results.
     d_query, d_key, d_value = kernels.backward(query, key, value, num_keys, output, log_sum_exp, cotangent)
 
     weight = jnp.swapaxes(linear_weight, 1, 2)

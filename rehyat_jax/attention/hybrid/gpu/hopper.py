@@ -1,9 +1,8 @@
 """A fused kernel for Hopper GPUs (Pallas, Mosaic GPU): a window, its linear state and their joint normalisation.
 
-After FlashAttention-3 (arXiv 2407.08608): two warpgroups of 64 queries each take turns between tensor cores and
-exponentials, while a third one keeps a ring of buffers full. The linear branch is nothing but more steps of the same
-ring: once the window's keys and values are through, it brings tiles of phi_query in place of keys, and tiles of the
-state in place of values.
+The kernel follows FlashAttention-3 (arXiv 2407.08608). Two warpgroups of 64 queries each alternate between tensor cores
+and exponentials, while a third one keeps a ring of buffers full. The linear branch adds steps to the same ring. After
+the window's keys and values come tiles of phi_query in place of keys, and tiles of the state in place of values.
 """
 
 import functools
@@ -39,11 +38,11 @@ def hopper_window_forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The forward of `WindowKernels` (fused_window.py) in one kernel, for either stabilizer.
 
-    It pads a number of tokens that is no multiple of 8, which copies the arrays. Wan's chunks need no padding.
+    If the number of tokens is not a multiple of 8, the arrays are copied to pad them. Wan's chunks need no padding.
 
     Args:
       query, key, value: bfloat16 or float16, head_dim 128.
-      phi_query: of query's dtype, its features a multiple of 128.
+      phi_query: features in query's dtype, their number a multiple of 128.
     """
     windows, num_queries, heads, head_dim = query.shape
     tile = _WARPGROUPS * _ROWS
@@ -117,7 +116,7 @@ def _kernel(
     head, window = lax.axis_index("head"), lax.axis_index("window")
     warpgroup = lax.axis_index("warpgroup")
     rows, keys, features = query_ref.shape[1], key_ref.shape[1], phi_ref.shape[3]
-    # The last tile is moved back to end with the last query: what two tiles compute, they compute alike.
+    # The last tile is moved back to end with the last query. Rows that two tiles compute have equal results.
     tile_start = jnp.minimum(lax.axis_index("tile") * (_WARPGROUPS * _ROWS), rows - _WARPGROUPS * _ROWS)
     num_keys = num_keys_ref[window]
     key_steps = pl.cdiv(num_keys, _BLOCK)
@@ -146,7 +145,7 @@ def _kernel(
         for step in range(_STAGES):
             load(jnp.int32(step))
 
-        # To the end of what is consumed, not only of what is loaded: a barrier must not outlive its last phase.
+        # Wait until all steps are consumed, not only loaded: a barrier must not outlive its last phase.
         @pl.loop(_STAGES, key_steps + linear_steps + _STAGES)
         def _refill(step):
             slot = lax.rem(step, _STAGES)
@@ -234,7 +233,7 @@ def _kernel(
 
         linear = pl.run_scoped(linear_values, plgpu.ACC((_ROWS, HEAD_DIM), jnp.float32))
 
-        # In base 2 as window.py has it in base e: the softmax branch is relative to `maximum` so far.
+        # The formula of window.py, in base 2. The softmax branch is relative to `maximum` so far.
         if stabilizer == "row_max":
             shift, linear_scale = maximum, jnp.ones_like(mass)
         else:
@@ -257,7 +256,7 @@ def _kernel(
 
 
 def why_not_hopper(query: jax.Array, phi_query: jax.Array) -> str | None:
-    """What keeps the kernel from taking these arrays, and what to do about it; None if it takes them."""
+    """The reason why the kernel cannot take these arrays, and the remedy; None if it can."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or phi_query.dtype != query.dtype:
         return (
             f"the Hopper kernel takes queries and features of one dtype, bfloat16 or float16, found {query.dtype} and "

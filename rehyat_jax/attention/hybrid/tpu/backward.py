@@ -1,10 +1,14 @@
 """The backward kernels.
 
-With L the joint log-sum-exp, P = exp(s - L) and delta = sum(dy * y) of the joint y, the gradients of the window are
-those of an ordinary flash attention: dS = P (dy.v - delta), dv = P^T dy. With w = exp(c - L) those of the linear branch
-are dphi_query = w (dy S^T - delta z), dS = sum phi_query (w dy), dz = -sum phi_query w delta; dphi_key = V dS^T + dz,
-dv += phi_key dS. The stabilizer c is a constant. Softmax and linear branch are kernels of their own, so that a stage
-which trains feature maps alone pays for the linear branch alone.
+Let L be the joint log-sum-exp, P = exp(s - L), and delta = sum(dy * y) of the joint y. The gradients of the window are
+those of an ordinary flash attention: dS = P (dy.v - delta), dv = P^T dy. Let w = exp(c - L), where the stabilizer c is
+a constant. The gradients of the linear branch are
+
+    dphi_query = w (dy S^T - delta z)    dS = sum phi_query (w dy)    dz = -sum phi_query w delta
+    dphi_key = V dS^T + dz               dv += phi_key dS
+
+The softmax and the linear branch have separate kernels, so that a stage that trains only feature maps runs only the
+linear ones.
 """
 
 import functools
@@ -30,8 +34,8 @@ from rehyat_jax.attention.tpu.kernel_call import (
     weight_gradients,
 )
 
-# 1 / denominator is capped here: where nothing linear was added its gradient is zero times that, and products with
-# it must stay finite.
+# The cap of 1 / denominator. Where nothing linear was added, the gradient is zero times it, so products with it must
+# stay finite.
 _LARGEST_EXPONENT = 92.0
 # Columns (queries) of a score tile.
 _COLUMNS = 512
@@ -50,10 +54,13 @@ def readout_backward(
     continues: bool,
     source_gradient: bool,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array | None]:
-    """Gradients of the linear branch but for its keys.
+    """Gradients of the linear branch, except those of its keys.
 
-    Returns: (delta [batch, heads, blocks, 1, backward_block]; gradients of the states, float32, like `states`; of
-    the feature map's weights, float32 [batch, heads, rows, columns]; of its source, if wanted).
+    Returns: a tuple of
+      - delta [batch, heads, blocks, 1, backward_block];
+      - gradients of the states, float32, like `states`;
+      - gradients of the feature map's weights, float32 [batch, heads, rows, columns];
+      - the gradient of its source, or None if it is not wanted.
     """
     batch, _, heads, head_dim = output.shape
     rows, block_rows = state_rows(head_dim), tiling.backward_block
@@ -94,7 +101,7 @@ def readout_backward(
                 d_reads, d_total = cotangent * weight, jnp.where(first_row, -weight * delta, 0)
                 d_joined = jnp.concatenate([d_reads, d_total], axis=0).astype(phi.dtype)
                 outputs["states"][...] += dot(d_joined, phi, NN)
-                # z apart: one row more than the matrix units are deep would take them as long as all the others.
+                # z separately: one row more than the matrix units' depth would take as long as all the others.
                 d_phi = dot(d_joined[:head_dim], state, TN) + d_total.T[:, :1] * normalizer
                 d_source, *d_weights = pullback(d_phi.astype(phi.dtype))
                 if source_gradient:
@@ -160,10 +167,10 @@ def window_backward(
     *,
     missing_frames: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds the softmax window's gradients to `gradients`, those of the query, the key and the value so far.
+    """Adds the softmax window's gradients to `gradients`, the present ones of the query, the key and the value.
 
-    First for the keys of the overlaps, then for those of the chunks themselves: within either, a key belongs to one
-    chunk, so one pass of five products a tile gives all three gradients, the query's in VMEM until its chunk is done.
+    The keys of the overlaps come first, then the chunks' own keys. Within either set a key belongs to one chunk. One
+    pass of five products a tile therefore gives all three gradients. The query's stays in VMEM until its chunk is done.
     """
     geometry = tiling.geometry
     run = functools.partial(
@@ -192,7 +199,7 @@ def _window_part_backward(
     frames: tuple[int, int],
     missing_frames: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`window_backward` for the `group`-th queries of each chunk from `first_chunk` and the window's range(*frames)."""
+    """`window_backward` for the window's range(*frames) and the `group`-th queries of chunks from `first_chunk` on."""
     query, key, value, output_cotangent, log_sum_exp, delta = operands
     batch, _, heads, head_dim = query.shape
     geometry, parts, rows = tiling.geometry, tiling.key_blocks_per_frame, tiling.backward_block
@@ -210,7 +217,7 @@ def _window_part_backward(
         return gradients
 
     def query_block_of(chunk, query_step):
-        """Beyond the last where there is none."""
+        """The index of a query block; beyond the last block if there is none."""
         return (chunk + first_chunk) * blocks_per_chunk + group * query_steps + query_step
 
     def key_block_of(chunk, key_step):
@@ -261,7 +268,7 @@ def _window_part_backward(
         def _():
             for_tiles(rows, _COLUMNS, rows // _COLUMNS or 1, add)
 
-        # A step out of range is shown its neighbour's blocks again, and leaves them alone.
+        # A step out of range gets its neighbour's blocks again, and must not change them.
         @pl.when((query_step == query_steps - 1) & (key_block < num_key_blocks))
         def _():
             outputs["d_key"][...] = (d_key[...] * score_gradient).astype(outputs["d_key"].dtype)
@@ -274,7 +281,8 @@ def _window_part_backward(
     shown = lambda chunk, query_step: jnp.minimum(query_block_of(chunk, query_step), num_query_blocks - 1)
     queries = lambda chunk, key_step, query_step: shown(chunk, query_step)
     keys = lambda chunk, key_step, query_step: jnp.clip(key_block_of(chunk, key_step), 0, num_key_blocks - 1)
-    # Read at the first key block and written at the last: in between, the same block, so that nothing moves.
+    # Blocks are read at the first key block and written at the last. In between the block stays the same, so that
+    # nothing is copied.
     first_time = lambda chunk, key_step, query_step: shown(chunk, jnp.where(key_step == 0, query_step, query_steps - 1))
     last_time = lambda chunk, key_step, query_step: shown(chunk, jnp.where(key_step == key_steps - 1, query_step, 0))
     d_query, d_key, d_value = gradients

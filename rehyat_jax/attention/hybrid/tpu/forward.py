@@ -1,7 +1,7 @@
 """The kernel that attends to the softmax window and to the state of the keys outside it.
 
-Score tiles are transposed, [keys, queries]: what belongs to a query (maximum, sum, log-sum-exp) is then a row that
-fills whole registers, and reductions over keys are elementwise. Exponents are base 2.
+Score tiles are transposed, [keys, queries]. A statistic of queries (maximum, sum, log-sum-exp) is then a row that fills
+complete registers, and reductions over keys are elementwise. Exponents are in base 2.
 """
 
 import functools
@@ -21,29 +21,29 @@ from rehyat_jax.attention.tpu.kernel_call import call_kernel, new_rows, per_head
 
 # A finite stand-in for minus infinity: differences of two such scores are zero, not NaN.
 _LOWEST = -1e30
-# Scores, in base 2, up to which they are exponentiated as they are: 2**90 times a million keys and values of 2**16
+# The largest scores, in base 2, that are exponentiated without a shift: 2**90 times a million keys and values of 2**16
 # stays below 2**127, and 2**-90 is a normal number.
 FIXED_SHIFT_LIMIT = 90.0
-# Tiles whose scores are issued before the tile in work goes through its maximum; columns in one stretch of code.
+# Tiles whose scores are issued before the maximum of the current tile; columns in one stretch of code.
 _LOOK_AHEAD = 3
 _STRETCH = 1536
 
 
 def score_scale(head_dim: int) -> float:
-    """From q.k to the exponent of 2."""
+    """The factor from q.k to the exponent of 2."""
     return 1 / (math.sqrt(head_dim) * math.log(2))
 
 
 def needs_running_maximum(
     query_squares: jax.Array, key_squares: jax.Array, head_dim: int, tiling: Tiling, *, continues: bool
 ) -> jax.Array:
-    """Whether a chunk's scores can be too large to be exponentiated as they are; int32 [batch, heads, chunks].
+    """1 where a chunk's scores may be too large to be exponentiated without a shift, int32 [batch, heads, chunks].
 
-    They are bounded by |q||k| (Cauchy and Schwarz).
+    Scores are bounded by |q||k| (Cauchy and Schwarz).
 
     Args:
       query_squares: largest squared norm of every frame's queries, [batch, heads, frames].
-      key_squares: the same of keys; with `continues` the first chunk's overlap goes before.
+      key_squares: the same of keys; with `continues` they begin with the first chunk's overlap.
     """
     geometry = tiling.geometry
     frame = np.arange(key_squares.shape[2]) + (0 if not continues else -geometry.overlap_frames)
@@ -77,12 +77,13 @@ def attend(
 
     Args:
       query: [batch, tokens, heads, head_dim].
-      key, value: the same, or longer by the overlap_frames before the first chunk if missing_frames is given.
+      key, value: the same; if missing_frames is given, with the overlap_frames before the first chunk in front.
       features: phi_query.
-      states: of every chunk, float32 [chunks, batch, heads, state_rows, features]; not read where `has_linear_keys`
-        is false.
-      is_running: int32 [batch, heads, chunks], whether the exponents of a chunk are relative to a running maximum.
-      missing_frames: int32 [2, chunks], how many frames at the start and at the end of each chunk's window are no keys.
+      states: states of every chunk, float32 [chunks, batch, heads, state_rows, features]; not read where
+        `has_linear_keys` is false.
+      is_running: int32 [batch, heads, chunks], 1 where the exponents of a chunk are relative to a running maximum.
+      missing_frames: number of frames at the start and at the end of each chunk's window that are not keys, int32
+        [2, chunks].
 
     Returns:
       (output; the joint log-sum-exp, base 2; with "row_max" the stabilizer c, base 2, else None), the last two
@@ -95,7 +96,7 @@ def attend(
     num_key_blocks = key.shape[1] // tiling.key_block
     window = functools.partial(window_block, tiling=tiling, continues=missing_frames is not None)
 
-    # Not `//`, whose care for negative numbers costs instructions.
+    # `//` would spend instructions on negative numbers.
     chunk_of = lambda block: jax.lax.div(block, tiling.query_blocks_per_chunk)
 
     def kernel(inputs, outputs, scratch):
@@ -108,7 +109,7 @@ def attend(
         row_max = scratch.get("row_max")
 
         def for_queries(condition, width, body):
-            """`for_tiles` over the block's queries, of which the last block of a ragged video has fewer."""
+            """`for_tiles` over the block's queries; the last block of a ragged video has fewer."""
             is_last_block = block == tiling.num_query_blocks - 1
             rows = {tiling.query_block: ~is_last_block, tiling.last_query_block: is_last_block}
             if len(rows) == 1:
@@ -184,7 +185,7 @@ def attend(
 
         def finish(tiles):
             weights = tuple(matrix[...] for matrix in inputs["weights"])
-            # All features first: the next tile's products go beside the arithmetic of the one before.
+            # All features first: the next tile's products overlap with the arithmetic of the tile before.
             phis = [features.function(source[pl.ds(*tile), :], *weights) for tile in tiles]
             for tile, phi in zip(tiles, phis, strict=True):
                 columns = pl.ds(*tile)
@@ -194,7 +195,7 @@ def attend(
                 if row_max is not None:
                     weight = jnp.exp2(row_max[:, columns] * scale - shift)
                 else:
-                    # Relative to max(shift, 0), so that neither part overflows; without linear mass to the window's.
+                    # Relative to max(shift, 0), so that neither part overflows; without linear mass, to the window's.
                     common = jnp.where(linear_total > 0, jnp.maximum(shift, 0), shift)
                     shrink = jnp.exp2(shift - common)
                     tile_total, tile_sums = tile_total * shrink, tile_sums * shrink
@@ -255,7 +256,7 @@ def window_block(chunk: jax.Array, step: jax.Array, *, tiling: Tiling, continues
 
 
 def is_in_window(step: jax.Array, chunk: jax.Array, missing_frames: jax.Array, tiling: Tiling) -> jax.Array:
-    """Whether the `step`-th key block of a chunk's window is of a frame that is not missing; see `attend`."""
+    """True if the `step`-th key block of a chunk's window is of a frame that is not missing; see `attend`."""
     geometry, parts = tiling.geometry, tiling.key_blocks_per_frame
     first = missing_frames[0, chunk] * parts
     end = (geometry.overlap_frames + geometry.chunk_frames - missing_frames[1, chunk]) * parts

@@ -30,10 +30,10 @@ from rehyat_jax.attention.tpu.blocks import HeadBlocks, unview
 
 
 def run(request: Request) -> tuple[jax.Array, HybridState | None]:
-    """One kernel sums keys to the chunks' states, one attends to window and state.
+    """Hybrid attention by two kernels: one sums keys into the chunks' states, one attends to window and state.
 
-    Inlined features never leave the chip. Differentiation runs a kernel for the readout of the states, one for their
-    keys, and, only if the gradient of a query, key or value is wanted, two for the softmax window.
+    Inlined features never leave the chip. Differentiation runs one kernel for the readout of the states and one for
+    their keys. It runs two more for the softmax window only if the gradient of a query, key or value is wanted.
     """
     query, key, value, geometry = request.query, request.key, request.value, request.geometry
     initial_state, num_frames, causal = request.initial_state, request.num_frames, request.causal
@@ -55,7 +55,7 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
         "key_weights": phi_key.weights,
     }
     if initial_state is not None:
-        # The first chunk's overlap goes before the keys. Its sums are in the state, so it is no source of any.
+        # The first chunk's overlap goes before the keys. Its sums are in the state, so it is not a source of features.
         operands |= {
             "key_source": pad(phi_key.source),
             "state_value": operands["value"],
@@ -93,7 +93,7 @@ def video_sums(
     """Sums over the frames before the video's last overlap_frames, and over all its frames, by the same kernels."""
     phi_key = as_inline(phi_key, value.dtype)
     tiling = Tiling.choose(geometry, head_dim=value.shape[-1], source_width=phi_key.source.shape[-1], dtype=value.dtype)
-    # As if the video were one chunk, with another to come: state 1 is what that one reads, state 2 what is after it.
+    # The video is treated as one chunk before another one; see `_Call.video_walk`.
     whole = dataclasses.replace(tiling.geometry, chunk_frames=tiling.geometry.num_frames)
     call = _Call(
         dataclasses.replace(tiling, geometry=whole),
@@ -128,7 +128,7 @@ BACKEND = Backend("pallas_tpu", run, why_not, takes_inline_features=True, video_
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What is static of a call."""
+    """The static arguments of a call."""
 
     tiling: Tiling
     heads: int
@@ -147,18 +147,21 @@ class _Call:
         return self.tiling.geometry.overlap_frames * self.tiling.frame
 
     def walks(self) -> list[Walk]:
-        """The orders in which keys enter the chunks' states: of the past, and, unless causal, of the future."""
+        """The orders in which keys enter the chunks' states: for the past and, unless causal, for the future."""
         past = Walk(self.tiling, is_future=False, num_states=self.num_chunks + self.return_state)
         return [past] if self.causal else [past, Walk(self.tiling, is_future=True, num_states=self.num_chunks)]
 
     def overlap_walk(self) -> Walk:
-        """Over the last overlap alone, as if it were a chunk with another to come: state 1 holds it."""
+        """The walk over only the last overlap, treated as a chunk before another one: state 1 holds it."""
         frames = self.tiling.geometry.overlap_frames
         geometry = dataclasses.replace(self.tiling.geometry, num_frames=frames, chunk_frames=frames, overlap_frames=0)
         return Walk(dataclasses.replace(self.tiling, geometry=geometry), is_future=False, num_states=2)
 
     def video_walk(self) -> Walk:
-        """Over the video as one chunk: state 1 holds the frames before the overlap, state 2 these too, if any."""
+        """The walk over the video as one chunk.
+
+        State 1 holds the frames before the last overlap. State 2 holds all frames; without an overlap state 1 does.
+        """
         return Walk(self.tiling, is_future=False, num_states=3 if self.tiling.geometry.overlap_frames else 2)
 
     def last_overlap(self, features: InlineFeatures, value: jax.Array) -> tuple[InlineFeatures, jax.Array]:
@@ -179,8 +182,8 @@ class _Call:
         return self._features(operands, "key", self.key_function)
 
 
-# Operands of this many tokens are passed, kept for the backward pass and returned as the views that kernels read:
-# of [batch, tokens, heads, head_dim] as such, a TPU would pad the heads to a multiple of eight.
+# Token arrays are passed, kept for the backward pass and returned as the views that kernels read. A TPU would pad the
+# heads of [batch, tokens, heads, head_dim] to a multiple of eight.
 _TOKEN_ARRAYS = ("query", "key", "value", "query_source", "key_source", "state_value")
 
 
@@ -200,7 +203,7 @@ def _unviews(operands: dict[str, Any], heads: int) -> dict[str, Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(call: _Call, operands: dict[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(output, sums over the frames before the next chunk's window, sums over its overlap), from and to views."""
+    """(output, sums over the frames before the next chunk's window, sums over its overlap); token arrays are views."""
     return _forward(call, operands)[0]
 
 
@@ -317,7 +320,7 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
     if "later" in operands:
         gradients["later"] = d_states.sum(axis=0)
 
-    # A source of its own has a gradient of its own; else it is where the softmax window's begins.
+    # A separate source has a gradient of its own. Otherwise the softmax window's gradient is added to it.
     begin = {"query": d_query_source, "key": d_key_source, "value": d_state_value}
     for name, source in (("query", "query_source"), ("key", "key_source"), ("value", "state_value")):
         if operands.get(source) is not None:
@@ -378,7 +381,7 @@ _video_sums.defvjp(_video_sums_forward_rule, _video_sums_backward_rule, symbolic
 
 
 def _primals(operands: dict[str, Any]) -> tuple[dict[str, Any], _Wanted]:
-    """What `symbolic_zeros` hands to a forward rule, as values and names."""
+    """The operands that `symbolic_zeros` gives to a forward rule, as values and the names of wanted gradients."""
     is_primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
     wanted = {
         name
@@ -393,14 +396,14 @@ def _materialised(cotangent: jax.Array | SymbolicZero) -> jax.Array:
 
 
 def _summed(gradients: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Over the batch, in the weights' dtype."""
+    """The gradients summed over the batch, in the weights' dtype."""
     return tuple(d.sum(axis=0).astype(weight.dtype) for d, weight in zip(gradients, weights, strict=True))
 
 
 def _missing_frames(geometry: ChunkGeometry, has_past: jax.Array, num_frames: jax.Array | None) -> jax.Array:
-    """How many frames at the start and at the end of each chunk's window there are not, int32 [2, chunks].
+    """The number of missing frames at the start and at the end of each chunk's window, int32 [2, chunks].
 
-    The overlap of the first chunk if there is no past, and padding at the end of the last one.
+    They are the overlap of the first chunk if there is no past, and the padding at the end of the last one.
     """
     chunk = np.arange(geometry.num_chunks)
     at_start = jnp.where((chunk == 0) & ~has_past, geometry.overlap_frames, 0)

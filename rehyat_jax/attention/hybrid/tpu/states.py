@@ -1,7 +1,7 @@
 """Kernels that sum keys and values into the states which the chunks' queries read, and their gradients.
 
-A state is transposed and joined with its normalizer, [state_rows(head_dim), features]: row d < head_dim is the sum of
-v_d phi_key, row head_dim the sum of phi_key, the rows after it are zero.
+A state is transposed and joined with its normalizer, [state_rows(head_dim), features]. Row d < head_dim is the sum of
+v_d phi_key, row head_dim is the sum of phi_key, and the rows after it are zero.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def state_rows(head_dim: int) -> int:
 
 
 def has_linear_keys(chunk: jax.Array, tiling: Tiling, *, causal: bool, continues: bool) -> jax.Array:
-    """Whether a chunk's state holds anything; `continues` if there is a video before the first chunk."""
+    """True if a chunk's state holds any frame. `continues` means that the video has frames before the first chunk."""
     if continues:
         return chunk >= 0
     has_past = chunk >= first_chunk_with_past(tiling)
@@ -37,18 +37,18 @@ def has_linear_keys(chunk: jax.Array, tiling: Tiling, *, causal: bool, continues
 
 
 def first_chunk_with_past(tiling: Tiling) -> int:
-    """The first chunk whose window leaves out an earlier frame of this video."""
+    """The first chunk whose window excludes an earlier frame of this video."""
     return tiling.geometry.overlap_frames // tiling.geometry.chunk_frames + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """An order of the frames in which each chunk's linear keys of one side are all the frames up to some point.
+    """An order of the frames in which each chunk's linear keys on one side are all the frames up to some point.
 
     Attributes:
-      is_future: whether the states are those of the frames after the window, walked from the last frame; else those of
-        the frames before it, walked from the first.
-      num_states: one for every chunk; of the past, perhaps one more for a chunk to come.
+      is_future: True for states of the frames after the window, walked from the last frame; False for states of the
+        frames before it, walked from the first.
+      num_states: number of states: one for every chunk; for the past, optionally one more for the next chunk.
     """
 
     tiling: Tiling
@@ -82,15 +82,15 @@ def chunk_states(
     padding_frames: jax.Array | None = None,
     measured: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """States, and on the way, how large other tokens are.
+    """The states, and the largest norms of tokens that the same pass measures.
 
     Args:
       features: phi_key.
       value: [batch, tokens, heads, head_dim].
-      initial: what all states hold besides, float32 [batch, heads, state_rows, features].
-      padding_frames: int32 [1], how many frames at the end no state holds.
-      measured: arrays like `value`, by name. Not with padding_frames. A "key" that is the features' own source is not
-        read a second time.
+      initial: sums that all states hold in addition, float32 [batch, heads, state_rows, features].
+      padding_frames: number of frames at the end that no state holds, int32 [1].
+      measured: arrays to measure, like `value`, by name. Not with padding_frames. A "key" that is the features' own
+        source is not read a second time.
 
     Returns:
       States, float32 [num_states, batch, heads, state_rows, features], undefined where they hold no frame; and the
@@ -122,9 +122,9 @@ def chunk_states(
                     outputs[name][...] = jnp.maximum(outputs[name][...], square)
 
         def add(tiles):
-            measure(tiles)  # beside the products, where it costs nothing
+            measure(tiles)  # next to the products, where it costs nothing
             weights = tuple(matrix[...] for matrix in inputs["weights"])
-            # All features first: the next tile's products go beside the arithmetic of the one before.
+            # All features first: the next tile's products overlap with the arithmetic of the tile before.
             phis = [features.function(source[pl.ds(*tile), :], *weights) for tile in tiles]
             for (start, size), phi in zip(tiles, phis, strict=True):
                 if tiling.is_padded:
@@ -185,14 +185,14 @@ def chunk_states_backward(
     padding_frames: jax.Array | None = None,
     token_gradients: bool,
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None, jax.Array | None]:
-    """Gradients of `chunk_states`, walking back: a frame's is the sum over all states that hold it.
+    """Gradients of `chunk_states`, by the reverse walk: a frame's gradient is the sum over all states that hold it.
 
     Args:
       states_cotangent: float32, like the states; ignored where they hold no frame.
 
     Returns:
-      Gradients of the feature map's weights, float32 [batch, heads, rows, columns], and if wanted of its source and of
-      `value`.
+      Gradients of the feature map's weights, float32 [batch, heads, rows, columns]; of its source and of `value`, if
+      `token_gradients`, else None.
     """
     tiling = walk.tiling
     batch, _, heads, head_dim = value.shape
@@ -270,7 +270,7 @@ def chunk_states_backward(
 
 
 def _is_added(frame: jax.Array, walk: Walk, inputs: dict) -> jax.Array:
-    """Whether a state holds a frame, and it is not padding."""
+    """True if a state holds the frame and the frame is not padding."""
     is_added = walk.is_held(frame)
     if "padding_frames" in inputs:
         is_added &= frame < walk.tiling.geometry.num_frames - inputs["padding_frames"][0]

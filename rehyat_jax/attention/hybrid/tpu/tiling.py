@@ -14,12 +14,12 @@ from jax.experimental.pallas import tpu as pltpu
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.tpu.blocks import LANES
 
-# What XLA gives a kernel by default on the chips with least (v5e, v5p); what a kernel itself keeps there besides its
-# blocks (score tiles, spilled registers) is bounded by the tile sizes below.
+# XLA's default VMEM for a kernel on the chips with the least (v5e, v5p). The tile sizes below bound what a kernel holds
+# there in addition to its blocks: score tiles and spilled registers.
 _VMEM_BYTES = 16 * 2**20
 _VMEM_FOR_TILES = 4 * 2**20
 
-# Rows of queries, keys and features for which a product is issued at a time where no scores are involved.
+# Rows of queries, keys and features in one product that involves no scores.
 FEATURE_ROWS = 768
 
 
@@ -29,7 +29,7 @@ class Tiling:
 
     Attributes:
       geometry: frames of `frame` tokens.
-      tokens_per_frame: how many of a frame's tokens are real; the others are zeros appended to it.
+      tokens_per_frame: number of a frame's tokens that are real; the others are zeros appended to it.
       query_block: queries of a forward step, a divisor of the chunk.
       backward_group: queries whose gradients are kept while the backward pass walks over their window's keys, a divisor
         of the chunk.
@@ -37,7 +37,7 @@ class Tiling:
       key_block: keys of a step, a divisor of the frame.
       running_columns: columns (queries) of a score tile under a running maximum.
       fixed_columns: columns of a score tile under a fixed shift.
-      key_parts: how many score tiles a key block is cut into.
+      key_parts: number of score tiles of a key block.
     """
 
     geometry: ChunkGeometry
@@ -60,7 +60,7 @@ class Tiling:
 
     @property
     def is_padded(self) -> bool:
-        """Whether frames end in tokens that are none."""
+        """True if frames end in padding."""
         return self.tokens_per_frame < self.frame
 
     @property
@@ -81,16 +81,17 @@ class Tiling:
         return self.frame // self.key_block
 
     def key_tiles(self) -> list[tuple[int, int]]:
-        """(start, stop) of the parts of a key block, cut at multiples of 128, the depth of a matrix unit."""
+        """(start, stop) of the parts of a key block, divided at multiples of 128, the depth of a matrix unit."""
         parts = min(self.key_parts, -(-self.key_block // LANES))
         edges = [self.key_block * n // parts // LANES * LANES for n in range(parts)] + [self.key_block]
         return [(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
 
     @classmethod
     def choose(cls, geometry: ChunkGeometry, *, head_dim: int, source_width: int, dtype: jnp.dtype) -> "Tiling":
-        """The largest blocks that fit, with frames padded only where they cannot be cut otherwise.
+        """The largest blocks that fit, with frames padded only where they cannot be divided otherwise.
 
-        Large blocks: a frame of 1560 queries fills 13 columns of 128 lanes by 94%, a chunk of three fills 37 by 99%.
+        Large blocks waste fewer lanes: a frame of 1560 queries fills 13 columns of 128 lanes by 94%, a chunk of three
+        frames fills 37 by 99%.
         """
         chunk_frames = min(geometry.chunk_frames, geometry.num_frames)
         vmem = _Vmem(max(head_dim, LANES), max(source_width, LANES), np.dtype(dtype).itemsize)
@@ -108,9 +109,9 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class _Vmem:
-    """Bytes that the kernels' blocks take, and whether they fit.
+    """The VMEM that the kernels' blocks take, and checks that they fit.
 
-    Every input and output is there twice: the block in use, and the one on its way.
+    Every input and output is held twice: the block in use, and the block in transfer.
     """
 
     width: int
@@ -123,8 +124,8 @@ class _Vmem:
         return queries + 4 * key_block * self.width * self.item <= _VMEM_BYTES - _VMEM_FOR_TILES
 
     def holds_backward(self, group: int, key_block: int, query_block: int) -> bool:
-        # Query, output's cotangent, query's gradient so far and then. Key and value with their gradients so far and
-        # then. In float32, the gradients of a group of queries and of the keys and values.
+        # Query, output's cotangent, query's gradient as input and as output. Key and value with their gradients as
+        # input and as output. In float32, the gradients of a group of queries and of the keys and values.
         queries = query_block * 8 * self.width * self.item + group * 4 * self.width
         keys = key_block * (12 * self.width * self.item + 8 * self.width)
         return queries + keys <= _VMEM_BYTES - _VMEM_FOR_TILES
@@ -134,7 +135,7 @@ class _Vmem:
 
 
 def _cuts(tokens_per_frame: int, chunk_frames: int) -> Iterator[tuple[int, int]]:
-    """(frame, backward group) to try: as little padding as can be, groups as large; the last fits whatever comes."""
+    """(frame, backward group) to try: least padding first, then largest groups; the last one always fits."""
     frames = [tokens_per_frame] if tokens_per_frame % 8 == 0 else []
     for frame in (*frames, -(-tokens_per_frame // 16) * 16, -(-tokens_per_frame // 256) * 256):
         yield frame, chunk_frames * frame
@@ -149,7 +150,7 @@ def _largest_block(length: int, fits: Callable[[int], bool]) -> int:
 
 
 def _score_tiles() -> tuple[int, int, int]:
-    """(running_columns, fixed_columns, key_parts) for the chip that is compiled for; static cycles decided."""
+    """(running_columns, fixed_columns, key_parts) for the target chip, chosen by static cycles."""
     try:
         mxu_columns = pltpu.get_tpu_info().mxu_column_size
     except ValueError:  # interpreted, on another platform
@@ -158,6 +159,6 @@ def _score_tiles() -> tuple[int, int, int]:
 
 
 def is_key(part: jax.Array, start: int | jax.Array, size: int, tiling: Tiling) -> jax.Array:
-    """Boolean [size, 1]: whether tokens of the `part`-th key block of a frame are more than padding."""
+    """Boolean [size, 1]: True for tokens of the `part`-th key block of a frame that are not padding."""
     row = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
     return part * tiling.key_block + start + row < tiling.tokens_per_frame
