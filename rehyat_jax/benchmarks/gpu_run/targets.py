@@ -10,7 +10,7 @@ Sections = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """One target; `value` is None if its measurement failed."""
+    """One target; `value` is None if it was not measured."""
 
     name: str
     bound: str
@@ -33,11 +33,10 @@ def _correctness(sections: Sections) -> Iterator[Target]:
 
 def _layers(sections: Sections) -> Iterator[Target]:
     ran = [section["rows"] for name, section in sections.items() if name.startswith("attention_1.3b")]
-    if not any(ran):
+    # A run at tiny sizes has no targets. A target of a real run that was cut off is missed.
+    if not any(row["frames"] in (21, 81) for rows in ran for row in rows):
         return
     for frames, direction, bound in ((21, "forward", 3.5), (21, "both", 3.3), (81, "forward", 12), (81, "both", 12)):
-        if not any(row["frames"] == frames for rows in ran for row in rows):
-            continue
         speedups = [speedup for rows in ran if (speedup := _layer_speedup(rows, frames, direction))]
         what = {"forward": "forward", "both": "forward + backward"}[direction]
         name = f"full attention's time / hybrid layer's, {frames} latent frames, {what}"
