@@ -109,6 +109,7 @@ def output_and_tree_gradients(attend, arrays, parameters, dtype):
         (FeatureMapConfig(features=128), 0.5),
         (FeatureMapConfig(features=256, num_layers=3, output_activation="softplus", hidden_activation="silu"), None),
         (FeatureMapConfig(features=128, num_layers=1, degree=1, output_activation="elu_plus_one"), None),
+        (FeatureMapConfig(features=256, kind="hedgehog"), None),
     ],
     ids=str,
 )
@@ -198,11 +199,13 @@ def test_the_detector_would_see_a_race(capfd, monkeypatch):
     assert "RACE DETECTED" in races(capfd, (5, 8, 2, 1))
 
 
-def layer(tokens_per_frame, preset, stabilizer, frames=7):
+def layer(tokens_per_frame, preset, stabilizer, frames=7, feature_map=None):
     """(query, key, value, maps' parameters) -> output at a published model's width; and such arguments, abstract."""
     config = WAN_PRESETS[preset]
     make = lambda: tuple(
-        FeatureMap(FeatureMapConfig(), heads=config.num_heads, head_dim=config.head_dim, rngs=nnx.Rngs(0))
+        FeatureMap(
+            feature_map or FeatureMapConfig(), heads=config.num_heads, head_dim=config.head_dim, rngs=nnx.Rngs(0)
+        )
         for _ in range(2)
     )
     graphdef, state = nnx.split(nnx.eval_shape(make))
@@ -252,6 +255,14 @@ def test_wan_layers_compile_for_tpus_in_their_default_vmem(topology, preset, tok
         "hybrid_window_backward",
     }
     # Of the order of the arrays given: nothing is stored that is quadratic in tokens, nor features.
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 * array.size * array.dtype.itemsize
+
+
+def test_layers_with_hedgehog_compile_for_tpus(for_tpu):
+    attend, shape, parameters = layer(1560, "t2v-1.3B", "row_max", feature_map=FeatureMapConfig(kind="hedgehog"))
+    array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    compiled = compiled_for_tpu("v5e:2x2", gradients(attend, (0, 1, 2, 3)), array, array, array, parameters)
+    # Features are computed inside the kernels: none is stored.
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * array.size * array.dtype.itemsize
 
 
