@@ -148,7 +148,7 @@ def test_an_export_to_pytorch_and_back(distilled, tmp_path):
     ("forms", "message"),
     [
         (({"blocks": (9,)},), "block indices below 5"),
-        (({"chunk_frames": 2},), 'blocks must be "all" or indices'),
+        (({"chunk_frames": 2},), 'must be "all" or indices'),
         (({"blocks": (0,)}, {"blocks": (0,), "chunk_frames": 2}), "block 0 is in two entries"),
         (({"blocks": (0,), "chunk_frame": 2},), "chunk_frame"),
         (({"blocks": (0,), "kind": "ring"},), "kind must be one of"),

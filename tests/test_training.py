@@ -524,7 +524,7 @@ def test_pretraining_from_scratch_lowers_the_loss(tmp_path):
         (["--config.remat=some"], ["remat", "some"]),
         (["--config.timestep_sampling=often"], ["timestep_sampling", "often"]),
         (["--config.dtype=float31"], ["dtype", "float31"]),
-        (["--config.hybrid.blocks=(0,9)"], ["hybrid_blocks", "9"]),
+        (["--config.hybrid.blocks=(0,9)"], ["config.hybrid.blocks", "9"]),
         (
             ["--config.stage=finetune", "--config.hybrid.blocks=()", "--config.hybrid.chunk_frames=5"],
             ["blocks is unset"],

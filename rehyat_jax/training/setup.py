@@ -87,12 +87,12 @@ def wanted_forms(config: ml_collections.ConfigDict, num_layers: int) -> tuple[Fo
     of_block: dict[int, Form] = {}
     for entry in config.forms:
         form = hybrid_config(config, entry)
-        for block in _blocks(entry.get("blocks"), num_layers, f"config.forms entry {dict(entry)}"):
+        for block in _blocks(entry.get("blocks"), num_layers, f"config.forms: blocks of {dict(entry)}"):
             if block in of_block:
                 raise InputError(f"config.forms: block {block} is in two entries; leave it in one of them")
             of_block[block] = form
     if config.hybrid.blocks:
-        blocks, form = _blocks(config.hybrid.blocks, num_layers, "config.hybrid"), hybrid_config(config)
+        blocks, form = _blocks(config.hybrid.blocks, num_layers, "config.hybrid.blocks"), hybrid_config(config)
         shared = sorted(of_block.keys() & set(blocks))
         if shared and config.hybrid.blocks != "all":
             raise InputError(f"config.forms: blocks {shared} are in config.hybrid.blocks too; leave them in one")
@@ -104,9 +104,9 @@ def _blocks(blocks: Any, num_layers: int, place: str) -> tuple[int, ...]:
     if blocks == "all":
         return tuple(range(num_layers))
     if not isinstance(blocks, tuple | list) or not all(type(block) is int for block in blocks):
-        raise InputError(f'{place}: blocks must be "all" or indices as (1, 3), found {blocks!r}')
+        raise InputError(f'{place} must be "all" or indices as (1, 3), found {blocks!r}')
     if tuple(blocks) != tuple(sorted(set(blocks))) or any(not 0 <= block < num_layers for block in blocks):
-        raise InputError(f"{place}: blocks must be increasing block indices below {num_layers}, found {blocks!r}")
+        raise InputError(f"{place} must be increasing block indices below {num_layers}, found {blocks!r}")
     return tuple(blocks)
 
 
