@@ -16,6 +16,11 @@ Expectation:
 
 from configs import wan_1_3b_distill
 
+PLANNED_RUNS = (
+    "--topology v5p:4x4x4",
+    "--topology v6e:8x8",
+)
+
 
 def get_config():
     config = wan_1_3b_distill.get_config()

@@ -16,6 +16,11 @@ Expectation:
 
 from configs import wan_14b_distill
 
+PLANNED_RUNS = (
+    "--topology v5p:4x4x4 --height 720 --width 1280",
+    "--topology v6e:8x8 --height 720 --width 1280",
+)
+
 
 def get_config():
     config = wan_14b_distill.get_config()

@@ -21,6 +21,11 @@ the host's memory, 12.5 GiB for every chip. The v6e figures assume that these go
 
 from configs import wan_1_3b_finetune
 
+PLANNED_RUNS = (
+    "--topology v5p:4x4x4",
+    "--topology v6e:8x8 --config.remat=attention_offload",
+)
+
 
 def get_config():
     config = wan_1_3b_finetune.get_config()

@@ -17,6 +17,11 @@ Expectation:
 
 from configs import wan_14b_finetune
 
+PLANNED_RUNS = (
+    "--topology v5p:4x4x4 --height 720 --width 1280",
+    "--topology v6e:8x8 --height 720 --width 1280",
+)
+
 
 def get_config():
     config = wan_14b_finetune.get_config()

@@ -27,6 +27,16 @@ JAX takes 59 GiB of an H100.
 
 from rehyat_jax.training.config import default_config
 
+PLANNED_RUNS = (
+    "--topology v5e:4x4",
+    "--topology v5p:2x2x1",
+    "--topology h100:8",
+    "--topology v5e:4x4 --config.hybrid.blocks=all",
+    "--topology v5e:4x4 --config.hybrid.blocks=all --config.remat=attention",
+    "--topology v5p:2x2x1 --config.hybrid.blocks=all",
+    "--topology h100:8 --config.hybrid.blocks=all",
+)
+
 
 def get_config():
     config = default_config()

@@ -14,6 +14,8 @@ Expectation: 13.0 of 31.25 GiB a chip, 2.5 to 4.3 seconds a step, 11 to 19 chip-
 
 from configs import wan_1_3b_finetune
 
+PLANNED_RUNS = ("--topology v6e:4x4 --frames 641",)
+
 
 def get_config():
     config = wan_1_3b_finetune.get_config()

@@ -7,6 +7,7 @@ a host, h100:8. The options are:
   --config.field=value ...           as for `train`
   --frames N --height H --width W    size of a video in pixels; 81 x 480 x 832 by default
   --json FILE                        also write all figures
+  --table                            alone: plan the runs that configs/ lists, and write docs/planned_runs.md
 
 Exit codes:
 
@@ -16,10 +17,11 @@ Exit codes:
 """
 
 import json
+import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.generation.codecs import LATENT_SIZES
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
+from rehyat_jax.planning import table
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
 from rehyat_jax.planning.report import report
@@ -76,6 +79,31 @@ def announced_plan(request: Request) -> Plan:
         f"remat={config.remat}; this takes minutes"
     ):
         return make_plan(request)
+
+
+def plan_table(arguments: Sequence[str] = ("--table",)) -> None:
+    """Plans the runs that the configurations list and docs/measurements/planned_runs.json lacks; writes both files.
+
+    A run that cannot be planned here, because its compiler is not installed, is named and keeps its record, if any.
+
+    Raises:
+      InputError: there are other arguments, this is not the repository's root, or the recorded plans are damaged.
+    """
+    if list(arguments) != ["--table"]:
+        raise InputError(f"--table takes no other arguments, found {list(arguments)}")
+    runs, records = table.planned_runs(), table.read_records()
+    for number, run in enumerate(runs, 1):
+        if run in records:
+            continue
+        print(f"run {number} of {len(runs)}: {run}", file=sys.stderr, flush=True)
+        try:
+            records[run] = table.record(announced_plan(parse_arguments(["plan", *shlex.split(run)]).request))
+        except InputError as error:
+            print(f"  not planned: {error}", file=sys.stderr, flush=True)
+            continue
+        table.write_records({run: records[run] for run in runs if run in records})
+    table.write_table(runs, records)
+    print(f"wrote {table.TABLE}")
 
 
 @contextmanager
@@ -163,6 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # The plan is for the topology, not for devices of this machine.
     jax.config.update("jax_platforms", "cpu")
+    if "--table" in argv:
+        return report_input_errors(lambda: plan_table(argv[1:]))
     code = 0
 
     def run() -> None:

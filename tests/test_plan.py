@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -28,6 +29,7 @@ from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_f
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.plan import main, parse_arguments
+from rehyat_jax.planning import table
 from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, cycles_of_kernels, shares_of_forms
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
@@ -361,7 +363,7 @@ def small_request(**changes) -> Request:
     return Request(config, wan, (4, 8, 16), "v5e:2x2")
 
 
-def test_a_small_run_is_planned_from_end_to_end():
+def test_a_small_run_is_planned_from_end_to_end(tmp_path, monkeypatch):
     plan = make_plan(small_request())
     data = json.loads(json.dumps(plan.to_json()))
     assert data["fits"] and data["devices"] == 4 and data["mesh"]["fsdp"] == 4
@@ -377,6 +379,13 @@ def test_a_small_run_is_planned_from_end_to_end():
         data["flops_per_step"] / (4 * 197e12)
     )
     assert data["hours"]["low"] == pytest.approx(1000 * data["step_seconds_low"] / 3600)
+    run = "--config configs/small.py --topology v5e:2x2 --config.batch_size=4"
+    monkeypatch.setattr(table, "TABLE", tmp_path / "runs.md")
+    table.write_table([run, "--config configs/none.py"], {run: table.record(plan)})
+    page = table.TABLE.read_text()
+    assert "## `small`" in page and "none" not in page and f"libtpu {data['versions']['libtpu']}" in page
+    row = f"| `--topology v5e:2x2 --config.batch_size=4` | {data['hbm_bytes_peak'] / 2**20:.1f} MiB of 15.75 GiB |"
+    assert f"{row} {data['static_cycles'] / 1e6:,.0f} M | {data['least_cycles'] / 1e6:,.0f} M |" in page
 
 
 def test_a_small_run_is_planned_for_gpus(monkeypatch):
@@ -455,6 +464,39 @@ def test_a_run_that_does_not_fit_ends_with_code_3(monkeypatch, capsys, tmp_path)
     data = json.loads(file.read_text())
     assert data["fits"] is False and data["hbm_bytes_peak"] == 20 * 2**30 and "step_seconds_low" not in data
     assert "\nno change" in out if data["remedy"] is None else data["remedy"] in out
+
+
+def test_the_table_keeps_every_plan_that_is_there_and_makes_the_others(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(table, "RECORDS", tmp_path / "runs.json")
+    monkeypatch.setattr(table, "TABLE", tmp_path / "runs.md")
+    planned = []
+
+    def make_plan(request):
+        planned.append(request)
+        if request.topology.startswith("h100"):
+            raise InputError("no plugin")
+        if len(planned) == 4:
+            raise KeyboardInterrupt
+        return too_large(request, peak=20)
+
+    monkeypatch.setattr("rehyat_jax.plan.make_plan", make_plan)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--table"])
+    assert main(["--table"]) == 0
+    runs = table.planned_runs()
+    assert len(planned) == len(runs) + 1  # the fourth, which was stopped, twice
+    # Every configuration of a real model lists runs; options and sizes are those of the command lines.
+    assert {Path(run.split()[1]).stem for run in runs} == {path.stem for path in Path("configs").glob("wan_*.py")}
+    assert {request.latents for request in planned} == {(21, 60, 104), (161, 60, 104), (21, 90, 160)}
+    page = table.TABLE.read_text()
+    assert page.count("20.00 GiB of 15.75 GiB: does not fit") == sum("v5e" in run for run in runs)
+    assert "h100" not in page and "no plugin" in capsys.readouterr().err
+
+    assert main(["--table", "--config=configs/demo_teacher.py"]) == 2
+    assert "--table takes no other arguments" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["--table"]) == 2
+    assert "PLANNED_RUNS" in capsys.readouterr().err
 
 
 def test_what_the_compiler_says_of_memory_is_read():
