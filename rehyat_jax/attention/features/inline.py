@@ -38,10 +38,10 @@ class InlineFeatures:
 
     def compute(self) -> jax.Array:
         """The features, [batch, tokens, heads, features]."""
-        shared = (None,) * len(self.weights)
-        per_head = (0,) * len(self.weights)
-        all_heads = jax.vmap(self.function, in_axes=(1, *per_head), out_axes=1)
-        return jax.vmap(all_heads, in_axes=(0, *shared))(self.source, *self.weights)
+        # Heads first: the products then have them first too, and XLA moves no axes between them.
+        all_videos = jax.vmap(self.function, in_axes=(0, *(None for _ in self.weights)))
+        all_heads = jax.vmap(all_videos, in_axes=(2, *(0 for _ in self.weights)), out_axes=2)
+        return all_heads(self.source, *self.weights)
 
     @property
     def ndim(self) -> int:
