@@ -1,6 +1,7 @@
 """The transformer's linear layers: cut over the mesh, with sums over tokens in float32, and gated at a block's end."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from rehyat_jax.attention.differentiation import with_backward
 from rehyat_jax.parallel.mesh import axis_size
 
 
@@ -27,7 +29,7 @@ class Linear(nnx.Linear):
         if x.shape[1] < self.in_features * axis_size("context"):
             # A product [in, out] of every video would be more than is spared.
             return self(x).astype(gate.dtype) * gate
-        return _gated(*self._operands(x), self.bias[...], gate, self.precision)
+        return _gated(self.precision)(*self._operands(x), self.bias[...], gate)
 
     def _operands(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
@@ -64,43 +66,21 @@ def linear(
     )
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias.astype(x.dtype)
 
 
-def _add_bias_forward(x, bias):
-    return _add_bias(x, bias), bias
+@_add_bias.defjvp
+def _add_bias_jvp(inputs, tangents):
+    dx, dbias = tangents
+    # Added in float32, for the transpose to sum the bias's gradient in float32.
+    dy = dx.astype(jnp.promote_types(dx.dtype, dbias.dtype)) + jnp.broadcast_to(dbias, dx.shape)
+    return _add_bias(*inputs), dy.astype(dx.dtype)
 
 
-def _add_bias_backward(bias, cotangent):
-    return cotangent, cotangent.sum(range(cotangent.ndim - 1), dtype=bias.dtype)
-
-
-_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _gated(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Array, precision: Any) -> jax.Array:
-    """(x W + b) * gate, differentiated without making x W + b again.
-
-    As it stands the gate's gradient is a sum of dy * (x W + b) over tokens, for which a block that keeps only its input
-    would make that whole product once more: a fifth of a hybrid block's forward pass. With G = x^T dy, of each video,
-
-        dW = sum over videos of G * gate      dgate = sum over rows of G * W, + b * (sum of dy over tokens)
-
-    so the product that W's gradient takes anyway gives the gate's as well.
-    """
-    product = jnp.dot(x, kernel, precision=precision)
-    return (product + bias.astype(x.dtype)).astype(gate.dtype) * gate
-
-
-def _gated_forward(x, kernel, bias, gate, precision):
-    return _gated(x, kernel, bias, gate, precision), (x, kernel, bias, gate)
-
-
-def _gated_backward(precision, kept, cotangent):
-    x, kernel, bias, gate = kept
+def _gated_backward(inputs, cotangent, *, precision):
+    x, kernel, bias, gate = inputs
     dx = jnp.dot((cotangent * gate).astype(x.dtype), kernel.T, precision=precision)
     # Parts of a video on several devices count as videos: their products are summed once, with the gate in them.
     parts = lambda y: rearrange(y, "b (part n) d -> b part n d", part=axis_size("context"))
@@ -117,4 +97,21 @@ def _gated_backward(precision, kept, cotangent):
     return dx, dkernel, (sums * gate[:, 0]).sum(0).astype(bias.dtype), dgate[:, None]
 
 
-_gated.defvjp(_gated_forward, _gated_backward)
+@functools.cache
+def _gated(precision: Any) -> Callable[..., jax.Array]:
+    """(x, W, b, gate) -> (x W + b) * gate, whose backward pass does not compute x W + b again.
+
+    JAX would sum dy * (x W + b) over tokens for the gate's gradient. A block that keeps only its input would then
+    compute that product once more: a fifth of a hybrid block's forward pass. With G = x^T dy of each video,
+
+        dW = sum over videos of G * gate      dgate = sum over rows of G * W, + b * (sum of dy over tokens)
+
+    so the product that W's gradient takes anyway gives the gate's as well.
+    """
+
+    @with_backward(functools.partial(_gated_backward, precision=precision))
+    def gated(x, kernel, bias, gate):
+        product = jnp.dot(x, kernel, precision=precision)
+        return (product + bias.astype(x.dtype)).astype(gate.dtype) * gate
+
+    return gated

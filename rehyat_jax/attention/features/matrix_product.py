@@ -3,25 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-
-@jax.custom_vjp
-def matrix_product(left: jax.Array, right: jax.Array) -> jax.Array:
-    """The matrix product, as `product.product` but free of what Pallas cannot lower.
-
-    Differentiated by hand: JAX would multiply float32 cotangents, which TPUs round to bfloat16 in the end, but write,
-    read and load into their matrix units at twice the bytes.
-    """
-    return _contracted(left, right, 1, 0)
+from rehyat_jax.attention.differentiation import with_backward
 
 
 def _contracted(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:
     accumulation_dtype = jnp.promote_types(left.dtype, jnp.float32)
     contraction = (((left_axis,), (right_axis,)), ((), ()))
     return jax.lax.dot_general(left, right, contraction, preferred_element_type=accumulation_dtype)
-
-
-def _forward(left, right):
-    return matrix_product(left, right), (left, right)
 
 
 def _backward(operands, cotangent):
@@ -31,4 +19,11 @@ def _backward(operands, cotangent):
     return d_left.astype(left.dtype), d_right.astype(right.dtype)
 
 
-matrix_product.defvjp(_forward, _backward)
+@with_backward(_backward, in_kernels=True)
+def matrix_product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The matrix product, as `product.product` but free of what Pallas cannot lower.
+
+    The backward pass is written by hand. JAX would multiply float32 cotangents, which TPUs round to bfloat16 in the
+    end, but write, read and load into their matrix units at twice the bytes.
+    """
+    return _contracted(left, right, 1, 0)

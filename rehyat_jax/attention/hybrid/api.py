@@ -57,10 +57,10 @@ def hybrid_attention(
       chunk_frames: Tc, at least 1.
       overlap_frames: To, between 0 and chunk_frames.
       causal: True if linear attention reads the past only. Inside the window attention is bidirectional either way.
-      stabilizer: the choice of c, a constant in the gradient. "row_max", the paper's literal reading: the row's largest
-        score in the window; the linear weights are relative to it. "joint": zero (computed safely); full softmax
-        attention is recovered where phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different functions:
-        never mix them between training and inference.
+      stabilizer: the choice of c, a constant in both modes of differentiation. "row_max", the paper's literal reading:
+        the row's largest score in the window; the linear weights are relative to it. "joint": zero (computed safely);
+        full softmax attention is recovered where phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different
+        functions: never mix them between training and inference.
       implementation: one of
         - "reference": dense, the definition;
         - "scan": recurrent;
@@ -69,6 +69,7 @@ def hybrid_attention(
         - "pallas_tpu": fused kernels for TPUs;
         - "pallas_gpu": one fused kernel forward, cuDNN's backward, head_dim 128, for Hopper GPUs;
         - None: the best one that can do the request on the platform that the program is compiled for.
+        The first three support forward mode (`jax.jvp`).
       initial_state: the state returned with the preceding chunks of the same video; None at its start. Causal only.
       return_state: also return the state that continues the video. Causal only, and only after complete chunks.
 

@@ -7,21 +7,9 @@ four times the bytes of a query. Operands are of the features' or values' dtype,
 import jax
 import jax.numpy as jnp
 
+from rehyat_jax.attention.differentiation import with_backward
 from rehyat_jax.attention.hybrid.state import LinearState
 from rehyat_jax.attention.product import product
-
-
-@jax.custom_vjp
-def sum_keys(phi_key: jax.Array, value: jax.Array) -> LinearState:
-    """`LinearState.of`: the sums over the tokens of phi_key [..., tokens, heads, features] and value.
-
-    Differentiated by hand: JAX would multiply float32 cotangents, and so features copied to float32.
-    """
-    return _split(product("...nhf,...nhd->...hfd", phi_key, _join(value, jnp.ones_like(value[..., 0]))))
-
-
-def _sum_keys_forward(phi_key, value):
-    return sum_keys(phi_key, value), (phi_key, value)
 
 
 def _sum_keys_backward(inputs, cotangent):
@@ -32,7 +20,13 @@ def _sum_keys_backward(inputs, cotangent):
     return d_phi_key, d_value
 
 
-sum_keys.defvjp(_sum_keys_forward, _sum_keys_backward)
+@with_backward(_sum_keys_backward)
+def sum_keys(phi_key: jax.Array, value: jax.Array) -> LinearState:
+    """`LinearState.of`: the sums over the tokens of phi_key [..., tokens, heads, features] and value.
+
+    The backward pass is written by hand: JAX would multiply float32 cotangents, and so features copied to float32.
+    """
+    return _split(product("...nhf,...nhd->...hfd", phi_key, _join(value, jnp.ones_like(value[..., 0]))))
 
 
 def read_sums(phi_query: jax.Array, linear: LinearState) -> LinearState:

@@ -27,6 +27,7 @@ def softmax_attention(
         - "splash" (TPUs; bfloat16 or float32, head_dim 64 or 128): stores no scores;
         - "cudnn" (NVIDIA GPUs from Ampere on; bfloat16 or float16, head_dim a multiple of 8 up to 128): stores none;
         - None: the best that these arrays allow on the platform that the program is compiled for (`target_platform`).
+        Only "xla" supports forward mode (`jax.jvp`).
 
     Returns: [batch, queries, heads, head_dim] in the dtype of `query`; weights are computed in float32.
 
