@@ -15,6 +15,8 @@ from rehyat_jax.attention import FeatureMap
 from rehyat_jax.attention.differentiation import with_backward
 from rehyat_jax.models.linear import linear
 from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.parallel.mesh import make_mesh
+from rehyat_jax.parallel.sharding import gathered
 
 # Compiling is nearly all that these tests cost. Without XLA's emitters of fused loops it takes a third of the time.
 OPTIONS = {"xla_backend_optimization_level": 0}
@@ -147,6 +149,14 @@ def test_linear_layers(case):
     graphdef, params = make_layer()
     assert_modes_agree(functools.partial(applied, graphdef), params, *layer_cases()[case])
     assert_tangent_is_a_finite_difference(functools.partial(applied, graphdef), params, *layer_cases()[case])
+
+
+def test_layers_whose_parameters_are_sharded():
+    layer = linear(6, 4, ("fsdp", "tensor"), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer)
+    x = layer_cases()["plain"][0]
+    with jax.set_mesh(make_mesh(dict(data=1, fsdp=2, context=1, tensor=2), jax.devices()[:4])):
+        assert_modes_agree(lambda params, x: nnx.merge(graphdef, gathered(params, x.dtype))(x), params, x)
 
 
 def test_a_gated_layers_second_derivatives_are_those_of_its_formula():
