@@ -3,15 +3,9 @@
     python -m rehyat_jax.train --config configs/wan_14b_distill_720p.py --workdir runs/wan_14b/distill_720p \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
-Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on two chips; planned, not run (docs/plan.md):
+Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on two chips.
 
-    python -m rehyat_jax.plan --config configs/wan_14b_distill_720p.py --topology v5p:4x4x4 --height 720 --width 1280
-
-Expectation:
-
-    chip   GiB a chip      seconds a step   chip-hours
-    v5p    5.3 of 95.74    10.8 to 18.1     384 to 642
-    v6e    5.2 of 31.25    12.1 to 20.6     429 to 732
+Expectation, planned and not run: 11 to 18 seconds a step on v5p, 12 to 21 on v6e (docs/planned_runs.md).
 """
 
 from configs import wan_14b_distill

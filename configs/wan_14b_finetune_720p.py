@@ -3,16 +3,9 @@
     python -m rehyat_jax.train --config configs/wan_14b_finetune_720p.py --workdir runs/wan_14b/finetune_720p \
         --config.data.path=FOLDER_OF_PREPARED_VIDEOS
 
-Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 16 videos at a time; planned, not run
-(docs/plan.md):
+Hardware: 64 TPU v5p (`v5p:4x4x4`) or v6e (`v6e:8x8`), one video on four chips, 16 videos at a time.
 
-    python -m rehyat_jax.plan --config configs/wan_14b_finetune_720p.py --topology v5p:4x4x4 --height 720 --width 1280
-
-Expectation:
-
-    chip   GiB a chip      seconds a step   chip-hours
-    v5p    22.7 of 95.74   16.3 to 27.6     290 to 490
-    v6e    22.7 of 31.25   13.4 to 23.3     238 to 415
+Expectation, planned and not run: 16 to 28 seconds a step on v5p, 13 to 23 on v6e (docs/planned_runs.md).
 """
 
 from configs import wan_14b_finetune

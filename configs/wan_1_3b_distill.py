@@ -6,18 +6,9 @@
 
 Every block's maps are trained on their own. One run therefore serves any choice of blocks in stage 2.
 
-Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip. All figures are planned; none of these runs has been made:
+Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip.
 
-    python -m rehyat_jax.plan --config configs/wan_1_3b_distill.py --topology v5e:4x4
-
-Expectation: a step takes 1.2 times the teacher's forward pass.
-
-    hardware                    GiB a chip      seconds a step   chip-hours
-    v5e-16 (`v5e:4x4`)          1.4 of 15.75    2.0 to 3.2       18 to 28
-    v5p-8 (`v5p:2x2x1`)         5.4 of 95.74    3.7 to 5.6
-    8 H100 or H200 (`h100:8`)   9.1 of 59       0.9 to 2.3
-
-JAX takes 59 GiB of an H100.
+Expectation, planned and not run: 2 to 3 seconds a step, 1.2 times the teacher's forward pass (docs/planned_runs.md).
 """
 
 from rehyat_jax.training.config import default_config

@@ -7,22 +7,9 @@
 The 15 blocks are every other one, as long as no better choice is made. `relative_error` in stage 1's metrics ranks
 the blocks.
 
-Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip. All figures are planned; none of these runs has been made:
+Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip. `--config.hybrid.blocks=all` makes all blocks hybrid.
 
-    python -m rehyat_jax.plan --config configs/wan_1_3b_finetune.py --topology v5e:4x4
-
-Expectation, with `--config.hybrid.blocks=all` for all blocks hybrid:
-
-    hardware                    hybrid blocks                           GiB a chip      seconds a step   chip-hours
-    v5e-16 (`v5e:4x4`)          15                                      8.0 of 15.75    5.2 to 9.3       23 to 41
-                                all                                     8.0 of 15.75    3.0 to 5.0       13 to 22
-                                all, with --config.remat=attention      11.2 of 15.75   2.8 to 4.7       12 to 21
-    v5p-8 (`v5p:2x2x1`)         15                                      28.9 of 95.74   13.0 to 21.2
-                                all                                                     5.2 to 8.4
-    8 H100 or H200 (`h100:8`)   15                                      28.1 of 59      2.2 to 5.6
-                                all                                                     1.4 to 3.5
-
-JAX takes 59 GiB of an H100.
+Expectation, planned and not run: 5 to 9 seconds a step, or 3 to 5 with all blocks hybrid (docs/planned_runs.md).
 """
 
 from rehyat_jax.training.config import default_config

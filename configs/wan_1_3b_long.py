@@ -5,11 +5,9 @@
 
 641 frames are 161 latent frames or 251,160 tokens. They are sharded along time over 4 devices.
 
-Hardware: 16 TPU v6e (`v6e:4x4`), one video on four chips. All figures are planned; none of these runs has been made:
+Hardware: 16 TPU v6e (`v6e:4x4`), one video on four chips.
 
-    python -m rehyat_jax.plan --config configs/wan_1_3b_long.py --topology v6e:4x4 --frames 641
-
-Expectation: 13.0 of 31.25 GiB a chip, 2.5 to 4.3 seconds a step, 11 to 19 chip-hours.
+Expectation, planned and not run: 2.5 to 4.3 seconds a step (docs/planned_runs.md).
 """
 
 from configs import wan_1_3b_finetune

@@ -1,11 +1,30 @@
 """Tests run on CPUs, eight virtual ones. With libtpu installed, which they compile with, JAX would look for a TPU."""
 
+import atexit
+import importlib.metadata
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA makes as many threads as this says there are processors. Devices wait for one another in threads, and
 # interpreted kernels call back into Python from further ones: with few, a test of several devices can stand still.
 os.environ.setdefault("NPROC", "32")
+
+# Compiling for CPUs is most of what the tests cost, so compile fast rather than well: a third of the time. libtpu
+# makes the same programs with these flags. Later versions of XLA know the first flag alone.
+FLAGS = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib") < "0.11":
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+
+# Test processes, and the processes that they start, take from here what another one has compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="rehyat_jax_tests_")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 
