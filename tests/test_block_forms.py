@@ -1,5 +1,6 @@
 """Several forms of attention in one model: every block has its own, in training, conversion and the PyTorch export."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,8 +12,9 @@ from flax import nnx
 from tiny_runs import TINY, digits_config, pretrained, tiny_batch, tiny_model
 
 from rehyat_jax import FeatureMapConfig, HybridConfig, hybrid_attention, load_wan, make_student, softmax_attention
-from rehyat_jax.attention.form import SOFTMAX, Sizes
+from rehyat_jax.attention.form import FORMS, SOFTMAX, Form, FormFlops, Sizes
 from rehyat_jax.convert import main as convert
+from rehyat_jax.evaluation.attention_error import attention_errors
 from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import make_mesh
@@ -160,6 +162,45 @@ def test_wrong_forms_are_named(tmp_path, forms, message):
     with pytest.raises(Exception, match=message):
         check_config(config)
         wanted_forms(config, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class StridedForm(Form):
+    """Softmax attention to every frame whose index is a multiple of one of `strides`: a form without feature maps."""
+
+    strides: tuple[int, ...] = (2,)
+
+    kind = "strided"
+
+    def keys(self, num_frames):
+        kept = np.any([np.arange(num_frames) % stride == 0 for stride in self.strides], axis=0)
+        softmax = np.broadcast_to(kept, (num_frames, num_frames))
+        return softmax, np.zeros_like(softmax)
+
+    def attend(self, inputs, features, *, implementation):
+        frames = np.flatnonzero(self.keys(inputs.num_frames)[0][0])
+        tokens = (frames[:, None] * inputs.tokens_per_frame + np.arange(inputs.tokens_per_frame)).ravel()
+        return softmax_attention(inputs.query, inputs.key[:, tokens], inputs.value[:, tokens])
+
+    def flops(self, sizes):
+        return FormFlops(softmax=int(self.keys(sizes.frames)[0].sum()))
+
+
+def test_a_form_of_ones_own_without_maps_is_trained_measured_and_shown(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMS, "strided", StridedForm)
+    strided = {"kind": "strided", "strides": [2, 3]}
+    config = digits_config(tmp_path, "finetune", steps=3, forms=({"blocks": (1,), **strided},))
+    student, params, _ = load_params(train_on(config, tmp_path / "run", jax.devices()[:1]))
+    assert student.block_forms.of_block == (SOFTMAX, StridedForm((2, 3))) and "feature_maps" not in params
+
+    # Its own attention is exactly softmax over the frames that it attends to, which are not all.
+    mixed = TINY.replace(hybrid_blocks=(0, 1), hybrid=(StridedForm(), WIDE))
+    graphdef, params = tiny_model(mixed)
+    null_text = np.zeros((mixed.text_length, mixed.text_dim), np.float32)
+    errors = attention_errors(graphdef, params, tiny_batch(), null_text, jax.random.key(0), config)
+    assert errors["exact"][0] > 0.01
+    np.testing.assert_allclose(errors["exact"][0], errors["hybrid"][0], rtol=1e-5)
+    assert [form.label for form in mixed.block_forms.forms] == ["softmax", "strided", "hybrid 3+1"]
 
 
 def test_stage_1_of_videos_without_linear_keys_is_refused(tmp_path):

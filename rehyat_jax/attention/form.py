@@ -90,12 +90,17 @@ class Form(abc.ABC):
 
     Attributes:
       kind: its key in `FORMS`.
+      label: a few words for tables and messages.
       feature_map: configuration of phi_query and phi_key; None for a form without feature maps.
       chunk_frames: frames of a chunk. A video that is sharded along time is padded to a multiple of it.
       causal: True if linear attention reads the past only.
     """
 
     kind: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        return self.kind
 
     @property
     def feature_map(self) -> FeatureMapConfig | None:
@@ -176,6 +181,10 @@ class HybridConfig(Form):
             raise ValueError(f'stabilizer must be "row_max" or "joint", found {self.stabilizer!r}')
 
     @property
+    def label(self) -> str:
+        return f"hybrid {self.chunk_frames}+{self.overlap_frames}"
+
+    @property
     def _arguments(self) -> dict[str, Any]:
         """Keyword arguments of `hybrid_attention`."""
         fields = ("chunk_frames", "overlap_frames", "causal", "stabilizer")
@@ -223,6 +232,19 @@ SOFTMAX = SoftmaxForm()
 
 FORMS: dict[str, type[Form]] = {form.kind: form for form in (SoftmaxForm, HybridConfig)}
 """The forms by `kind`."""
+
+
+def make_form(kind: str, fields: dict[str, Any]) -> Form:
+    """A form from its fields as JSON or a training configuration has them: dictionaries, and lists for tuples.
+
+    Raises:
+      TypeError: a field is unknown.
+      ValueError: a value is out of range.
+    """
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    if "feature_map" in fields:
+        fields["feature_map"] = FeatureMapConfig(**fields["feature_map"])
+    return FORMS[kind](**fields)
 
 
 class MapStack(NamedTuple):
@@ -344,6 +366,4 @@ def forms_from_json(fields: dict[str, Any]) -> dict[str, Any]:
 def _form_from_json(entry: dict[str, Any]) -> tuple[tuple[int, ...] | Literal["all"], Form]:
     fields = dict(entry)
     blocks, kind = fields.pop("blocks"), fields.pop("kind", HybridConfig.kind)
-    if "feature_map" in fields:
-        fields["feature_map"] = FeatureMapConfig(**fields["feature_map"])
-    return blocks if blocks == "all" else tuple(blocks), FORMS[kind](**fields)
+    return blocks if blocks == "all" else tuple(blocks), make_form(kind, fields)

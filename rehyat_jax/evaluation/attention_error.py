@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from rehyat_jax.attention.features.inline import as_inline
 from rehyat_jax.attention.form import AttentionInputs, Form
 from rehyat_jax.models.student import converted_rows, teacher_scan
 from rehyat_jax.training.noising import noise_batch
@@ -20,12 +21,18 @@ def relative_error(output: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.abs(output - target).mean() / jnp.abs(target).mean()
 
 
-def exact_attention(form: Form, inputs: AttentionInputs) -> jax.Array:
+def exact_attention(form: Form, inputs: AttentionInputs, softmax: jax.Array) -> jax.Array:
     """Softmax attention to every frame that the form attends to, by softmax or linearly; [B, N, H, d].
 
-    This is the form's attention with perfect feature maps. Its error is only the cost of causality.
+    This is the form's attention with perfect feature maps. Its error is only the cost of the frames that the form
+    leaves out, as a causal form leaves out the future.
+
+    Args:
+      softmax: full softmax attention, which is the result for a form that attends to every frame.
     """
     softmax_keys, linear_keys = form.keys(inputs.query.shape[1] // inputs.tokens_per_frame)
+    if (softmax_keys | linear_keys).all():
+        return softmax
     frame = np.arange(inputs.query.shape[1]) // inputs.tokens_per_frame
     mask = jnp.asarray((softmax_keys | linear_keys)[frame[:, None], frame[None, :]])[None, None]
     return jax.nn.dot_product_attention(inputs.query, inputs.key, inputs.value, mask=mask)
@@ -51,19 +58,18 @@ def attention_errors(
 
         - "hybrid": the block's attention
         - "window_only": its attention without the linear branch
-        - "exact": its attention with perfect feature maps; 0 unless the form is causal
+        - "exact": its attention with perfect feature maps; 0 for a form that attends to every frame
     """
     model = nnx.merge(model_def, params)
 
     def errors(form: Form, inputs: AttentionInputs, target: jax.Array, maps: Any) -> dict[str, jax.Array]:
         features = model.features(form, inputs, maps)
-        nothing = None if features is None else tuple(map(jnp.zeros_like, features))
+        nothing = None if features is None else tuple(as_inline(jnp.zeros_like(phi), phi.dtype) for phi in features)
         attend = lambda features: form.attend(inputs, features, implementation=model.attention_implementation)
-        exact = exact_attention(form, inputs) if form.causal else target
         return {
             "hybrid": relative_error(attend(features), target),
             "window_only": relative_error(attend(nothing), target),
-            "exact": relative_error(exact, target),
+            "exact": relative_error(exact_attention(form, inputs, target), target),
         }
 
     noisy = noise_batch(batch, null_text, key, config)

@@ -1,6 +1,5 @@
 """A plan as a table for people."""
 
-from rehyat_jax.attention.form import SOFTMAX
 from rehyat_jax.cost_model.chips import chip_of
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.planning.estimate import TpuCost
@@ -37,10 +36,10 @@ def report(plan: Plan) -> str:
 def _forms(wan: WanConfig) -> str:
     """The number of hybrid blocks; if their forms differ, the number of blocks with each form."""
     forms = wan.block_forms
-    if len(set(forms.of_block[block] for block in forms.converted)) < 2:
-        return f"{len(forms.converted)} hybrid"
-    shown = lambda form: form.kind if form == SOFTMAX else f"{form.kind} {form.chunk_frames}+{form.overlap_frames}"
-    return ", ".join(f"{forms.of_block.count(form)} {shown(form)}" for form in forms.forms)
+    different = {forms.of_block[block] for block in forms.converted}
+    if len(different) < 2:
+        return f"{len(forms.converted)} {''.join(form.kind for form in different) or 'hybrid'}"
+    return ", ".join(f"{forms.of_block.count(form)} {form.label}" for form in forms.forms)
 
 
 def _cost_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from rehyat_jax.attention.features.config import FeatureMapConfig
-from rehyat_jax.attention.form import FORMS, SOFTMAX, Form, HybridConfig, MapStack
+from rehyat_jax.attention.form import FORMS, SOFTMAX, Form, HybridConfig, MapStack, make_form
 from rehyat_jax.data.pipeline import Source
 from rehyat_jax.data.sources import make_source
 from rehyat_jax.errors import InputError
@@ -71,9 +70,7 @@ def hybrid_config(config: ml_collections.ConfigDict, entry: Mapping[str, Any] | 
         changes["feature_map"] = {**fields["feature_map"], **changes.get("feature_map", {})}
     fields = {name: value for name, value in fields.items() if name in known} | changes
     try:
-        if "feature_map" in fields:
-            fields["feature_map"] = FeatureMapConfig(**fields["feature_map"])
-        return FORMS[kind](**fields)
+        return make_form(kind, fields)
     except (TypeError, ValueError) as error:
         raise InputError(f"{place}: {error}") from error
 
@@ -185,7 +182,7 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     model_def, abstract, specs = abstract_model(wan, config)
     check_divisible(abstract, specs, jax.sharding.get_mesh())
     placed, key = shardings(specs), initialisation_key(config.seed)
-    fresh_feature_maps = bool(wan.hybrid_blocks) and not loaded.hybrid_blocks
+    fresh_feature_maps = bool(wan.block_forms.stacks) and not loaded.hybrid_blocks
     if not with_values:
         params = abstract_arrays(abstract, placed)
         return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)

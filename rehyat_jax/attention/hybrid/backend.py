@@ -159,9 +159,17 @@ def get_backend(name: str) -> Backend:
 def choose_backend(request: Request, implementation: str | None) -> Backend:
     """The backend of that name; for None, the first preferred one that can do the request.
 
-    The preferences depend on the platform that the program is compiled for. Raises ValueError for an unknown name.
+    The preferences depend on the platform that the program is compiled for.
+
+    Raises:
+      ValueError: an unknown name, or no preferred backend can do the request.
     """
     if implementation is not None:
         return get_backend(implementation)
-    backends = map(get_backend, PREFERRED.get(target_platform(), ("xla",)))
-    return next(backend for backend in backends if backend.why_not(request) is None)
+    declined = []
+    for name in PREFERRED.get(target_platform(), ("xla",)):
+        backend = get_backend(name)
+        if (reason := backend.why_not(request)) is None:
+            return backend
+        declined.append(f'"{name}": {reason}')
+    raise ValueError(f"no implementation that {target_platform()} prefers can do this: {'; '.join(declined)}")
