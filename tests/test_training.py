@@ -117,7 +117,7 @@ def test_offloaded_block_inputs_are_in_the_host_s_memory_alone():
     def memory(num_layers):
         graphdef, params = tiny_model(wan.replace(num_layers=num_layers), remat="offload", dtype=jnp.bfloat16)
         loss = lambda *arguments: jnp.square(apply_model(graphdef)(*arguments)).mean()
-        return compiled_for_tpu("v5e:2x2", jax.grad(loss), params, *inputs).memory_analysis()
+        return compiled_for_tpu("v5e:2x2", jax.grad(loss), params, *inputs, quickly=True).memory_analysis()
 
     few, many = memory(2), memory(8)
     block_input = 16 * 16 * 16 * wan.width * 2  # tokens x width, bfloat16
@@ -139,7 +139,7 @@ def test_attention_that_is_kept_is_not_computed_twice(remat, keeping, hybrid_blo
     def kernels(remat):
         graphdef, params = tiny_model(wan, remat=remat, dtype=jnp.bfloat16)
         loss = lambda *arguments: jnp.square(apply_model(graphdef)(*arguments)).mean()
-        compiled = compiled_for_tpu("v5e:2x2", jax.grad(loss), params, *inputs)
+        compiled = compiled_for_tpu("v5e:2x2", jax.grad(loss), params, *inputs, quickly=True)
         return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
     assert kernels(remat) - kernels(keeping) == forward_kernels

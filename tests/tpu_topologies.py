@@ -18,12 +18,13 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def compiled_for_tpu(topology: str, function, *arguments) -> jax.stages.Compiled:
+def compiled_for_tpu(topology: str, function, *arguments, quickly: bool = False) -> jax.stages.Compiled:
     """Compiles `function` for one chip of a topology; raises as on a TPU where it does not fit or is not supported.
 
     Args:
       topology: one of `TOPOLOGIES`, say.
       arguments: trees of anything with a shape and a dtype, `jax.ShapeDtypeStruct` for example.
+      quickly: tell XLA not to search for fast code. For tests of what a program computes and keeps.
     """
     chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(chips[:1]), ("chip",))
@@ -31,4 +32,5 @@ def compiled_for_tpu(topology: str, function, *arguments) -> jax.stages.Compiled
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), arguments)
     # Pallas asks the mesh, not the arguments, what kind of TPU it compiles for.
     with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*arguments).compile()
+        options = {"exec_time_optimization_effort": -1.0} if quickly else None
+        return jax.jit(function).lower(*arguments).compile(options)
