@@ -245,7 +245,9 @@ def for_tpu(interpreted):
 def test_wan_layers_compile_for_tpus_in_their_default_vmem(topology, preset, tokens_per_frame, stabilizer, for_tpu):
     attend, shape, parameters = layer(tokens_per_frame, preset, stabilizer)
     array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    compiled = compiled_for_tpu(topology, gradients(attend, (0, 1, 2, 3)), array, array, array, parameters)
+    compiled = compiled_for_tpu(
+        topology, gradients(attend, (0, 1, 2, 3)), array, array, array, parameters, quickly=True
+    )
     names = kernel_names(compiled)
     assert names == {
         "hybrid_states",
@@ -261,7 +263,9 @@ def test_wan_layers_compile_for_tpus_in_their_default_vmem(topology, preset, tok
 def test_layers_with_hedgehog_compile_for_tpus(for_tpu):
     attend, shape, parameters = layer(1560, "t2v-1.3B", "row_max", feature_map=FeatureMapConfig(kind="hedgehog"))
     array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    compiled = compiled_for_tpu("v5e:2x2", gradients(attend, (0, 1, 2, 3)), array, array, array, parameters)
+    compiled = compiled_for_tpu(
+        "v5e:2x2", gradients(attend, (0, 1, 2, 3)), array, array, array, parameters, quickly=True
+    )
     # Features are computed inside the kernels: none is stored.
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * array.size * array.dtype.itemsize
 
@@ -269,13 +273,13 @@ def test_layers_with_hedgehog_compile_for_tpus(for_tpu):
 def test_float32_layers_compile_for_tpus(for_tpu):
     attend, shape, parameters = layer(3600, "t2v-1.3B", "row_max")
     array = jax.ShapeDtypeStruct(shape, jnp.float32)
-    compiled_for_tpu("v5e:2x2", gradients(attend, (0, 1, 2, 3)), array, array, array, parameters)
+    compiled_for_tpu("v5e:2x2", gradients(attend, (0, 1, 2, 3)), array, array, array, parameters, quickly=True)
 
 
 def test_gradients_of_feature_maps_alone_compile_to_no_softmax_backward(for_tpu):
     attend, shape, parameters = layer(1560, "t2v-1.3B", "row_max", frames=4)
     array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    compiled = compiled_for_tpu("v5e:2x2", gradients(attend, 3), array, array, array, parameters)
+    compiled = compiled_for_tpu("v5e:2x2", gradients(attend, 3), array, array, array, parameters, quickly=True)
     assert kernel_names(compiled) == {
         "hybrid_states",
         "hybrid_attend",
