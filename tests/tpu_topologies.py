@@ -32,5 +32,5 @@ def compiled_for_tpu(topology: str, function, *arguments, quickly: bool = False)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), arguments)
     # Pallas asks the mesh, not the arguments, what kind of TPU it compiles for.
     with jax.set_mesh(mesh):
-        options = {"exec_time_optimization_effort": -1.0} if quickly else None
+        options = {"optimization_level": 9} if quickly else None  # O0, see openxla.org/xla/effort_levels
         return jax.jit(function).lower(*arguments).compile(options)
