@@ -32,7 +32,6 @@ LACKED = (
     "ml-collections",
     "orbax-checkpoint",
     "portpicker",
-    "tensorboardx",
 )
 """Packages assumed to be missing or too old on a machine whose installed packages are unknown."""
 

@@ -5,7 +5,7 @@
 #
 # FOLDER is a new folder, which receives wheels for x86-64 Linux and that version of Python. FILE is the output of
 # `python3 -m pip list --format=freeze` on the machine without network: what it lacks or has too old is downloaded.
-# Without FILE, that is Grain, ArrayRecord, ml_collections, tensorboardX, diffusers, portpicker and Orbax.
+# Without FILE, that is Grain, ArrayRecord, ml_collections, diffusers, portpicker and Orbax.
 # PyTorch, JAX, CUDA's packages and imageio-ffmpeg are never downloaded.
 #
 # PYTHON (python3: 3.11 or newer, with pip) and MAX_MB (30), the wheels' total size at most, may be set.

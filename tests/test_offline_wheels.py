@@ -43,7 +43,6 @@ UP_TO_DATE = {
     "orbax-checkpoint": "0.12.8",
     "safetensors": "0.8.0",
     "tensorboard": "2.21.0",
-    "tensorboardX": "2.6.5",
     "torch": "2.11.0+cu130",
     "tqdm": "4.70.1",
 }
@@ -151,7 +150,7 @@ def test_the_dry_run_prints_the_download_for_the_usual_machine(tmp_path):
     assert words[1:4] == ["-m", "pip", "download"] and words[words.index("--dest") + 1] == "new wheels"
     assert words[words.index("--python-version") + 1] == "3.12" and "manylinux_2_28_x86_64" in words
     found = requirements(result)
-    assert list(found) == ["array-record", "diffusers", "grain", "ml-collections", "orbax-checkpoint", "tensorboardx"]
+    assert list(found) == ["array-record", "diffusers", "grain", "ml-collections", "orbax-checkpoint"]
     # Versions are those that the project requires.
     assert found["orbax-checkpoint"] in (ROOT / "requirements.txt").read_text()
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrained, tiny_batch, tiny_config, tiny_model
 from tpu_topologies import compiled_for_tpu
 
@@ -443,12 +444,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stage, changes):
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (tmp_path / "whole", stopped)]
     assert [entry["step"] for entry in logs[1]] == list(range(1, 7))
     assert logs[0] == logs[1]
-    assert list((stopped / "tensorboard").iterdir())
+    # TensorBoard shows every step once, too.
+    curve = EventAccumulator(str(stopped / "tensorboard")).Reload().Scalars("loss")
+    np.testing.assert_array_equal([[point.step, point.value] for point in curve], losses_of(logs[1]))
 
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # as a kill leaves it
     train(config, stopped)
     assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def losses_of(log):
+    return [[entry["step"], np.float32(entry["loss"])] for entry in log]
 
 
 def test_distillation_changes_the_feature_maps_alone(tmp_path):

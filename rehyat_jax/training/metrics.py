@@ -2,13 +2,16 @@
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary as TensorboardSummary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 from rehyat_jax.files.write import reported_write_errors, written_whole
@@ -95,7 +98,9 @@ class MetricWriter:
             with written_whole(self._path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
             self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = EventFileWriter(str(workdir / "tensorboard"))
+            # TensorBoard then drops what an earlier process wrote for the steps that run again.
+            self._tensorboard.add_event(_event(first_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def advance(self) -> None:
         """Counts one step on the progress bar."""
@@ -119,11 +124,8 @@ class MetricWriter:
             line = {"step": step, **{name: value.tolist() for name, value in arrays.items()}}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        for name, value in arrays.items():
-            if value.ndim == 0:
-                self._tensorboard.add_scalar(name, float(value), step)
-            for index, entry in enumerate(value.ravel() if value.ndim else ()):
-                self._tensorboard.add_scalar(f"{name}/{index:02d}", float(entry), step)
+            curves = [curve for name, value in arrays.items() for curve in _curves(name, value)]
+            self._tensorboard.add_event(_event(step, summary=TensorboardSummary(value=curves)))
         self._bar.set_postfix({name: f"{float(value):.4g}" for name, value in arrays.items() if value.ndim == 0})
 
     def close(self) -> None:
@@ -134,6 +136,20 @@ class MetricWriter:
         with reported_write_errors(self._path):
             self._file.close()
             self._tensorboard.close()
+
+
+def _event(step: int, **content: Any) -> Event:
+    return Event(wall_time=time.time(), step=step, **content)
+
+
+def _curves(name: str, value: np.ndarray) -> list[TensorboardSummary.Value]:
+    """The values of TensorBoard's curves: one for a scalar, one for each entry of a vector."""
+    if value.ndim == 0:
+        return [TensorboardSummary.Value(tag=name, simple_value=float(value))]
+    return [
+        TensorboardSummary.Value(tag=f"{name}/{index:02d}", simple_value=float(entry))
+        for index, entry in enumerate(value.ravel())
+    ]
 
 
 def _step(line: str) -> float:
