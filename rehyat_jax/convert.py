@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for command, source in ((from_torch, "safetensors file or folder"), (to_torch, "model checkpoint")):
         command.add_argument("source", metavar="SRC", type=Path, help=source)
         command.add_argument("destination", metavar="DST", type=Path, help="directory to write")
-        command.add_argument("--force", action="store_true", help="replace DST once the new one is complete")
+        command.add_argument("--force", action="store_true", help="replace an earlier conversion at DST")
     to_torch.add_argument("--layout", choices=LAYOUTS, required=True, help="whose tensor names and config.json")
     return parser.parse_args(argv)
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from rehyat_jax.convert import main
 from rehyat_jax.weights import load_params
 
+VERSION_1 = Path(__file__).parent / "fixtures" / "version_1"
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD = "diffusion_pytorch_model-00002-of-00005.safetensors"
@@ -416,32 +418,85 @@ TO = {
 }
 
 
+OTHERS = {"from-torch": "to-torch", "to-torch": "from-torch"}
+
+
 @pytest.mark.parametrize("command", TO)
-def test_existing_destination_is_only_replaced_with_force(work, capsys, command):
-    (work / "there").mkdir()
-    (work / "there" / "old.txt").write_text("old")
-    assert "already exists" in refusal(capsys, *TO[command](work))
-    assert (work / "there" / "old.txt").read_text() == "old"
-    assert main([*TO[command](work), "--force"]) == 0
-    assert not (work / "there" / "old.txt").exists()
+def test_an_earlier_conversion_is_only_replaced_with_force(work, capsys, command):
+    # Of either kind: a model checkpoint, or a PyTorch folder.
+    for earlier in (command, OTHERS[command]):
+        shutil.rmtree(work / "there", ignore_errors=True)
+        assert main(TO[earlier](work)) == 0
+        before = sorted(path.name for path in (work / "there").iterdir())
+        assert "already exists" in refusal(capsys, *TO[command](work))
+        assert sorted(path.name for path in (work / "there").iterdir()) == before
+        assert main([*TO[command](work), "--force"]) == 0
+        assert (before == sorted(path.name for path in (work / "there").iterdir())) == (earlier == command)
     assert sorted(path.name for path in work.iterdir()) == ["model", "sharded", "single", "there"]
     load_params(work / "there")
 
 
+def test_the_export_of_a_student_by_an_earlier_release_is_replaced(work):
+    shutil.copytree(VERSION_1 / "student_diffusers", work / "there")
+    (work / "there" / "rehyat_torch.py").touch()
+    assert main([*TO["to-torch"](work), "--force"]) == 0
+
+
+def a_download(there):
+    """Weights that look like an export, but that only their owner has."""
+    shutil.copytree(there.parent / "single", there)
+
+
+def a_project(there):
+    (there / "src").mkdir(parents=True)
+
+
+def notes_in_a_model(there):
+    shutil.copytree(there.parent / "model", there)
+    (there / "notes.txt").write_text("kept")
+
+
+def a_file(there):
+    there.write_text("kept")
+
+
+@pytest.mark.parametrize("command", TO)
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [(a_download, "config.json"), (a_project, "src"), (notes_in_a_model, "notes.txt"), (a_file, "is a file")],
+)
+def test_what_no_conversion_wrote_is_never_replaced(work, capsys, command, make, named):
+    make(work / "there")
+    before = {path: path.is_file() and path.read_bytes() for path in (work / "there").rglob("*")}
+    message = refusal(capsys, *TO[command](work), "--force")
+    assert named in message and "choose another destination" in message
+    assert {path: path.is_file() and path.read_bytes() for path in (work / "there").rglob("*")} == before
+
+
+def test_a_source_whose_files_are_links_into_the_destination_is_kept(work, capsys):
+    assert main(["to-torch", str(work / "model"), str(work / "there"), "--layout", "diffusers"]) == 0
+    (work / "linked").mkdir()
+    for file in (work / "there").iterdir():
+        (work / "linked" / file.name).symlink_to(file)
+    assert "would replace the source" in refusal(capsys, "from-torch", work / "linked", work / "there", "--force")
+    one = work / "linked" / WEIGHTS
+    assert "would replace the source" in refusal(capsys, "from-torch", one, work / "there", "--force")
+    assert (work / "there" / WEIGHTS).is_file()
+
+
 @pytest.mark.parametrize("command", TO)
 def test_failed_replacement_keeps_what_was_there(work, capsys, command):
-    (work / "there").mkdir()
-    (work / "there" / "old.txt").write_text("old")
+    assert main(TO[command](work)) == 0
+    before = {path: path.is_file() and path.read_bytes() for path in (work / "there").rglob("*")}
     TENSORS["NaN"][0](work)
     MODELS["NaN"][0](work)
     assert "NaN" in refusal(capsys, *TO[command](work), "--force")
-    assert (work / "there" / "old.txt").read_text() == "old"
+    assert {path: path.is_file() and path.read_bytes() for path in (work / "there").rglob("*")} == before
     assert sorted(path.name for path in work.iterdir()) == ["model", "sharded", "single", "there"]
 
 
-@pytest.mark.parametrize("kind", ["file", "link"])
-def test_file_or_link_at_the_destination_is_replaced_and_its_target_kept(work, capsys, kind):
-    (work / "there").write_text("old") if kind == "file" else (work / "there").symlink_to(work / "sharded")
+def test_a_link_at_the_destination_is_replaced_and_its_target_kept(work, capsys):
+    (work / "there").symlink_to(work / "sharded")
     assert "already exists" in refusal(capsys, *TO["from-torch"](work))
     assert main([*TO["from-torch"](work), "--force"]) == 0
     assert (work / "there" / "model.json").is_file()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rehyat_jax.errors import InputError
 from rehyat_jax.files.new_directory import new_directory
 from rehyat_jax.weights.model_checkpoint import open_model_checkpoint, write_model_checkpoint
+from rehyat_jax.weights.replacing import LOADER_FILE, MARK, check_force
 from rehyat_jax.weights.streamed import StreamedModel
 from rehyat_jax.weights.table import Layout
 from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, open_torch_checkpoint, write_torch_checkpoint
 
-LOADER = importlib.resources.files("rehyat_jax.pytorch") / "rehyat_torch.py"
+LOADER = importlib.resources.files("rehyat_jax.pytorch") / LOADER_FILE
 
 
 def convert_from_torch(source: Path, destination: Path, *, replace: bool = False) -> StreamedModel:
@@ -21,7 +21,7 @@ def convert_from_torch(source: Path, destination: Path, *, replace: bool = False
     Args:
       source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
       destination: the model checkpoint to write; its parent must exist.
-      replace: whether to replace what exists at the destination.
+      replace: whether to replace an earlier conversion at the destination.
 
     Returns:
       The converted model.
@@ -30,7 +30,7 @@ def convert_from_torch(source: Path, destination: Path, *, replace: bool = False
       InputError: the source is not a complete, finite checkpoint of Wan's text-to-video transformer, or the destination
         can't be written. The destination then stays as it was.
     """
-    destination = _distinct(source, destination)
+    destination = _checked(source, destination, replace=replace)
     with _progress_bar() as bar:
         model = open_torch_checkpoint(source, bar.update)
         bar.total = model.nbytes
@@ -55,7 +55,7 @@ def convert_to_torch(
       source: a model checkpoint.
       destination: the folder to write; its parent must exist.
       layout: "diffusers" or "original".
-      replace: whether to replace what exists at the destination.
+      replace: whether to replace an earlier conversion at the destination.
       max_shard_bytes: size above which weights are written in shards.
 
     Returns:
@@ -65,14 +65,15 @@ def convert_to_torch(
       InputError: the source is not a complete, finite model checkpoint, or the destination can't be written. The
         destination then stays as it was.
     """
-    destination = _distinct(source, destination)
+    destination = _checked(source, destination, replace=replace)
     with _progress_bar() as bar:
         model = open_model_checkpoint(source)
         bar.total = model.nbytes
         with new_directory(destination, replace=replace) as directory:
             write_torch_checkpoint(directory, model, layout, progress=bar.update, max_shard_bytes=max_shard_bytes)
+            (directory / MARK).touch()
             if layout == "diffusers" and model.config.hybrid_blocks:
-                (directory / LOADER.name).write_bytes(LOADER.read_bytes())
+                (directory / LOADER_FILE).write_bytes(LOADER.read_bytes())
     return model
 
 
@@ -81,8 +82,8 @@ def _progress_bar() -> tqdm:
     return tqdm(unit="B", unit_scale=True, delay=1)
 
 
-def _distinct(source: Path, destination: Path) -> Path:
-    """The absolute destination. Raises InputError if replacing it would remove the source."""
-    if source.resolve().is_relative_to(destination.resolve()):
-        raise InputError(f"{destination}: would replace the source {source}; choose another destination")
+def _checked(source: Path, destination: Path, *, replace: bool) -> Path:
+    """The absolute destination. Raises InputError if it may not be replaced but should be."""
+    if replace:
+        check_force(source, destination)
     return destination.absolute()

@@ -31,9 +31,18 @@ def is_model_checkpoint(path: Path) -> bool:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises InputError if something other than a model checkpoint exists, which `save_model` would not replace."""
-    if path.exists() and not is_model_checkpoint(path):
+    """Raises InputError if something exists that is no part of a model checkpoint, and that `save_model` would lose."""
+    if not path.exists():
+        return
+    if not is_model_checkpoint(path):
         raise InputError(f"{path}: already exists and is not a model checkpoint; move it, or choose another place")
+    if others := foreign_entries(path):
+        raise InputError(f"{path}: {others[0]} is no part of a model checkpoint; move it, or choose another place")
+
+
+def foreign_entries(path: Path) -> list[str]:
+    """The names in a model checkpoint's directory that are none of its own, sorted."""
+    return sorted({entry.name for entry in path.iterdir()} - {MODEL_FILE, PARAMS})
 
 
 def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: str, text_encoder: str) -> None:
@@ -54,10 +63,11 @@ def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: 
     """
     path = Path(path).absolute()
     check_params(params, config)
+    check_replaceable(path)
     arrays = traverse_util.flatten_dict(params, sep=".")
     metadata = {"codec": codec, "text_encoder": text_encoder}
     if jax.process_count() > 1:
-        with new_shared_directory(path, replace=is_model_checkpoint(path)) as directory:
+        with new_shared_directory(path, replace=True) as directory:
             save_arrays(directory / PARAMS, arrays)
             if jax.process_index() == 0:
                 _write_description(directory, config, metadata)
@@ -66,7 +76,7 @@ def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: 
         name: StreamedArray(array.shape, np.dtype(array.dtype), functools.partial(np.asarray, array))
         for name, array in arrays.items()
     }
-    with new_directory(path, replace=is_model_checkpoint(path)) as directory:
+    with new_directory(path, replace=True) as directory:
         write_model_checkpoint(directory, StreamedModel(config, metadata, streamed))
 
 

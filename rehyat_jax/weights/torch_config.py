@@ -14,7 +14,7 @@ from rehyat_jax.weights.config_fields import CURRENT, check_version, config_from
 from rehyat_jax.weights.spec import Inferred, ModelSpec
 from rehyat_jax.weights.table import Layout
 
-SIDE_CAR = "rehyat.json"
+CONFIG_FILE, SIDE_CAR = "config.json", "rehyat.json"
 
 
 def read_torch_config(spec: ModelSpec, folder: Path, inferred: dict[str, Inferred]) -> tuple[Any, dict[str, str]]:
@@ -31,7 +31,7 @@ def read_torch_config(spec: ModelSpec, folder: Path, inferred: dict[str, Inferre
     Raises:
       InputError: a file is malformed, describes another architecture, or contradicts the tensors' shapes.
     """
-    config_file, side_car = folder / "config.json", folder / SIDE_CAR
+    config_file, side_car = folder / CONFIG_FILE, folder / SIDE_CAR
     stated = _read_upstream(spec, config_file, inferred) if config_file.exists() else {}
     extra, metadata, version = {}, dict(spec.metadata), CURRENT
     if side_car.exists():
@@ -46,7 +46,7 @@ def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dic
     """Writes config.json in upstream's format and, if that cannot hold every field, rehyat.json."""
     upstream, ours = spec.upstream[layout], {**config.to_dict(), "width": config.width}
     described = {theirs: ours[name] for theirs, name in upstream.fields.items()}
-    write_json(folder / "config.json", upstream.fixed | described)
+    write_json(folder / CONFIG_FILE, upstream.fixed | described)
 
     usual = defaults(spec.config)
     extra = {name: ours[name] for name in upstream.unsaid if ours[name] != usual[name]}
