@@ -29,7 +29,8 @@ from rehyat_jax.cli import parsed_config, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
-from rehyat_jax.files.write import remove_leftovers, reported_write_errors
+from rehyat_jax.files.temporary import remove_leftovers
+from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
 from rehyat_jax.training import distill

@@ -11,26 +11,31 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.write import remove
+from rehyat_jax.files.temporary import new_token, remove, remove_leftovers, temporary_path
+
+TOKEN_BYTES = 128
+"""More than a token of `new_token` takes."""
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
+def new_directory(path: Path, *, replace: bool, token: str | None = None) -> Iterator[Path]:
     """Yields a temporary directory next to `path` to fill; it becomes `path` when the block ends without error.
 
     Args:
       path: absolute destination; missing parents are created.
       replace: whether to replace what exists at `path`; it is removed only after the new directory is complete.
+      token: of the temporary directory's name; None for a new one.
 
     Raises:
       InputError: `path` exists and is not to be replaced, or can't be written.
     """
     if os.path.lexists(path) and not replace:
         raise InputError(f"{path}: already exists; choose another destination or replace it with --force")
-    temporary = _temporary(path, os.getpid())
-    previous = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+    token = token or new_token()
+    temporary, previous = (temporary_path(path, token, kind) for kind in ("incomplete", "replaced"))
     try:
         temporary.mkdir(parents=True)
+        remove_leftovers(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another destination") from error
     try:
@@ -53,19 +58,20 @@ def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
 def new_shared_directory(path: Path, *, replace: bool) -> Iterator[Path]:
     """`new_directory` for all processes of a run: the first creates and renames it, and all may write into it."""
     with contextlib.ExitStack() as stack:
-        number, error = os.getpid(), None
+        token, error = new_token(), None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(new_directory(path, replace=replace))
+                stack.enter_context(new_directory(path, replace=replace, token=token))
             except InputError as refusal:
-                number, error = 0, refusal
-        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-        if number == 0:
+                token, error = "", refusal
+        token = _of_first_process(token)
+        if not token:
             raise error or InputError(f"{path}: the first process could not make it; see what it says")
-        yield _temporary(path, number)
+        yield temporary_path(path, token, "incomplete")
         multihost_utils.sync_global_devices(f"{path} is full")
     multihost_utils.sync_global_devices(f"{path} is complete")
 
 
-def _temporary(path: Path, number: int) -> Path:
-    return path.with_name(f".{path.name}.{number}.incomplete")
+def _of_first_process(token: str) -> str:
+    sent = np.frombuffer(token.encode().ljust(TOKEN_BYTES), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes().decode().strip()

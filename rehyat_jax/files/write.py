@@ -2,13 +2,12 @@
 
 import errno
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.temporary import new_token, temporary_path
 
 REMEDIES = {
     errno.ENOSPC: "free some space there",
@@ -31,30 +30,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name is different in every call: several hosts may write the same file of a shared folder.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    temporary = temporary_path(path, new_token(), "partial")
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files and directories of `written_whole` and `new_directory` that killed processes left.
-
-    Nothing else may use the folder meanwhile.
-    """
-    for kind in ("partial", "incomplete", "replaced"):
-        for path in folder.glob(f".*.{kind}"):
-            remove(path)
-
-
-def remove(path: Path) -> None:
-    """Removes a directory, file or link, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
