@@ -44,7 +44,7 @@ from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, open_data
 from rehyat_jax.training.stages import STAGES, assemble
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
-from rehyat_jax.training.trouble import next_batch, report_divergence
+from rehyat_jax.training.trouble import check_finite, next_batch, report_divergence
 from rehyat_jax.weights.model_checkpoint import check_params, check_replaceable, save_model
 
 
@@ -142,11 +142,13 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
                 batch = next_batch(data, number)
             except InputError:
                 if number > first_step + 1:
+                    check_finite(state, number - 1, checkpoints.latest_step)
                     checkpoints.save(number - 1, state, describe())
                 raise
             state, metrics = step(state, context, data.on_mesh(batch))
             decision = control.after_step(number, metrics, more=data.metrics, params=result)
             if decision.save:
+                check_finite(state, number, checkpoints.latest_step)
                 checkpoints.save(number, state, describe(), decision.loss)
             if decision.skipped:
                 report_divergence(workdir, data, number, decision.skipped)

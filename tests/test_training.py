@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrained, tiny_batch, tiny_config, tiny_model
 from tpu_topologies import compiled_for_tpu
 
 from rehyat_jax.attention import hybrid_attention, softmax_attention
 from rehyat_jax.attention.form import HybridConfig
-from rehyat_jax.errors import InputError
+from rehyat_jax.errors import InputError, RunDivergedError
 from rehyat_jax.evaluation.attention_error import attention_errors
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES, WanTransformer, apply_model
@@ -23,7 +23,7 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.train import main, parse_arguments
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import distill, finetune
-from rehyat_jax.training.config import check_config
+from rehyat_jax.training.config import RANGES, Range, check_config, default_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.run_control import RunControl, ScheduledEvaluator
@@ -559,6 +559,49 @@ def test_wrong_configuration_is_named_and_exits_with_2(tmp_path, capsys, argumen
     assert error.startswith("error: ") and "Traceback" not in error
     for word in words:
         assert word in error
+
+
+def numbers(config):
+    """Paths and values of all fields that are numbers."""
+    fields = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    return {path: value for path, value in fields.items() if type(value) in (int, float)}
+
+
+def test_every_number_of_a_configuration_has_a_range_and_its_default_lies_in_it():
+    assert numbers(default_config()).keys() == RANGES.keys()
+    assert all(value in RANGES[path] for path, value in numbers(default_config()).items())
+
+
+OUTSIDE = {int: (-(2**40), -2, 2**40), float: (-1e30, -1e-3, 1e30, float("nan"), float("inf"), float("-inf"))}
+
+
+@pytest.mark.parametrize("path", RANGES)
+def test_a_number_outside_its_range_is_named(tmp_path, capsys, path):
+    file = tmp_path / "config.py"
+    file.write_text("from rehyat_jax.training.config import default_config as get_config\n")
+    kind, tried = type(numbers(default_config())[path]), 0
+    for value in OUTSIDE[kind]:
+        if value in RANGES[path]:
+            continue
+        assert main([f"--config={file}", f"--workdir={tmp_path / 'run'}", f"--config.{path}={value}"]) == 2
+        error = capsys.readouterr().err
+        assert f"config.{path} must be " in error and "Traceback" not in error
+        tried += 1
+    assert tried >= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_that_overflow_are_never_saved(tmp_path, monkeypatch):
+    # Beyond the range that a configuration may give. The gradient is finite, so the update is not skipped.
+    monkeypatch.setitem(RANGES, "optimizer.learning_rate", Range(0))
+    changes = {"optimizer.learning_rate": 3e38, "optimizer.warmup_steps": 0, "optimizer.weight_decay": 10.0}
+    config = digits_config(tmp_path, "distill", steps=4, checkpoint_every=1, **changes)
+    with pytest.raises(RunDivergedError, match=r"parameters are not finite after step .*learning_rate"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+    for step in (tmp_path / "run" / "checkpoints").iterdir():
+        config.steps = int(step.name)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_params(train(config, tmp_path / "run"))[1]))
 
 
 def test_missing_configuration_file_is_named(tmp_path, capsys):

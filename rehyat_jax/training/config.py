@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from flax import traverse_util
@@ -31,6 +32,67 @@ CHOICES = {
     "attention_implementation": ("", *IMPLEMENTATIONS),
 }
 """Allowed values of the fields that take names."""
+
+
+class Range(NamedTuple):
+    """Allowed values of a number: finite, at least `low`, at most `high`. The ends may be left out.
+
+    Attributes:
+      above, below: whether `low` or `high` itself is left out.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        inside = (value > self.low if self.above else value >= self.low) and (
+            value < self.high if self.below else value <= self.high
+        )
+        return inside and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.above else 'at least'} {self.low}"
+        if self.high == math.inf:
+            return f"{low} and finite"
+        return f"{low} and {'less than' if self.below else 'at most'} {self.high}"
+
+
+_LARGEST = 2**31 - 1
+
+RANGES = {
+    "seed": Range(0, _LARGEST),
+    "hybrid.chunk_frames": Range(1, 10**6),
+    "hybrid.overlap_frames": Range(0, 10**6),
+    "hybrid.feature_map.features": Range(1, 2**16),
+    "hybrid.feature_map.num_layers": Range(1, 100),
+    "hybrid.feature_map.degree": Range(1, 100),
+    "data.workers": Range(0, 1000),
+    "steps": Range(1, _LARGEST),
+    "batch_size": Range(1, 2**24),
+    "accumulation_steps": Range(1, 2**24),
+    "optimizer.learning_rate": Range(0, 1e3),
+    "optimizer.muon_learning_rate": Range(0, 1e3),
+    "optimizer.warmup_steps": Range(0, _LARGEST),
+    "optimizer.weight_decay": Range(0, 1e3),
+    "optimizer.clip_norm": Range(0),
+    "ema_decay": Range(0, 1, below=True),
+    "flow_shift": Range(0, 1e6, above=True),
+    "caption_dropout": Range(0, 1),
+    "mesh.data": Range(-1, 2**24),
+    "mesh.fsdp": Range(-1, 2**24),
+    "mesh.context": Range(-1, 2**24),
+    "mesh.tensor": Range(-1, 2**24),
+    "spike_factor": Range(0),
+    "max_skipped": Range(1, _LARGEST),
+    "log_every": Range(1, _LARGEST),
+    "checkpoint_every": Range(1, _LARGEST),
+    "keep_checkpoints": Range(1, _LARGEST),
+    "keep_every": Range(0, _LARGEST),
+    "keep_best": Range(0, _LARGEST),
+}
+"""Allowed values of all fields that are numbers."""
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -125,21 +187,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise InputError(
                 f"config.{path} must be one of {CHOICES[path]}, found {value!r}; did you mean {nearest!r}?"
             )
-    counts = ("steps", "batch_size", "accumulation_steps", "max_skipped")
-    for path in (*counts, "log_every", "checkpoint_every", "keep_checkpoints"):
-        if _lookup(config, path) < 1:
-            raise InputError(f"config.{path} must be at least 1, found {_lookup(config, path)}")
-    for path in ("keep_every", "keep_best", "spike_factor"):
-        if _lookup(config, path) < 0:
-            raise InputError(f"config.{path} must be at least 0, found {_lookup(config, path)}")
-    if not 0 <= config.ema_decay < 1:
-        raise InputError(f"config.ema_decay must be at least 0 and below 1, found {config.ema_decay}")
-    if not 0 <= config.caption_dropout <= 1:
-        raise InputError(f"config.caption_dropout must be between 0 and 1, found {config.caption_dropout}")
-    if not 0 <= config.seed < 2**31:
-        raise InputError(f"config.seed must be between 0 and 2**31 - 1, found {config.seed}")
-    if config.flow_shift <= 0:
-        raise InputError(f"config.flow_shift must be positive, found {config.flow_shift}")
+    for path, allowed in RANGES.items():
+        if _lookup(config, path) not in allowed:
+            raise InputError(f"config.{path} must be {allowed}, found {_lookup(config, path)}")
+    if not all(type(weight) in (int, float) and weight in Range(0) for weight in config.data.weights):
+        raise InputError(f"config.data.weights must be numbers of {Range(0)}, found {tuple(config.data.weights)}")
     if config.batch_size % config.accumulation_steps:
         raise InputError(
             f"config.batch_size ({config.batch_size}) must be a multiple of config.accumulation_steps "

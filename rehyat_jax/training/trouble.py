@@ -1,8 +1,10 @@
 """Ends a run whose data cannot be read or whose updates are not finite."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
@@ -44,6 +46,29 @@ def next_batch(data: RunData, step: int) -> dict[str, np.ndarray]:
 def _processes_that(condition: bool) -> list[int]:
     """The processes in which a condition holds."""
     return np.flatnonzero(multihost_utils.process_allgather(np.array(condition))).tolist()
+
+
+def check_finite(state: Any, step: int, saved: int | None) -> None:
+    """Raises RunDivergedError if the state after a step, which is about to be saved, has a NaN or an infinity.
+
+    All processes must call it. An update is skipped if its gradient is not finite, but too large a rate can make
+    parameters overflow even so.
+
+    Args:
+      saved: step of the newest checkpoint; None if there is none.
+    """
+    if bool(_all_finite((state["params"], state["ema"]))):
+        return
+    again = "there is no checkpoint; start again" if saved is None else f"the same command goes on after step {saved}"
+    raise RunDivergedError(
+        f"parameters are not finite after step {step}, and nothing of them was saved: lower "
+        f"config.optimizer.learning_rate; {again}"
+    )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def report_divergence(workdir: Path, data: RunData, step: int, skipped: int) -> None:
