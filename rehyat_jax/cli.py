@@ -1,6 +1,7 @@
 """Functions shared by all command-line modules: running a command and reporting errors in the user's input."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
@@ -13,9 +14,16 @@ from absl import flags, logging
 
 from rehyat_jax.errors import InputError, RunEndedError
 
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after Ctrl-C."""
+
 
 def report_input_errors(run: Callable[[], Any]) -> int:
-    """Runs a command; prints the errors of `rehyat_jax.errors` without a traceback. Returns the exit code."""
+    """Runs a command; prints the errors of `rehyat_jax.errors`, or of Ctrl-C, without a traceback.
+
+    Returns:
+      The exit code.
+    """
     # Orbax warns that a checkpoint has nothing to merge, which is intended, and logs the errors that it raises.
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)
@@ -32,6 +40,9 @@ def report_input_errors(run: Callable[[], Any]) -> int:
     except RunEndedError as end:
         print(end, file=sys.stderr)
         return end.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was complete is kept", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
