@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.attention.on_mesh import hybrid_attention_on_mesh
+from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.cost_model.chips import CHIPS, chip_of, device_count, larger_topology
 from rehyat_jax.cost_model.collectives import collective_bytes
 from rehyat_jax.cost_model.hlo_branches import branch_shares, weighted
@@ -381,9 +382,10 @@ def test_a_small_run_is_planned_from_end_to_end(tmp_path, monkeypatch):
     assert data["hours"]["low"] == pytest.approx(1000 * data["step_seconds_low"] / 3600)
     run = "--config configs/small.py --topology v5e:2x2 --config.batch_size=4"
     monkeypatch.setattr(table, "TABLE", tmp_path / "runs.md")
-    table.write_table([run, "--config configs/none.py"], {run: table.record(plan)})
+    table.write_table([run, "--config configs/small.py --topology v5e:4x4"], {run: table.record(plan)})
     page = table.TABLE.read_text()
-    assert "## `small`" in page and "none" not in page and f"libtpu {data['versions']['libtpu']}" in page
+    assert "## `small`" in page and f"libtpu {data['versions']['libtpu']}" in page
+    assert "| `--topology v5e:4x4` | not planned yet |" in page
     row = f"| `--topology v5e:2x2 --config.batch_size=4` | {data['hbm_bytes_peak'] / 2**20:.1f} MiB of 15.75 GiB |"
     assert f"{row} {data['static_cycles'] / 1e6:,.0f} M | {data['least_cycles'] / 1e6:,.0f} M |" in page
 
@@ -480,8 +482,7 @@ def test_the_table_keeps_every_plan_that_is_there_and_makes_the_others(monkeypat
         return too_large(request, peak=20)
 
     monkeypatch.setattr("rehyat_jax.plan.make_plan", make_plan)
-    with pytest.raises(KeyboardInterrupt):
-        main(["--table"])
+    assert main(["--table"]) == INTERRUPTED
     assert main(["--table"]) == 0
     runs = table.planned_runs()
     assert len(planned) == len(runs) + 1  # the fourth, which was stopped, twice
@@ -490,7 +491,7 @@ def test_the_table_keeps_every_plan_that_is_there_and_makes_the_others(monkeypat
     assert {request.latents for request in planned} == {(21, 60, 104), (161, 60, 104), (21, 90, 160)}
     page = table.TABLE.read_text()
     assert page.count("20.00 GiB of 15.75 GiB: does not fit") == sum("v5e" in run for run in runs)
-    assert "h100" not in page and "no plugin" in capsys.readouterr().err
+    assert "`--topology h100:8` | not planned yet" in page and "no plugin" in capsys.readouterr().err
 
     assert main(["--table", "--config=configs/demo_teacher.py"]) == 2
     assert "--table takes no other arguments" in capsys.readouterr().err

@@ -60,12 +60,11 @@ def record(plan: Plan) -> dict[str, Any]:
 
 
 def write_table(runs: list[str], records: dict[str, Any]) -> None:
-    """Writes the page, with a table for each configuration. Runs without a record are left out."""
+    """Writes the page, with a table for each configuration. It says so of runs without a record."""
     by_config: dict[str, list[str]] = {}
     for run in runs:
-        if run in records:
-            _, config, *options = shlex.split(run)
-            by_config.setdefault(config, []).append(_row(" ".join(options), records[run]))
+        _, config, *options = shlex.split(run)
+        by_config.setdefault(config, []).append(_row(" ".join(options), records.get(run)))
     title = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|\n"
     sections = [f"\n## `{Path(config).stem}`\n\n" + title + "".join(rows) for config, rows in by_config.items()]
     shown = lambda versions: ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -75,7 +74,9 @@ def write_table(runs: list[str], records: dict[str, Any]) -> None:
         temporary.write_text(page + f"\nPlanned with {'; '.join(compilers)}.\n")
 
 
-def _row(options: str, plan: dict[str, Any]) -> str:
+def _row(options: str, plan: dict[str, Any] | None) -> str:
+    if plan is None:
+        return f"| `{options}` | not planned yet |" + " |" * (len(COLUMNS) - 2) + "\n"
     memory = f"{gib(plan['hbm_bytes_peak'])} of {gib(plan['hbm_bytes_limit'])}" if plan["hbm_bytes_peak"] else "unknown"
     if not plan["fits"]:
         return f"| `{options}` | {memory}: does not fit |" + " |" * (len(COLUMNS) - 2) + "\n"
