@@ -20,12 +20,18 @@ def _sum_keys_backward(inputs, cotangent):
     return d_phi_key, d_value
 
 
-@with_backward(_sum_keys_backward)
 def sum_keys(phi_key: jax.Array, value: jax.Array) -> LinearState:
     """`LinearState.of`: the sums over the tokens of phi_key [..., tokens, heads, features] and value.
 
     The backward pass is written by hand: JAX would multiply float32 cotangents, and so features copied to float32.
     """
+    if phi_key.shape[-3] == 0:
+        return LinearState.of(phi_key, value)
+    return _sum_keys(phi_key, value)
+
+
+@with_backward(_sum_keys_backward)
+def _sum_keys(phi_key: jax.Array, value: jax.Array) -> LinearState:
     return _split(product("...nhf,...nhd->...hfd", phi_key, _join(value, jnp.ones_like(value[..., 0]))))
 
 

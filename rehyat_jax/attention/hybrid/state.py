@@ -28,6 +28,12 @@ class LinearState(NamedTuple):
     def of(cls, phi_key: jax.Array, value: jax.Array) -> "LinearState":
         """Sums over the tokens of phi_key [..., tokens, heads, features] and value [..., tokens, heads, head_dim]."""
         dtype = accumulation_dtype(value.dtype)
+        if phi_key.shape[-3] == 0:
+            # Then nothing is kept for the gradient: jaxlib 0.11.2 crashes if a shard_map keeps arrays without elements.
+            return cls(
+                state=jnp.zeros((*phi_key.shape[:-3], *phi_key.shape[-2:], value.shape[-1]), dtype),
+                normalizer=jnp.zeros((*phi_key.shape[:-3], *phi_key.shape[-2:]), dtype),
+            )
         return cls(
             state=product("...nhf,...nhd->...hfd", phi_key, value),
             normalizer=jnp.sum(phi_key, axis=-3, dtype=dtype),
