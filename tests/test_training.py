@@ -23,7 +23,7 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.train import main, parse_arguments
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import distill, finetune
-from rehyat_jax.training.config import RANGES, Range, check_config, default_config
+from rehyat_jax.training.config import RANGES, check_config, default_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.run_control import RunControl, ScheduledEvaluator
@@ -591,9 +591,8 @@ def test_a_number_outside_its_range_is_named(tmp_path, capsys, path):
     assert not (tmp_path / "run").exists()
 
 
-def test_parameters_that_overflow_are_never_saved(tmp_path, monkeypatch):
-    # Beyond the range that a configuration may give. The gradient is finite, so the update is not skipped.
-    monkeypatch.setitem(RANGES, "optimizer.learning_rate", Range(0))
+def test_parameters_that_overflow_are_never_saved(tmp_path):
+    # The gradient is finite, so the update is not skipped.
     changes = {"optimizer.learning_rate": 3e38, "optimizer.warmup_steps": 0, "optimizer.weight_decay": 10.0}
     config = digits_config(tmp_path, "distill", steps=4, checkpoint_every=1, **changes)
     with pytest.raises(RunDivergedError, match=r"parameters are not finite after step .*learning_rate"):
