@@ -5,6 +5,7 @@ ran on this machine, and no process of its number and start time is there. Numbe
 gives its first process the same number every time.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -31,17 +32,19 @@ def temporary_path(path: Path, token: str, kind: str) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes of this machine left in a folder.
 
-    If one was killed while it replaced a directory, and that directory is missing, it is put back.
+    If one was killed while it replaced a directory, and that directory is missing, it is put back. What belongs to
+    another user, or is removed by another process meanwhile, is left alone.
     """
     for path in folder.glob(".*"):
         found = _MAKER.match(path.name)
         if found is None or found["kind"] not in KINDS or not _is_gone(found):
             continue
         replaced = path.with_name(found["name"])
-        if found["kind"] == "replaced" and not os.path.lexists(replaced):
-            path.rename(replaced)
-        else:
-            remove(path)
+        with contextlib.suppress(OSError):
+            if found["kind"] == "replaced" and not os.path.lexists(replaced):
+                path.rename(replaced)
+            else:
+                remove(path)
 
 
 def remove(path: Path) -> None:
