@@ -24,8 +24,8 @@ def with_backward(backward: Backward, *, in_kernels: bool = False) -> Callable[[
     Reverse mode keeps the function's inputs for `backward`, and nothing else.
 
     Args:
-      in_kernels: a Pallas TPU kernel calls the function too. Mosaic cannot lower a function that is told which of its
-        tangents are zero, so forward mode multiplies zeros there.
+      in_kernels: whether a Pallas TPU kernel calls the function too. Pallas cannot lower JAX's symbolic zeros, so
+        forward mode then multiplies real zeros.
     """
 
     def decorate(function: Callable) -> Callable:

@@ -199,7 +199,7 @@ def _follow_parent(worker: int, workers: int) -> None:
     """Makes a worker end exactly when the process that reads from it has ended, for example because it was killed.
 
     SIGTERM often goes to all processes of a job. The training process stops only after its step, which needs data.
-    Ctrl-C goes to all of them too, and the training process alone should answer it.
+    Ctrl-C also goes to all of them, but only the training process handles it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -75,10 +75,10 @@ def _gather(x: jax.Array, axes: Axes) -> jax.Array:
 
 @_gather.defjvp
 def _gather_jvp(axes: Axes, inputs: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # A cotangent passes these constraints the other way: whole first, then cut. Asked for its part alone, XLA makes a
-    # ring of the product before it, in slices too narrow for the matrix units. On v5e the whole step of 1.3B over 16
-    # devices takes 7,327 million cycles so, and 6,380 like this, for twice the bytes of gradients between devices:
-    # 13 ms of links for 630 of compute.
+    # The transpose runs these constraints in reverse: a gradient is formed completely, and sharded afterwards. If only
+    # the shard is asked for, XLA splits the product into slices that are too narrow for the matrix units. On v5e, a
+    # step of 1.3B over 16 devices then took 7,327 million cycles; it took 6,380 with complete gradients. They send
+    # twice the bytes between devices: 13 ms of links for 630 ms of compute.
     return _gather(*inputs, axes), constrain(constrain(*tangents, axes), _without_fsdp(axes))
 
 
