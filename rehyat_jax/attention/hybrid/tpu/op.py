@@ -220,11 +220,11 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
     states, squares = chunk_states(features, state_value, past_walk, initial=seen, measured=measured)
     first = first_chunk_with_past(call.tiling)
     if continues:
-        states = states.at[:first].set(seen).at[0].set(operands["past"])
+        states = _with_first(states, first, seen).at[0].set(operands["past"])
         overlap_squares = _frame_squares(cut(key, None, -query.shape[1]), call.tiling.frame)
         squares["key"] = jnp.concatenate([overlap_squares, squares["key"]], axis=-1)
     elif not call.causal:
-        states = states.at[:first].set(0)
+        states = _with_first(states, first, 0)
     for walk in future_walks:
         after, _ = chunk_states(features, state_value, walk, padding_frames=operands.get("padding_frames"))
         states += after.at[-1].set(0)
@@ -409,6 +409,15 @@ def _missing_frames(geometry: ChunkGeometry, has_past: jax.Array, num_frames: ja
     at_start = jnp.where((chunk == 0) & ~has_past, geometry.overlap_frames, 0)
     at_end = geometry.chunk_frames - geometry.chunk_tokens(num_frames) // geometry.tokens_per_frame
     return jnp.stack([at_start, at_end]).astype(jnp.int32)
+
+
+def _with_first(states: jax.Array, count: int, value: jax.Array | float) -> jax.Array:
+    """`states.at[:count].set(value)`, without its indices.
+
+    They are an array without elements if these are all states. Shardy in jaxlib 0.11 crashes on a shard_map with such an input.
+    """
+    first = jnp.broadcast_to(jnp.asarray(value, states.dtype), (count, *states.shape[1:]))
+    return jax.lax.dynamic_update_slice_in_dim(states, first, 0, axis=0)
 
 
 def _frame_squares(tokens: jax.Array, tokens_per_frame: int) -> jax.Array:
