@@ -26,12 +26,13 @@ from attention_oracles import (
     output_and_gradients,
     reference_results,
     streamed,
+    tpu_kernels_as_xla,
     with_scores_near,
 )
 from dense_flash import dense_backward, dense_cudnn
 from hopper_interpreter import interpreted_kernel
 
-from rehyat_jax.attention import HybridState, interpreted_tpu
+from rehyat_jax.attention import HybridState
 from rehyat_jax.attention.hybrid.gpu.fused_window import WindowKernels
 from rehyat_jax.attention.hybrid.gpu.hopper import hopper_window_forward
 
@@ -106,7 +107,7 @@ PALLAS_TPU = Implementation(
     float32=TPU_F32,
     cases=(*ALTERNATING, ((4, 12, 3, 1), True, "row_max"), ((4, 12, 3, 1), False, "joint")),
     continued=(((7, 8, 2, 1), (2, 4, 1), "row_max"), ((7, 8, 2, 1), (4, 3), "joint")),
-    on_cpu=interpreted_tpu,
+    on_cpu=tpu_kernels_as_xla,
 )
 PALLAS_GPU = Implementation(
     "pallas_gpu",

@@ -6,10 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracles import F32, F64, STABILIZERS, TPU_F32, assert_close, attention, jit, make_arrays
+from attention_oracles import (
+    F32,
+    F64,
+    STABILIZERS,
+    TPU_F32,
+    assert_close,
+    attention,
+    jit,
+    make_arrays,
+    tpu_kernels_as_xla,
+)
 from flax import nnx
 
-from rehyat_jax.attention import FeatureMap, FeatureMapConfig, interpreted_tpu, softmax_attention
+from rehyat_jax.attention import FeatureMap, FeatureMapConfig, softmax_attention
 from rehyat_jax.attention.hybrid.context_parallel import padded_frames
 from rehyat_jax.attention.on_mesh import (
     cross_attention_on_mesh,
@@ -88,7 +98,7 @@ def test_tpu_kernels_work_inside_the_mesh(sizes, form, causal):
     arrays = make_arrays(*form[:2], dtype=np.float32, head_dim=64, features=128)
     with jax.enable_x64(True):
         expected = results(attention(form, causal, "row_max"), jax.tree.map(lambda x: x.astype(jnp.float64), arrays))
-    with jax.set_mesh(mesh_of(sizes)), interpreted_tpu():
+    with jax.set_mesh(mesh_of(sizes)), tpu_kernels_as_xla():
         found = results(on_mesh(sizes, form, causal, "row_max", "pallas_tpu"), arrays)
     assert_close(found, expected, TPU_F32)
 
@@ -128,7 +138,7 @@ def test_gradients_of_feature_maps_are_sums_over_all_devices(implementation, siz
         )
         return output[:, : form[0] * form[1]]
 
-    with jax.set_mesh(mesh_of(sizes)), interpreted_tpu():
+    with jax.set_mesh(mesh_of(sizes)), tpu_kernels_as_xla():
         found = gradients(attend)
     assert_close(found, expected, TPU_F32)
 

@@ -416,6 +416,7 @@ def _with_first(states: jax.Array, count: int, value: jax.Array | float) -> jax.
 
     They are an array without elements if these are all states. Shardy in jaxlib 0.11 crashes on a shard_map with such an input.
     """
+    count = min(count, states.shape[0])
     first = jnp.broadcast_to(jnp.asarray(value, states.dtype), (count, *states.shape[1:]))
     return jax.lax.dynamic_update_slice_in_dim(states, first, 0, axis=0)
 
