@@ -4,7 +4,7 @@ Compiles the configuration's train step for the topology, like `train`, and repo
 communication and time. docs/plan.md explains how the figures are computed. A topology is a slice of TPUs or the GPUs of
 a host, h100:8. The options are:
 
-  --config.field=value ...           as for `train`
+  --config.field=value ...           as for `train`; docs/configuration.md lists the fields
   --frames N --height H --width W    size of a video in pixels; 81 x 480 x 832 by default
   --json FILE                        also write all figures
   --table                            alone: plan the runs that configs/ lists, and write docs/planned_runs.md

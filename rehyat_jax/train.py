@@ -6,7 +6,7 @@ The configuration names the stage:
   distill    stage 1: the feature maps of the hybrid blocks, against the model's own softmax attention
   finetune   stage 2: the complete transformer
 
-`rehyat_jax/training/config.py` explains every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
+`--help` and docs/configuration.md list every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
 and `checkpoints/` into the workdir, and at the end `model/`, a model checkpoint. The same command resumes a stopped
 run. docs/faults.md describes what happens when something goes wrong.
 
@@ -37,6 +37,7 @@ from rehyat_jax.training import distill
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
+from rehyat_jax.training.fields_page import fields_help
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_control import RunControl
@@ -199,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else ["train", *argv]
     if "--help" in argv:
         print(__doc__)
+        print(fields_help())
         return 0
 
     def run() -> None:
