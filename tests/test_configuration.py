@@ -1,6 +1,8 @@
-"""The table of a configuration's fields: checks, help and docs follow it."""
+"""The table of a configuration's fields: checks, help and docs follow it; files and command lines that are wrong."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.errors import InputError
+from rehyat_jax.plan import main as plan_main
 from rehyat_jax.train import main
 from rehyat_jax.training import fields_page
 from rehyat_jax.training.config import check_config, default_config
@@ -267,3 +270,161 @@ def test_fields_that_are_missing_or_unknown_are_named():
         check_config(config)
     with pytest.raises(InputError, match=r"is not a field"):
         check_config(ConfigDict({"steps": 3, "a": 1}))
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def default_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("configuration") / "config.py"
+    file.write_text(
+        "from rehyat_jax.training.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.init_from = 'nowhere'\n"
+        "    return config\n"
+    )
+    return file
+
+
+def refused(capsys, *arguments, main=main):
+    """The one line that the command prints before it ends with 2."""
+    capsys.readouterr()
+    assert main([*map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and not captured.out
+    return line
+
+
+OUTSIDE_AS_TEXT = {
+    Integer: ("-2", str(2**40), "1.5", "True", "many", "nan", "9" * 5000),
+    Real: ("-1e30", "nan", "inf", "-inf", "1e999", "many"),
+    Choice: ("nothing", "A"),
+    Boolean: ("maybe", "2"),
+    Blocks: ("(0.5,)", "(2,1)", "-1", "some", "True"),
+    Several: ("(-1,)", "('a',)", "(nan,)", "(None,)"),
+    Text: (),
+}
+
+
+@pytest.mark.parametrize("path", BY_PATH)
+def test_the_command_refuses_a_value_outside_and_names_the_field(tmp_path, capsys, default_file, path):
+    for value in OUTSIDE_AS_TEXT[type(BY_PATH[path].allowed)]:
+        line = refused(capsys, f"--config={default_file}", f"--workdir={tmp_path / 'r'}", f"--config.{path}={value}")
+        assert f"config.{path}" in line and len(line) < 700
+    assert not (tmp_path / "r").exists()
+
+
+@settings(few, max_examples=60)
+@given(data=st.data())
+def test_the_command_refuses_numbers_outside(default_file, data):
+    field = data.draw(st.sampled_from([field for field in FIELDS if isinstance(field.allowed, Integer | Real)]))
+    value = data.draw(outside(field.allowed).filter(lambda value: type(value) in (int, float)))
+    shown = "9" * 5000 if type(value) is int and abs(value) > 10**4000 else value
+    assert main([f"--config={default_file}", "--workdir=/nowhere/r", f"--config.{field.path}={shown}"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.learning_rate=1", ["config.learning_rate'", "config.optimizer.learning_rate?"]),
+        ("--config.stepz=1", ["config.stepz'", "config.steps?"]),
+        ("--config.stepz.a=1", ["config.stepz.a'"]),
+        ("--config.steps.a=1", ["config.steps.a'", "config.steps?"]),
+        ("--noconfig.hybrid.casual", ["config.hybrid.casual'", "config.hybrid.causal?"]),
+        ("--config.steps", ["config.steps"]),
+        ("--config.hybrid.blocks", ["config.hybrid.blocks must be", "found True"]),
+        ("--config.mesh=3", ["config.mesh"]),
+        ("--config.mesh={'data': 1}", ["config.mesh.fsdp is missing"]),
+        ("--config.evals=abc", ["config.evals[0] must be a dictionary", "'abc'"]),
+        ("--config.evals=({'type': 'flow_loss', 'every': 0},)", ["config.evals[0].every", "found 0"]),
+        ("--config.forms[0].chunk_frames=3", ["cannot be understood"]),
+        ("--config.forms=" + "(" * 300, ["config.forms"]),
+        ("--config.hybrid.blocks=" + "-" * 100_000 + "1", ["error"]),
+        ("--config.=1", ["cannot be understood"]),
+        (f"--config.{'x' * 10_000}=1", ["xxx...", "is not a field"]),
+    ],
+)
+def test_a_command_line_that_cannot_be_understood_is_named(tmp_path, capsys, default_file, argument, words):
+    line = refused(capsys, f"--config={default_file}", f"--workdir={tmp_path / 'run'}", argument)
+    assert all(word in line for word in words) and len(line) < 1000, line
+
+
+# ------------------------------------------------------------------------------------------------- configuration files
+
+START = "from rehyat_jax.training.config import default_config\ndef get_config():\n    config = default_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("def get_config():\n    return (\n", ["config.py:2: SyntaxError: '(' was never closed"]),
+        ("\nimport no_such_module\n", ["config.py:2: ModuleNotFoundError", "no_such_module"]),
+        ("from rehyat_jax.training.config import default_confi\n", ["config.py:1: ImportError", "default_confi"]),
+        ("x = 1\n", ["config.py: expected a function get_config", "no such function"]),
+        ("get_config = 3\n", ["config.py: TypeError"]),
+        ("def get_config(size):\n    return size\n", ["config.py: TypeError", "size"]),
+        ("def get_config():\n    return {'steps': 3}\n", ["default_config()", "found {'steps': 3}"]),
+        (START, ["default_config()", "found None"]),
+        (f"{START}    config.steps = 1 / 0\n    return config\n", ["config.py:4: ZeroDivisionError: division by zero"]),
+        (f"{START}    raise ValueError('not\\n today')\n", ["config.py:4: ValueError: not today"]),
+        (f"{START}    config.stepz = 3\n    return config\n", ["config.py:4: AttributeError", "stepz", '"steps"']),
+        (f"{START}    config.steps = 'many'\n    return config\n", ["config.py:4: TypeError", "steps", "many"]),
+        (f"{START}    config.steps = 1.5\n    return config\n", ["config.py:4: TypeError", "steps", "1.5"]),
+        (f"{START}    config.ema_decay = 10**400\n    return config\n", ["config.py:4: OverflowError"]),
+        (f"{START}    config.steps = 10**5000\n    return config\n", ["config.steps must be", "too large to show"]),
+        (f"{START}    config.steps = True\n    return config\n", ["config.steps must be an integer", "found True"]),
+        (f"{START}    config.init_from = 'a\\0b'\n    return config\n", ["config.init_from must be text"]),
+        (f"{START}    exit()\n", ["config.py:4: SystemExit"]),
+        ("def get_config():\n    return get_config()\n", ["config.py:2: RecursionError"]),
+        (b"\x7fELF\x00\x01\xff\xfe", ["config.py", "cannot contain null bytes"]),
+        (b"x = 1\n\xff\xfe\n", ["config.py", "SyntaxError", "0xff"]),
+        (b"#" * (2**20 + 1), ["config.py: expected a configuration file of at most 1048576 bytes, found 1048577"]),
+        ("import sibling\nget_config = sibling.get_config\n", ["sibling.py:2: KeyError: 'gone'"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_configuration_file_that_cannot_be_run_is_named_with_its_line(tmp_path, capsys, monkeypatch, content, words):
+    file = tmp_path / "config.py"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    (tmp_path / "sibling.py").write_text("def get_config():\n    return {}['gone']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "--config=config.py", "--workdir=run")
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_that_is_no_file_is_named(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    for path, words in (
+        (tmp_path, "found a folder"),
+        (tmp_path / "none.py", "found none"),
+        (tmp_path / "fifo", "found something that is no regular file"),
+        ("/dev/zero", "found something that is no regular file"),
+        ("", "found a folder"),
+        (tmp_path / ("x" * 300), "cannot be read (File name too long)"),
+    ):
+        line = refused(capsys, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+        assert words in line and len(line) < 700
+    assert "found a folder" in refused(capsys, f"--config={tmp_path}", "--topology=v5e:2x2", main=plan_main)
+
+
+def test_an_argument_after_the_file_s_name_reaches_it(tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "import dataclasses\n"
+        "from rehyat_jax.training.config import default_config\n"
+        "@dataclasses.dataclass\n"
+        "class Sizes:\n"
+        "    steps: 'int'\n"
+        "def get_config(steps):\n"
+        "    config = default_config()\n"
+        "    config.steps = Sizes(int(steps)).steps\n"
+        "    return config\n"
+    )
+    line = refused(capsys, f"--config={file}:50", f"--workdir={tmp_path / 'run'}")
+    assert "config.optimizer.warmup_steps (100) must be less than config.steps (50)" in line
+    assert list(tmp_path.iterdir()) == [Path(file)]
