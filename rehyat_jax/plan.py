@@ -4,7 +4,7 @@ Compiles the configuration's train step for the topology, like `train`, and repo
 communication and time. docs/plan.md explains how the figures are computed. A topology is a slice of TPUs or the GPUs of
 a host, h100:8. The options are:
 
-  --config.field=value ...           as for `train`
+  --config.field=value ...           as for `train`; docs/configuration.md lists the fields
   --frames N --height H --width W    size of a video in pixels; 81 x 480 x 832 by default
   --json FILE                        also write all figures
   --table                            alone: plan the runs that configs/ lists, and write docs/planned_runs.md
@@ -29,9 +29,8 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
-from rehyat_jax.cli import parsed_config, report_input_errors
+from rehyat_jax.cli import report_input_errors
 from rehyat_jax.cost_model.chips import device_count
 from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.errors import InputError
@@ -42,7 +41,7 @@ from rehyat_jax.planning import table
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
 from rehyat_jax.planning.report import report
-from rehyat_jax.training.config import check_config
+from rehyat_jax.training.command_line import parsed_config
 from rehyat_jax.training.setup import student_config
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.weights.load import open_checkpoint
@@ -166,7 +165,6 @@ def parse_arguments(argv: list[str]) -> Arguments:
       InputError: a flag or a field is missing, unknown or wrong, or the values are not valid together.
     """
     values = flags.FlagValues()
-    config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     topology = flags.DEFINE_string(
         "topology", None, "a slice of TPUs, v5e:4x4, or the GPUs of a host, h100:8", flag_values=values
     )
@@ -175,8 +173,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         flags.DEFINE_integer(axis, None, "of a video, in pixels", flag_values=values)
         for axis in ("frames", "height", "width")
     ]
-    config = parsed_config(values, argv, config_flag, topology)
-    check_config(config)
+    config = parsed_config(values, argv, topology)
     device_count(topology.value)
     latents = latent_size(config, tuple(flag.value for flag in size))
     request = Request(config, planned_model(config), latents, topology.value)

@@ -6,7 +6,7 @@ The configuration names the stage:
   distill    stage 1: the feature maps of the hybrid blocks, against the model's own softmax attention
   finetune   stage 2: the complete transformer
 
-`rehyat_jax/training/config.py` explains every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
+`--help` and docs/configuration.md list every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
 and `checkpoints/` into the workdir, and at the end `model/`, a model checkpoint. The same command resumes a stopped
 run. docs/faults.md describes what happens when something goes wrong.
 
@@ -23,9 +23,8 @@ from typing import NamedTuple
 import jax
 import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
-from rehyat_jax.cli import parsed_config, report_input_errors
+from rehyat_jax.cli import report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
@@ -35,8 +34,10 @@ from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
 from rehyat_jax.training import distill
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
+from rehyat_jax.training.command_line import parsed_config
 from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
+from rehyat_jax.training.fields_page import fields_help
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_control import RunControl
@@ -179,18 +180,16 @@ def parse_arguments(argv: list[str]) -> Arguments:
       argv: the program's name and its arguments.
 
     Raises:
-      InputError: a flag or a field is missing, unknown or of the wrong type; for an unknown one, the message names the
-        nearest.
+      InputError: a flag or a field is missing, unknown or has a wrong value, or the configuration file cannot be run.
     """
     values = flags.FlagValues()
-    config_flag = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     workdir_flag = flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
     processes = (
         flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several", flag_values=values),
         flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values),
         flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values),
     )
-    config = parsed_config(values, argv, config_flag, workdir_flag)
+    config = parsed_config(values, argv, workdir_flag)
     return Arguments(config, Path(workdir_flag.value), *(flag.value for flag in processes))
 
 
@@ -199,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else ["train", *argv]
     if "--help" in argv:
         print(__doc__)
+        print(fields_help())
         return 0
 
     def run() -> None:

@@ -154,7 +154,7 @@ def test_an_export_to_pytorch_and_back(distilled, tmp_path):
         (({"blocks": (0,)}, {"blocks": (0,), "chunk_frames": 2}), "block 0 is in two entries"),
         (({"blocks": (0,), "chunk_frame": 2},), "chunk_frame"),
         (({"blocks": (0,), "kind": "ring"},), "kind must be one of"),
-        (({"blocks": (0,), "chunk_frames": 0},), "chunk_frames must be at least 1"),
+        (({"blocks": (0,), "chunk_frames": 0},), r"config\.forms\[0\]\.chunk_frames must be an integer from 1"),
     ],
 )
 def test_wrong_forms_are_named(tmp_path, forms, message):

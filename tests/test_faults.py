@@ -26,7 +26,8 @@ from rehyat_jax.training import step as training_step
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.checksums import CHECKSUMS, MAY_BE_MISSING, NOT_COVERED
 from rehyat_jax.training.config import default_config
-from rehyat_jax.training.continuation import CHANGED, REFUSED, SAME, check_continuation, describe_run
+from rehyat_jax.training.continuation import check_continuation, describe_run
+from rehyat_jax.training.fields import CHANGED, REFUSED, SAME
 from rehyat_jax.training.step import init_state, make_step
 from rehyat_jax.training.stop_signal import StopSignal
 

@@ -229,9 +229,7 @@ def test_command_line_of_train(arguments):
 )
 def test_command_line_of_plan(topology, size):
     with only_input_errors():
-        plan_arguments(
-            ["plan", "--config=configs/demo_pretrain.py", f"--topology={topology}", f"--{size[0]}={size[1]}"]
-        )
+        plan_arguments(["plan", "--config=configs/demo_teacher.py", f"--topology={topology}", f"--{size[0]}={size[1]}"])
 
 
 def without_help(argument: str) -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, traverse_util
+from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrained, tiny_batch, tiny_config, tiny_model
 from tpu_topologies import compiled_for_tpu
@@ -23,7 +23,7 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.train import main, parse_arguments
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import distill, finetune
-from rehyat_jax.training.config import RANGES, check_config, default_config
+from rehyat_jax.training.config import check_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from rehyat_jax.training.run_control import RunControl, ScheduledEvaluator
@@ -561,36 +561,6 @@ def test_wrong_configuration_is_named_and_exits_with_2(tmp_path, capsys, argumen
         assert word in error
 
 
-def numbers(config):
-    """Paths and values of all fields that are numbers."""
-    fields = traverse_util.flatten_dict(config.to_dict(), sep=".")
-    return {path: value for path, value in fields.items() if type(value) in (int, float)}
-
-
-def test_every_number_of_a_configuration_has_a_range_and_its_default_lies_in_it():
-    assert numbers(default_config()).keys() == RANGES.keys()
-    assert all(value in RANGES[path] for path, value in numbers(default_config()).items())
-
-
-OUTSIDE = {int: (-(2**40), -2, 2**40), float: (-1e30, -1e-3, 1e30, float("nan"), float("inf"), float("-inf"))}
-
-
-@pytest.mark.parametrize("path", RANGES)
-def test_a_number_outside_its_range_is_named(tmp_path, capsys, path):
-    file = tmp_path / "config.py"
-    file.write_text("from rehyat_jax.training.config import default_config as get_config\n")
-    kind, tried = type(numbers(default_config())[path]), 0
-    for value in OUTSIDE[kind]:
-        if value in RANGES[path]:
-            continue
-        assert main([f"--config={file}", f"--workdir={tmp_path / 'run'}", f"--config.{path}={value}"]) == 2
-        error = capsys.readouterr().err
-        assert f"config.{path} must be " in error and "Traceback" not in error
-        tried += 1
-    assert tried >= 2
-    assert not (tmp_path / "run").exists()
-
-
 def test_parameters_that_overflow_are_never_saved(tmp_path):
     # The gradient is finite, so the update is not skipped.
     changes = {"optimizer.learning_rate": 3e38, "optimizer.warmup_steps": 0, "optimizer.weight_decay": 10.0}
@@ -642,7 +612,6 @@ def test_evaluators_log_their_figures_next_to_the_metrics(tmp_path):
     ("entry", "message"),
     [
         ({"type": "fvd", "every": 3}, "type must be one of"),
-        ({"type": "flow_loss", "every": 0}, "every must be a number of steps"),
         ({"type": "flow_loss", "every": 1, "batchs": 3}, "batchs"),
         ({"type": "attention_error", "every": 1}, "no hybrid blocks"),
     ],

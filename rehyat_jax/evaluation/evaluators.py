@@ -22,6 +22,7 @@ from rehyat_jax.training.keys import evaluation_key
 from rehyat_jax.training.run_control import Evaluator, ScheduledEvaluator
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.trouble import next_batch
+from rehyat_jax.training.values import Choice
 
 
 class Situation(NamedTuple):
@@ -87,20 +88,17 @@ EVALUATORS: dict[str, Callable[..., Evaluator]] = {"attention_error": attention_
 
 
 def make_evaluators(situation: Situation) -> list[ScheduledEvaluator]:
-    """The evaluators of `config.evals`.
+    """The evaluators of `config.evals`, of a configuration that `check_config` passed.
 
     Raises:
-      InputError: an entry has an unknown type, a wrong `every`, or options that its type does not accept.
+      InputError: an entry has an unknown type, or options that its type does not accept.
     """
     scheduled = []
-    for entry in situation.config.evals:
-        options, place = dict(entry), f"config.evals entry {dict(entry)}"
-        kind, every = options.pop("type", None), options.pop("every", None)
+    for number, entry in enumerate(situation.config.evals):
+        options, place = dict(entry), f"config.evals[{number}]"
+        kind, every = options.pop("type"), options.pop("every")
         name = options.pop("name", kind)
-        if kind not in EVALUATORS:
-            raise InputError(f"{place}: type must be one of {tuple(EVALUATORS)}, found {kind!r}")
-        if type(every) is not int or every < 1:
-            raise InputError(f"{place}: every must be a number of steps of at least 1, found {every!r}")
+        Choice(EVALUATORS).check(kind, f"{place}.type")
         try:
             evaluate = EVALUATORS[kind](situation, **options)
         except (TypeError, ValueError) as error:

@@ -13,29 +13,7 @@ from flax.traverse_util import flatten_dict
 
 import rehyat_jax
 from rehyat_jax.errors import InputError
-from rehyat_jax.parallel.mesh import AXES
-
-REFUSED = "refused"
-CHANGED = "another run from here on"
-ROUNDED = "the same run, to rounding"
-SAME = "the same run"
-
-EFFECTS = {
-    **dict.fromkeys(("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "evals"), SAME),
-    **dict.fromkeys(("checkpoint_dir", "data.workers", "max_skipped"), SAME),
-    **dict.fromkeys(("remat", "attention_implementation", *(f"mesh.{axis}" for axis in AXES)), ROUNDED),
-    **dict.fromkeys(("steps", "accumulation_steps", "dtype", "data.path", "data.corrupt", "ema_decay"), CHANGED),
-    **dict.fromkeys(("flow_shift", "timestep_sampling", "caption_dropout", "spike_factor"), CHANGED),
-    **dict.fromkeys(
-        (
-            f"optimizer.{name}"
-            for name in ("learning_rate", "muon_learning_rate", "warmup_steps", "decay", "weight_decay", "clip_norm")
-        ),
-        CHANGED,
-    ),
-}
-"""Effect of resuming a run with another value of a field. A change of any other field is refused: these fields decide
-what is trained, or on which examples, so the saved state would be useless or belong to another run."""
+from rehyat_jax.training.fields import CHANGED, REFUSED, effect_of_change
 
 
 class Difference(NamedTuple):
@@ -86,9 +64,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> Itera
         before, after = old.get(field, "unknown"), new.get(field, "unknown")
         if before == after:
             continue
-        then = EFFECTS.get(field, REFUSED) if field in old and field in new else CHANGED
-        if (field == "steps" and after < step) or (field == "ema_decay" and 0 in (before, after)):
-            then = REFUSED
+        then = effect_of_change(field, before, after, step) if field in old and field in new else CHANGED
         yield Difference(f"config.{field}", before, after, then)
     if saved["examples"] != now["examples"]:
         yield Difference("number of training examples", saved["examples"], now["examples"], REFUSED)

@@ -1,7 +1,5 @@
 """Builds the data and the initial model of a run from its configuration."""
 
-import dataclasses
-from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from rehyat_jax.attention.form import FORMS, SOFTMAX, Form, HybridConfig, MapStack, make_form
+from rehyat_jax.attention.form import SOFTMAX, Form, HybridConfig, MapStack
 from rehyat_jax.data.pipeline import Source
 from rehyat_jax.data.sources import make_source
 from rehyat_jax.errors import InputError
@@ -19,6 +17,7 @@ from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.parallel.mesh import check_heads
 from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, param_specs, shardings
+from rehyat_jax.training.config import hybrid_config
 from rehyat_jax.training.keys import initialisation_key
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.stages import STAGES
@@ -53,28 +52,6 @@ def open_data(config: ml_collections.ConfigDict) -> Source:
     return make_source(config.data.source, config.data.path, config.seed)
 
 
-def hybrid_config(config: ml_collections.ConfigDict, entry: Mapping[str, Any] | None = None) -> Form:
-    """The form that the configuration describes: `config.hybrid`, with the changes of an entry of `config.forms`.
-
-    Raises InputError for an unknown field or a wrong value.
-    """
-    place = "config.hybrid" if entry is None else f"config.forms entry {dict(entry)}"
-    fields = config.hybrid.to_dict()
-    del fields["blocks"]
-    changes = {name: value for name, value in (entry or {}).items() if name != "blocks"}
-    kind = changes.pop("kind", HybridConfig.kind)
-    if kind not in FORMS:
-        raise InputError(f"{place}: kind must be one of {tuple(FORMS)}, found {kind!r}")
-    known = {field.name for field in dataclasses.fields(FORMS[kind])}
-    if "feature_map" in known:
-        changes["feature_map"] = {**fields["feature_map"], **changes.get("feature_map", {})}
-    fields = {name: value for name, value in fields.items() if name in known} | changes
-    try:
-        return make_form(kind, fields)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{place}: {error}") from error
-
-
 def wanted_forms(config: ml_collections.ConfigDict, num_layers: int) -> tuple[Form, ...]:
     """The configured form of every block.
 
@@ -82,9 +59,9 @@ def wanted_forms(config: ml_collections.ConfigDict, num_layers: int) -> tuple[Fo
       InputError: an entry names blocks that do not exist, or two entries share a block.
     """
     of_block: dict[int, Form] = {}
-    for entry in config.forms:
-        form = hybrid_config(config, entry)
-        for block in _blocks(entry.get("blocks"), num_layers, f"config.forms: blocks of {dict(entry)}"):
+    for number, entry in enumerate(config.forms):
+        form = hybrid_config(config, number)
+        for block in _blocks(entry.get("blocks"), num_layers, f"config.forms[{number}].blocks"):
             if block in of_block:
                 raise InputError(f"config.forms: block {block} is in two entries; leave it in one of them")
             of_block[block] = form

@@ -4,6 +4,9 @@ import dataclasses
 
 from rehyat_jax.attention.features.kinds import FEATURE_MAPS, FeatureMapKind
 
+INPUTS = ("rotated", "unrotated")
+"""Values of `FeatureMapConfig.input`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMapConfig:
@@ -26,7 +29,7 @@ class FeatureMapConfig:
     kind: str = "mlp"
 
     def __post_init__(self):
-        for field, allowed in (("kind", tuple(FEATURE_MAPS)), ("input", ("rotated", "unrotated"))):
+        for field, allowed in (("kind", tuple(FEATURE_MAPS)), ("input", INPUTS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"feature_map.{field} must be one of {allowed}, found {getattr(self, field)!r}")
         read = ("features", "input", "kind", *self.row.fields)

@@ -48,12 +48,12 @@ def _gelu_jvp(primals, tangents):
     return x * gate, (gate + x * gate_slope) * d_x
 
 
-_HIDDEN_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+HIDDEN_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _gelu,
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
-_OUTPUT_ACTIVATIONS = {
+OUTPUT_ACTIVATIONS = {
     "relu": jax.nn.relu,
     "softplus": jax.nn.softplus,
     "elu_plus_one": lambda x: jax.nn.elu(x) + 1,
@@ -69,7 +69,7 @@ def problem(config: Any) -> str | None:
             f"features ({config.features}) must be a multiple of feature_map.degree ({config.degree}), and the degree "
             f"at least 1"
         )
-    activations = (("hidden_activation", _HIDDEN_ACTIVATIONS), ("output_activation", _OUTPUT_ACTIVATIONS))
+    activations = (("hidden_activation", HIDDEN_ACTIVATIONS), ("output_activation", OUTPUT_ACTIVATIONS))
     for field, allowed in activations:
         if getattr(config, field) not in allowed:
             return f"{field} must be one of {tuple(allowed)}, found {getattr(config, field)!r}"
@@ -91,7 +91,7 @@ def apply(config: Any, x: jax.Array, *kernels: jax.Array) -> jax.Array:
     hidden = x
     for kernel in kernels[:-1]:
         hidden = matrix_product(hidden, kernel)
-        hidden = _HIDDEN_ACTIVATIONS[config.hidden_activation](hidden).astype(x.dtype)
+        hidden = HIDDEN_ACTIVATIONS[config.hidden_activation](hidden).astype(x.dtype)
     output = matrix_product(hidden, kernels[-1])
-    parts = jnp.split(_OUTPUT_ACTIVATIONS[config.output_activation](output), config.degree, axis=-1)
+    parts = jnp.split(OUTPUT_ACTIVATIONS[config.output_activation](output), config.degree, axis=-1)
     return jnp.concatenate([part**power for power, part in enumerate(parts, start=1)], axis=-1)

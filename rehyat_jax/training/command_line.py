@@ -1,0 +1,140 @@
+"""The configuration of a command line: `--config FILE`, and `--config.field=value` for single fields."""
+
+import re
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from rehyat_jax.errors import InputError
+from rehyat_jax.training.config import check_config, check_known
+from rehyat_jax.training.values import shown
+
+LARGEST_FILE = 2**20
+"""Bytes of the largest configuration file that is read."""
+
+UNREADABLE = (
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""Exceptions of ml_collections and of Python's parser for names and values that they cannot parse."""
+
+
+def parsed_config(values: flags.FlagValues, argv: list[str], *required: flags.FlagHolder) -> ml_collections.ConfigDict:
+    """Parses `argv`, which begins with the program's name, into `values`; returns the configuration.
+
+    Args:
+      values: the command's own flags.
+      required: those of them that must be given.
+
+    Raises:
+      InputError: a flag or a field is missing, unknown or has a wrong value; for an unknown field, the message names
+        the closest. Or the configuration file cannot be run.
+    """
+    overrides = (re.match(r"--?(?:no)?config\.([^=\[]+)", argument) for argument in argv[1:])
+    check_known(override[1] for override in overrides if override)
+    try:
+        config_flag = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values["config"].parser = _ConfigFileParser()
+        unparsed = values(argv)[1:]
+    except flags.Error as error:
+        if isinstance(error.__context__, InputError):  # from `_ConfigFileParser`
+            raise error.__context__ from None
+        raise InputError(shortened(error)) from error
+    except UNREADABLE as error:
+        raise InputError(f"the command line cannot be understood: {shortened(error)}") from error
+    if unparsed:
+        raise InputError(f"unexpected arguments {shown(unparsed)}; options are given as --config.field=value")
+    for flag in (config_flag, *required):
+        if flag.value is None:
+            usage = " ".join(f"--{needed.name} {needed.name.upper()}" for needed in (config_flag, *required))
+            raise InputError(f"--{flag.name} is required: python -m rehyat_jax.{Path(argv[0]).stem} {usage}")
+    check_config(config_flag.value)
+    return config_flag.value
+
+
+class _ConfigFileParser(flags.ArgumentParser):
+    """In place of ml_collections', whose errors do not say where in the file they are."""
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        return read_config_file(argument).lock()
+
+    def flag_type(self) -> str:
+        return "configuration file"
+
+
+def read_config_file(argument: str) -> ml_collections.ConfigDict:
+    """Runs a configuration file and returns the result of its `get_config`.
+
+    Args:
+      argument: path of the file; what comes after a colon is an argument for `get_config`.
+
+    Raises:
+      InputError: the file cannot be read, or it fails, or its result is no configuration. The message has the line.
+    """
+    name, *arguments = argument.split(":", 1)
+    content = _content(Path(name))
+    module = ModuleType("config_file")
+    module.__file__ = name
+    sys.modules[module.__name__] = module  # dataclasses in the file look for it there
+    try:
+        exec(compile(content, name, "exec"), module.__dict__)
+        config = module.get_config(*arguments) if hasattr(module, "get_config") else None
+    except (Exception, SystemExit) as error:
+        kind, message = type(error).__name__, error.msg if isinstance(error, SyntaxError) else error
+        raise InputError(f"{_place(error, Path(name))}: {kind}: {shortened(message)}; correct the file") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        found = shown(config) if hasattr(module, "get_config") else "no such function"
+        raise InputError(
+            f"{name}: expected a function get_config that returns default_config() with changes, found {found}; "
+            f"see configs/ for examples"
+        )
+    return config
+
+
+def _content(file: Path) -> bytes:
+    """The bytes of a program. Nothing is read from what may be endless."""
+    try:
+        if not file.exists():
+            raise InputError(f"{shown(str(file))}: expected a configuration file, found none; check the path")
+        if not file.is_file():
+            kind = "a folder" if file.is_dir() else "something that is no regular file"
+            raise InputError(f"{file}: expected a configuration file, found {kind}; give a Python file as in configs/")
+        if file.stat().st_size > LARGEST_FILE:
+            raise InputError(
+                f"{file}: expected a configuration file of at most {LARGEST_FILE} bytes, found "
+                f"{file.stat().st_size}; give a Python file as in configs/"
+            )
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{shown(str(file))}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+
+
+def _place(error: BaseException, file: Path) -> str:
+    """FILE:LINE of the innermost line that belongs to a configuration file or to another file in its folder."""
+    if isinstance(error, SyntaxError) and error.lineno and error.filename and Path(error.filename).is_file():
+        return f"{error.filename}:{error.lineno}"
+    folder = file.resolve().parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    lines = [f"{frame.filename}:{frame.lineno}" for frame in frames if Path(frame.filename).resolve().parent == folder]
+    return lines[-1] if lines else str(file)
+
+
+def shortened(message: object) -> str:
+    """A message in one line: its first and last words if it is long. ml_collections names the closest field last."""
+    while isinstance(message, Exception) and message.args and isinstance(message.args[0], Exception):
+        message = message.args[0]
+    text = " ".join(str(message).split())
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
