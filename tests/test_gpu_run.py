@@ -140,6 +140,7 @@ runner.run_sections(["machine"], Results(Path({str(file)!r})), budget=500, devic
 """
     run = subprocess.Popen([sys.executable, "-c", script])
     wait_for(running)
+    wait_for(file, "figure")
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 128 + signal.SIGTERM
     section = json.loads(file.read_text())["machine"]
@@ -163,9 +164,10 @@ subprocess.run([sys.executable, "-c", section])
     assert ended(running)
 
 
-def wait_for(file):
+def wait_for(file, text=""):
+    """Waits until a file has content, with this text in it."""
     for _ in range(600):
-        if file.exists() and file.read_text():
+        if file.exists() and (content := file.read_text()) and text in content:
             return
         time.sleep(0.1)
     raise AssertionError(file)
