@@ -1,44 +1,137 @@
-"""Functions shared by all command-line modules: running a command and reporting errors in the user's input."""
+"""Functions shared by all command-line modules: the command line's parser, running a command, and reporting errors."""
 
+import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable
-from logging import CRITICAL, getLogger
-from typing import Any
+from logging import CRITICAL, ERROR, LogRecord, getLogger
+from typing import Any, NoReturn
 
 import jax
-from absl import logging
 
 from rehyat_jax.errors import InputError, RunEndedError
+from rehyat_jax.files.shown import shown
+from rehyat_jax.files.write import REMEDIES
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after Ctrl-C."""
+
+NO_READER = 128 + signal.SIGPIPE
+"""The exit code if the program that reads the output ends first, as `head` does."""
+
+MESSAGE_WIDTH, MESSAGE_LINES = 2000, 100
+"""Largest size of an error on the terminal; names and values in it may be those of a hostile file."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command line; it exits with code 2 on a wrong one.
+
+    Args:
+      module: the module below `rehyat_jax`, and a subcommand, as in "prepare latents".
+      description: of the command, such as its module's docstring.
+      example: arguments of a typical call.
+      prog: not used; argparse gives it to the parsers of subcommands.
+    """
+
+    def __init__(self, module: str, description: str | None, example: str, prog: str | None = None):
+        command = f"python -m rehyat_jax.{module}"
+        super().__init__(
+            prog=command,
+            description=description,
+            epilog=f"example:\n  {command} {example}".rstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message, MESSAGE_WIDTH))
+
+
+def printed_help(argv: list[str], text: str | None) -> bool:
+    """True if a command line asks for help; prints the text, for commands without a `CommandParser`."""
+    if not {"-h", "--help"}.intersection(argv):
+        return False
+    print(text)
+    return True
+
+
+def not_a_command(text: str | None, command: str) -> int:
+    """Prints what a module is for, and the command that it belongs to; returns the exit code."""
+    told = "Options: none. This module is a part of another command.\n\nExample:\n\n"
+    print(f"{text}\n{told}  python -m rehyat_jax.{command} --help")
+    return 0 if {"-h", "--help"}.intersection(sys.argv) else 2
 
 
 def report_input_errors(run: Callable[[], Any]) -> int:
     """Runs a command; prints the errors of `rehyat_jax.errors`, or of Ctrl-C, without a traceback.
 
+    The system's errors, about files, disks and memory, are the user's to mend too.
+
     Returns:
       The exit code.
     """
-    # Orbax warns that a checkpoint has nothing to merge, which is intended, and logs the errors that it raises.
-    logging.set_verbosity(logging.FATAL)
+    getLogger("absl").addFilter(_is_news)
     getLogger("asyncio").setLevel(CRITICAL)
+    for stream in (sys.stdout, sys.stderr):
+        # A path may have bytes that are no text, or characters that the terminal lacks.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
     try:
         run()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if jax.distributed.is_initialized():
-            # The other processes wait for this one in some collective, and its orderly exit would wait for them.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_code)
-        return error.exit_code
+        sys.stdout.flush()
     except RunEndedError as end:
-        print(end, file=sys.stderr)
+        print_message(str(end))
         return end.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted; what was complete is kept", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return NO_READER
+    except Exception as error:
+        refusal = _as_input_error(error)
+        if refusal is None:
+            raise
+        print_message(f"error: {refusal}")
+        if jax.distributed.is_initialized():
+            # The other processes wait for this one in some collective, and its orderly exit would wait for them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(refusal.exit_code)
+        return refusal.exit_code
     return 0
+
+
+def print_message(message: str) -> None:
+    """Prints a message on stderr, of bounded size and without control characters.
+
+    Lines after the first are indented, so that no name with a line break passes for a message of its own.
+    """
+    first, *more = message.split("\n")[:MESSAGE_LINES]
+    lines = [first, *(line if line.startswith("  ") else f"  {line}" for line in more)]
+    print("\n".join(shown(line, MESSAGE_WIDTH) for line in lines), file=sys.stderr)
+
+
+def _as_input_error(error: Exception) -> InputError | None:
+    """The report of a fault of the user's input or machine; None for any other error."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    ):
+        reason = next(iter(str(error).splitlines()), "") or "an allocation failed"
+        return InputError(f"there is too little memory ({reason}); choose smaller sizes or batches, or more devices")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in REMEDIES):
+        remedy = REMEDIES.get(error.errno, "check the path, its permissions and the disk")
+        return InputError(f"{'the system' if error.filename is None else error.filename}: {error.strerror}; {remedy}")
+    return None
+
+
+def _is_news(record: LogRecord) -> bool:
+    """False for Orbax's records that tell a user nothing.
+
+    It warns of every checkpoint without OCDBT, as this program writes them, that there is nothing to merge. It logs
+    errors that it also raises, and those are reported here.
+    """
+    return record.levelno < ERROR and "Skipping merge of OCDBT checkpoints" not in record.getMessage()

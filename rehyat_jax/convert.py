@@ -14,19 +14,20 @@ from pathlib import Path
 
 import jax
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
 from rehyat_jax.weights.table import LAYOUTS
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; argparse itself exits with code 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehyat_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("convert", __doc__, "from-torch assets/demo_teacher runs/teacher")
     commands = parser.add_subparsers(dest="command", required=True)
-    from_torch = commands.add_parser("from-torch", help="PyTorch checkpoint -> model checkpoint")
-    to_torch = commands.add_parser("to-torch", help="model checkpoint -> PyTorch folder")
+    add = lambda name, told, example: commands.add_parser(
+        name, module=f"convert {name}", description=told, help=told, example=example
+    )
+    from_torch = add("from-torch", "PyTorch checkpoint -> model checkpoint", "assets/demo_teacher runs/teacher")
+    to_torch = add("to-torch", "model checkpoint -> PyTorch folder", "runs/model exported --layout diffusers")
     for command, source in ((from_torch, "safetensors file or folder"), (to_torch, "model checkpoint")):
         command.add_argument("source", metavar="SRC", type=Path, help=source)
         command.add_argument("destination", metavar="DST", type=Path, help="directory to write")

@@ -2,8 +2,12 @@
 
 Compiles the configuration's train step for the topology, like `train`, and reports its memory, arithmetic,
 communication and time. docs/plan.md explains how the figures are computed. A topology is a slice of TPUs or the GPUs of
-a host, h100:8. The options are:
+a host, h100:8.
 
+Options:
+
+  --config FILE.py                   the configuration
+  --topology NAME                    the chips
   --config.field=value ...           as for `train`; docs/configuration.md lists the fields
   --frames N --height H --width W    size of a video in pixels; 81 x 480 x 832 by default
   --json FILE                        also write all figures
@@ -14,6 +18,10 @@ Exit codes:
   0  the run fits into the chips' memory
   2  the user's input is wrong
   3  the run does not fit; the command then searches for the smallest change that would fit
+
+Example:
+
+  python -m rehyat_jax.plan --config configs/wan_1_3b_distill.py --topology v5e:4x4 --config.remat=block
 """
 
 import json
@@ -30,7 +38,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import printed_help, report_input_errors
 from rehyat_jax.cost_model.chips import device_count
 from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.errors import InputError
@@ -183,8 +191,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and plans; returns the exit code."""
     argv = sys.argv if argv is None else ["plan", *argv]
-    if "--help" in argv:
-        print(__doc__)
+    if printed_help(argv, __doc__):
         return 0
     # The plan is for the topology, not for devices of this machine.
     jax.config.update("jax_platforms", "cpu")

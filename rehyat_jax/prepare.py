@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.generation.options import SamplingOptions, number
 from rehyat_jax.preparation.latent_files import prepare_latent_files
 from rehyat_jax.preparation.trajectories import prepare_trajectories
@@ -37,11 +37,12 @@ def video_size(text: str) -> Size:
 def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
     """(command, its arguments); argparse exits with code 2 on a wrong command line."""
     command = argv[0] if argv and argv[0] in (LATENTS, TRAJECTORIES) else ""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m rehyat_jax.prepare {command}".strip(),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    example = {
+        "": "videos prepared --size 81x480x832",
+        LATENTS: "latents prepared --codec wan_vae --text-encoder umt5",
+        TRAJECTORIES: "model prepared --prompts prompts.txt",
+    }
+    parser = CommandParser(f"prepare {command}".strip(), __doc__, example[command])
     option = parser.add_argument
     default = " (default: %(default)s)"
     count = number(int, 1, 1_000_000)

@@ -6,15 +6,15 @@ ffmpeg program, the frames are written to FILE.npy.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.video import write_video
+from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, write_video
+from rehyat_jax.files.write import check_place
 from rehyat_jax.generation.generate import generate, initial_noise
 from rehyat_jax.generation.options import SamplingOptions, open_model
 
@@ -31,6 +31,7 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     options = SamplingOptions.from_arguments(arguments)
     files = output_files(arguments.out, options.batch)
     opened = open_model(arguments.checkpoint, options)
+    check_output(files)
     with opened.on_mesh():
         videos = generate(
             opened.load(),
@@ -60,25 +61,32 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
 
 
 def output_files(out: Path, batch: int) -> list[Path]:
-    """`out` itself, or for several videos out_0.mp4, out_1.mp4 and so on. Creates the directory before sampling starts.
-
-    Raises:
-      InputError: `out` is not an MP4 file, or cannot be written.
-    """
+    """`out` itself, or for several videos out_0.mp4, out_1.mp4 and so on. Raises InputError unless `out` is an MP4."""
     if out.suffix != ".mp4":
         raise InputError(f"--out {out}: expected a file name that ends in .mp4, found {out.name!r}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot make its directory ({error}); choose another place") from error
-    if not os.access(out.parent, os.W_OK):
-        raise InputError(f"--out {out}: its directory is not writable; choose another place")
     return [out] if batch == 1 else [out.with_stem(f"{out.stem}_{index}") for index in range(batch)]
+
+
+def check_output(files: list[Path]) -> None:
+    """Creates the directory of the videos, and finds out how they can be written.
+
+    Without ffmpeg, a warning says that arrays come in place of videos.
+
+    Raises:
+      InputError: the videos cannot be written there.
+    """
+    for file in files:
+        check_place(file)
+    try:
+        find_ffmpeg()
+    except NoFfmpeg as error:
+        print(f"warning: {error}; sampling goes on, and its frames will be .npy files", file=sys.stderr)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; argparse itself exits with code 2 on a wrong one."""
-    parser = argparse.ArgumentParser(prog="python -m rehyat_jax.sample", description="Samples videos from a prompt.")
+    example = "--checkpoint runs/demo/finetune/model --prompt 'a seven moves sideways' --out seven.mp4"
+    parser = CommandParser("sample", __doc__, example)
     option = parser.add_argument
     option("--checkpoint", type=Path, required=True, help="model checkpoint, or PyTorch folder of either layout")
     option("--prompt", required=True, help="what to show")

@@ -12,6 +12,17 @@ run. docs/faults.md describes what happens when something goes wrong.
 
 On several hosts, run the same command on each of them, with a workdir that all of them see. Cloud TPUs, Slurm, Open MPI
 and Kubernetes are recognised; elsewhere give `--coordinator HOST:PORT --num_processes N --process_id I`.
+
+Options:
+
+  --config FILE.py                   the configuration
+  --config.field=value ...           other values of its fields
+  --workdir DIR                      the directory of the run
+  --coordinator, --num_processes, --process_id   see above
+
+Example:
+
+  python -m rehyat_jax.train --config configs/demo_distill.py --workdir runs/distill --config.seed=1
 """
 
 import sys
@@ -24,7 +35,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import printed_help, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
@@ -196,9 +207,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and trains; returns the exit code, 2 if the user's input is wrong."""
     argv = sys.argv if argv is None else ["train", *argv]
-    if "--help" in argv:
-        print(__doc__)
-        print(fields_help())
+    if printed_help(argv, f"{__doc__}\n{fields_help()}"):
         return 0
 
     def run() -> None:

@@ -1,5 +1,6 @@
 """The conversion's command line: what it refuses and how it says so, and that it never leaves or removes too much."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -15,7 +16,7 @@ from oracles import random_wan
 from safetensors.torch import load_file, save_file
 
 from rehyat_jax.convert import main
-from rehyat_jax.weights import load_params
+from rehyat_jax.weights import load_params, safetensors_file
 
 VERSION_1 = Path(__file__).parent / "fixtures" / "version_1"
 
@@ -218,6 +219,25 @@ CONFIGS = {
     "no norm": (edit_json("single/config.json", lambda c: c.update(qk_norm=None)), "qk_norm", "rms_norm_across_heads"),
     "unknown field": (edit_json("single/config.json", lambda c: c.update(ffn_dims=1)), "'ffn_dims'", "'ffn_dim'"),
     "layers": (edit_json("single/config.json", lambda c: c.update(num_layers=3)), "num_layers", "found 3"),
+    "NaN": (
+        edit_json("single/config.json", lambda c: c.update(eps=float("nan"))),
+        "config.json: field 'eps' should be float, finite, found nan",
+    ),
+    "name of another type": (
+        edit_json("single/config.json", lambda c: c.update(eps="small")),
+        "config.json: field 'eps' should be float, finite, found 'small'",
+    ),
+    "NaN beside rehyat.json": (
+        lambda work: (
+            edit_json("single/config.json", lambda c: c.update(eps=float("nan")))(work),
+            (work / "single/rehyat.json").write_text('{"codec": "space_to_depth", "text_length": 8}'),
+        ),
+        "config.json: field 'eps' should be float, finite, found nan",
+    ),
+    "text that does not fit into memory": (
+        lambda work: (work / "single/rehyat.json").write_text('{"text_length": 1000000000000}'),
+        "rehyat.json: field 'text_length' should be int of at most",
+    ),
     "ffn_dim": (edit_json("single/config.json", lambda c: c.update(ffn_dim=113)), "ffn_dim should be 112", "found 113"),
     "text_dim": (edit_json("single/config.json", lambda c: c.update(text_dim="48")), "text_dim should be 48", "'48'"),
     "freq_dim": (edit_json("single/config.json", lambda c: c.update(freq_dim=128)), "freq_dim should be 256"),
@@ -378,6 +398,22 @@ MODELS = {
         "chunk_frames",
         "0",
     ),
+    "more layers than fit into memory": (
+        edit_json("model/model.json", lambda m: m["config"].update(num_layers=10**11)),
+        "model.json: config: field 'num_layers' should be int of at most 1,048,576, found 100000000000",
+    ),
+    "more layers than a model": (
+        edit_json("model/model.json", lambda m: m["config"].update(num_layers=10**6)),
+        "model.json: config: field 'num_layers' should be at most 4,096, found 1000000",
+    ),
+    "text that does not fit into memory": (
+        edit_json("model/model.json", lambda m: m["config"].update(text_length=10**12)),
+        "model.json: config: field 'text_length' should be int of at most",
+    ),
+    "another Orbax format": (
+        lambda work: (work / "model/params/manifest.ocdbt").write_bytes(b""),
+        "manifest.ocdbt: expected arrays in Zarr",
+    ),
     "other shapes": (
         edit_json("model/model.json", lambda m: m["config"].update(text_dim=47)),
         "text_embedding.linear_1.kernel",
@@ -518,6 +554,46 @@ def test_file_in_the_destination_s_path_is_refused(work, capsys):
 def test_unwritable_destination_is_refused(work, capsys):
     message = refusal(capsys, "from-torch", work / "single", work / ("x" * 250))
     assert "cannot be written (File name too long)" in message
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A disk of 80 kB, which the converted models exceed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "none", disk], capture_output=True).returncode:
+        pytest.skip("needs root, for a disk of its own")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("command", TO)
+def test_a_full_disk_is_reported_and_left_as_it_was(work, capsys, full_disk, command):
+    arguments = [full_disk / "there" if text == str(work / "there") else text for text in TO[command](work)]
+    message = refusal(capsys, *arguments)
+    assert f"{full_disk / 'there'}: cannot be written (No space left on device" in message
+    assert "free some space" in message and list(full_disk.iterdir()) == []
+
+
+def test_a_source_that_cannot_be_read_is_not_blamed_on_the_destination(work, capsys, monkeypatch):
+    def unreadable(file, mode="r", **options):
+        if mode == "rb" and "buffering" in options:
+            raise OSError(errno.EIO, "Input/output error")
+        return open(file, mode, **options)
+
+    monkeypatch.setattr(safetensors_file, "open", unreadable, raising=False)
+    message = refusal(capsys, "from-torch", work / "single", work / "there")
+    assert f"{WEIGHTS}: cannot be read (Input/output error)" in message
+
+
+def test_a_destination_that_is_not_utf_8_is_refused(work, capsys):
+    message = refusal(capsys, "from-torch", work / "single", work / "\udcff")
+    assert r"/\udcff: expected a path in UTF-8" in message
+
+
+def test_a_source_of_links_that_lead_to_one_another_is_refused(work, capsys):
+    (work / "loop").symlink_to(work / "loop")
+    assert "loop" in refusal(capsys, "from-torch", work / "loop", work / "there", "--force")
 
 
 @pytest.mark.parametrize("destination", ["single", "."])

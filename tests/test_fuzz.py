@@ -1,5 +1,7 @@
 """Readers of users' files, given damaged ones: an InputError that names the file, or a sound result; never more."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -10,13 +12,16 @@ from fuzzing import JSON, SCALARS, damaged_bytes, damaged_json_text, fuzzed, onl
 from hypothesis import given
 from hypothesis import strategies as st
 from prepared_data import example, write_data_set
+from test_sample_cli import save_random_model
 
 from rehyat_jax.data.manifest import MANIFEST, SHARD_SUFFIX, read_manifest
 from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.data.records import pack, unpack
+from rehyat_jax.generation.options import SamplingOptions, open_model
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.plan import parse_arguments as plan_arguments
 from rehyat_jax.preparation.captions import read_captions
+from rehyat_jax.sample import parse_arguments as sample_arguments
 from rehyat_jax.train import parse_arguments as train_arguments
 from rehyat_jax.training.config import check_config, default_config, load_config, save_config
 from rehyat_jax.weights.model_checkpoint import MODEL_FILE, read_model_description
@@ -230,6 +235,25 @@ def test_command_line_of_train(arguments):
 def test_command_line_of_plan(topology, size):
     with only_input_errors():
         plan_arguments(["plan", "--config=configs/demo_teacher.py", f"--topology={topology}", f"--{size[0]}={size[1]}"])
+
+
+SAMPLING = ["seed", "steps", "guidance-scale", "flow-shift", "frames", "height", "width", "batch", "mesh", "dtype"]
+SIZES = st.sampled_from(["0", "-8", "8", "16", "9992", "10000", "4294967296", "1e999", "nan", "context=0", "data=²"])
+
+
+@fuzzed
+@given(options=st.dictionaries(st.sampled_from(SAMPLING), SIZES | SCALARS.map(str), max_size=4))
+def test_command_line_of_sample(sampled, options):
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    with only_input_errors(), contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        given = sample_arguments([f"--checkpoint={sampled}", "--prompt=a two", "--out=two.mp4", *arguments])
+        opened = open_model(sampled, SamplingOptions.from_arguments(given))
+        assert min(opened.latent_shape) > 0
+
+
+@pytest.fixture(scope="module")
+def sampled(folder) -> Path:
+    return save_random_model(folder / "sampled")
 
 
 def without_help(argument: str) -> str:

@@ -1,15 +1,23 @@
 """The sampling command on a small model checkpoint of random weights, as a user would run it."""
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from rehyat_jax.files.video import read_mp4
+from rehyat_jax import sample
+from rehyat_jax.files import video
+from rehyat_jax.files.video import NoFfmpeg, read_mp4
+from rehyat_jax.generation import generate
+from rehyat_jax.generation import options as sampling_options
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.parallel import memory
 from rehyat_jax.sample import main
 from rehyat_jax.weights import save_model
 
@@ -107,6 +115,13 @@ def test_a_video_cut_over_devices_is_the_same(checkpoint, tmp_path):
         ({"height": 12}, "multiple of the model's patch size 2, found 3; choose a multiple of 8"),
         ({"prompt": "one two three four five six seven eight nine"}, "at most 8 words, found 9"),
         ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"prompt": "a \udcff"}, r"prompt 'a \udcff': expected text in UTF-8"),
+        ({"negative_prompt": "\ud800"}, r"prompt '\ud800': expected text in UTF-8"),
+        ({"prompt": "\x1b[2J" + 9 * " a"}, r"error: prompt '\x1b[2J a"),
+        ({"frames": 10_000, "height": 9_992, "width": 9_992}, "needs at least 2.4e+04 GB of memory of cpu, found"),
+        ({"frames": 1_000, "batch": 10_000}, "--batch 10000 --frames 1000 --height 8 --width 16: needs at least"),
+        ({"out": "seven\0.mp4"}, "embedded null"),
+        ({"out": f"{'s' * 300}.mp4"}, "cannot be written (File name too long)"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",
 )
@@ -141,7 +156,110 @@ def test_an_unwritable_place_is_found_before_sampling(checkpoint, tmp_path, caps
     (tmp_path / "file").write_text("")
     assert main(arguments(checkpoint, tmp_path / "file" / "seven.mp4")) == 2
     captured = capsys.readouterr()
-    assert "cannot make its directory" in captured.err and "sampling" not in captured.err
+    assert "cannot be written (File exists)" in captured.err and "sampling" not in captured.err
+
+
+def in_proc(place):
+    # root may write there by its permissions, but there are no files to make
+    return Path("/proc/seven.mp4")
+
+
+def a_folder(place):
+    place.mkdir()
+    return place
+
+
+def a_pipe(place):
+    os.mkfifo(place)
+    return place
+
+
+def below_a_file(place):
+    place.write_text("")
+    return place / "seven.mp4"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (a_folder, "expected a regular file, found a directory"),
+        (a_pipe, "expected a regular file, found a named pipe"),
+        (in_proc, "cannot be written (No such file"),
+        (below_a_file, "cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_before_sampling(checkpoint, tmp_path, capsys, make, message):
+    out = make(tmp_path / "place.mp4")
+    assert main(arguments(checkpoint, out)) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(out) in error and "sampling" not in error
+    assert [path.name for path in tmp_path.iterdir()] == [name for name in ["place.mp4"] if make is not in_proc]
+
+
+def test_a_missing_ffmpeg_is_said_before_sampling(checkpoint, tmp_path, capsys, monkeypatch):
+    def no_program():
+        raise NoFfmpeg("no ffmpeg here")
+
+    monkeypatch.setattr(sample, "find_ffmpeg", no_program)
+    assert main(arguments(checkpoint, tmp_path / "seven.mp4")) == 0
+    warning, _, progress = capsys.readouterr().err.partition("\n")
+    assert warning.startswith("warning: no ffmpeg here; sampling goes on") and "sampling: 100%" in progress
+
+
+def test_an_earlier_video_of_that_name_is_replaced(checkpoint, tmp_path):
+    (tmp_path / "seven.mp4").write_text("earlier")
+    assert main(arguments(checkpoint, tmp_path / "seven.mp4")) == 0
+    assert pixels(tmp_path / "seven.mp4").shape == (2, 240, 480, 3)
+
+
+def test_a_disk_that_fills_up_is_reported(checkpoint, tmp_path, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(video, "write_mp4", full)
+    monkeypatch.setattr(video.np, "save", full)
+    assert main(arguments(checkpoint, tmp_path / "seven.mp4")) == 2
+    assert "seven.npy: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def needed(monkeypatch):
+    """The bytes that each check of memory finds to be needed: the least, and then those of the compiled step."""
+    found = []
+
+    def check(needed, *more, **options):
+        found.append(needed)
+        memory.check_device_memory(needed, *more, **options)
+
+    for module in (sampling_options, generate):
+        monkeypatch.setattr(module, "check_device_memory", check)
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16", "guidance_scale": 1}], ids=str)
+def test_a_step_is_refused_if_and_only_if_it_does_not_fit(checkpoint, tmp_path, capsys, monkeypatch, needed, settings):
+    asked = arguments(checkpoint, tmp_path / "seven.mp4", frames=8, height=64, width=64, steps=1, **settings)
+    assert main(asked) == 0
+    least, step = needed
+    assert 0 < least < step
+    monkeypatch.setattr(memory, "host_bytes", lambda: step)
+    assert main(asked) == 0
+    monkeypatch.setattr(memory, "host_bytes", lambda: step - 1)
+    capsys.readouterr()
+    assert main(asked) == 2
+    assert "a step with 1 videos, each of latents 8x16x16x16: needs at least" in capsys.readouterr().err
+
+
+def test_free_memory_is_within_the_machines_and_the_process_s_limits(monkeypatch):
+    free = memory.host_bytes()
+    assert 0 < free < 2**50
+    with Path("/proc/self/status").open() as status:
+        used = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmSize"))
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (used + 10**6, -1))
+    assert memory.host_bytes() < 2 * 10**6
+    monkeypatch.setattr(memory, "_lines", lambda file: [])
+    assert memory.host_bytes() is None
 
 
 @pytest.mark.parametrize(("part", "name"), [("codec", "wan_vae"), ("text_encoder", "umt5")])

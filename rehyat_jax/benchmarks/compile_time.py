@@ -3,7 +3,6 @@
 Blocks are scanned, so 30 layers should compile as fast as 3. Weights and inputs are abstract: nothing is allocated.
 """
 
-import argparse
 import time
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rehyat_jax.benchmarks.environment import describe_environment
+from rehyat_jax.cli import CommandParser
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 
@@ -28,7 +28,7 @@ def seconds_to_compile(config: WanConfig, *, frames: int = 6) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("benchmarks.compile_time", __doc__, "--preset tiny")
     parser.add_argument("--preset", choices=sorted(WAN_PRESETS), default="t2v-1.3B")
     parser.add_argument("--repeats", type=int, default=3, help="compilations of each; the fastest counts")
     arguments = parser.parse_args()

@@ -5,8 +5,6 @@ devices of a TPU v5e:2x4 and compiled without a TPU. The table has the bytes tha
 (`cost_model.collectives`).
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig
 from rehyat_jax.attention.hybrid.context_parallel import padded_frames
 from rehyat_jax.attention.on_mesh import CONTEXT, hybrid_attention_on_mesh
+from rehyat_jax.cli import CommandParser
 from rehyat_jax.cost_model.collectives import collective_bytes
 from rehyat_jax.cost_model.hlo_operations import executed_operations
 from rehyat_jax.cost_model.tpu_compile import topology_devices
@@ -61,7 +60,7 @@ def sent(frames: int) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What one hybrid layer cut along time sends.")
+    parser = CommandParser("benchmarks.context_parallel", __doc__, "--frames 21 81")
     parser.add_argument("--frames", nargs="+", type=int, default=[21, 81, 321], help="latent frames")
     rows = {frames: sent(frames) for frames in parser.parse_args().frames}
     kinds = [kind for kind in next(iter(rows.values())) if any(row[kind] for row in rows.values())]

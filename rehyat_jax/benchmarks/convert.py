@@ -5,7 +5,6 @@ separate process. Checks that the bytes are equal and that memory stayed below t
 markdown table and deletes its files. It needs three times the checkpoint's size on disk (17 GB for t2v-1.3B).
 """
 
-import argparse
 import filecmp
 import os
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rehyat_jax.benchmarks.environment import describe_environment
+from rehyat_jax.cli import CommandParser
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.table import Layout
@@ -85,7 +85,7 @@ def benchmark(preset: str, folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m rehyat_jax.benchmarks.convert", description=__doc__)
+    parser = CommandParser("benchmarks.convert", __doc__, "--preset t2v-1.3B --workdir /tmp")
     parser.add_argument("--preset", choices=sorted(WAN_PRESETS), default="t2v-1.3B", help="size of the model")
     parser.add_argument("--workdir", type=Path, help="where to put the files meanwhile; default: the system's /tmp")
     arguments = parser.parse_args(argv)

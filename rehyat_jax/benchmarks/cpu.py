@@ -37,7 +37,7 @@ from rehyat_jax.benchmarks.cpu_attention import (
 )
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.benchmarks.peak_memory import measuring_process, peak_bytes
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.write import written_whole
 
@@ -219,11 +219,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehyat_jax.benchmarks.cpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("benchmarks.cpu", __doc__, "--frames 21 42 --json cpu.json")
     parser.add_argument("--frames", type=int, nargs="+", default=[21, 42, 84, 168, 336], help="latent frames")
     parser.add_argument(
         "--attentions",

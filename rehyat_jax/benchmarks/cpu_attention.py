@@ -5,6 +5,7 @@ backward" adds the gradients of queries, keys, values and feature maps.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 from torch.nn.functional import scaled_dot_product_attention
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, HybridState, hybrid_attention
+from rehyat_jax.cli import not_a_command
 from rehyat_jax.pytorch import rehyat_torch
 
 CHUNK_FRAMES, OVERLAP_FRAMES = 3, 1
@@ -166,3 +168,7 @@ ATTENTIONS = {
     "hybrid, streamed": _jax_hybrid_streamed,
 }
 """Name -> (shape, direction) -> call. "streamed" gives the default implementation a video chunk by chunk."""
+
+
+if __name__ == "__main__":
+    sys.exit(not_a_command(__doc__, "benchmarks.cpu"))

@@ -3,13 +3,21 @@
 Prints static cycles (docs/static_cycles.md) of a step of stage 1, and of only the softmax teacher's forward pass on the
 same videos. Both are compiled without a TPU. The command line is that of `rehyat_jax.plan`; without arguments, the
 benchmark takes Wan2.1 1.3B on v5e:4x4.
+
+Options, all of which are those of `rehyat_jax.plan`:
+
+  --config FILE, --topology NAME, --config.field=value, --frames N, --height H, --width W
+
+Example:
+
+  python -m rehyat_jax.benchmarks.distill_step --config configs/wan_1_3b_distill.py --topology v5e:4x4
 """
 
 import sys
 
 import jax
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import printed_help, report_input_errors
 from rehyat_jax.cost_model.chips import chip_of, device_count
 from rehyat_jax.cost_model.tpu_compile import compiled_for_tpu
 from rehyat_jax.errors import InputError
@@ -45,7 +53,15 @@ def compare(request: Request) -> None:
     print(f"| ratio | {step / teacher:.3f} |")
 
 
+def main() -> int:
+    """Parses the command line and prints the table; returns the exit code, 2 if the user's input is wrong."""
+    argv = sys.argv[1:]
+    if printed_help(argv, __doc__):
+        return 0
+    return report_input_errors(lambda: compare(parse_arguments(["plan", *(argv or DEFAULT)]).request))
+
+
 if __name__ == "__main__":
     # The programs are compiled for the topology, not for devices of this machine.
     jax.config.update("jax_platforms", "cpu")
-    sys.exit(report_input_errors(lambda: compare(parse_arguments(["plan", *(sys.argv[1:] or DEFAULT)]).request)))
+    sys.exit(main())

@@ -29,7 +29,7 @@ from rehyat_jax.attention.hybrid.api import STABILIZERS
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.benchmarks.environment import describe_environment
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.write import written_whole
 
@@ -452,11 +452,7 @@ def benchmark(arguments: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; returns exit code 0, 1 if something failed or was wrong, 2 if it could not run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehyat_jax.benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("benchmarks.gpu", __doc__, "--json gpu.json")
     known = [name for name in IMPLEMENTATIONS if name != "reference"]
     on_gpus = [name for name in known if name in ("cudnn", "pallas_gpu")]
     parser.add_argument("--implementations", nargs="+", choices=known, default=on_gpus)

@@ -11,7 +11,6 @@ every program, the table has:
 cuDNN chooses its kernels on the GPU itself, so the table has nothing about them.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -28,7 +27,7 @@ from rehyat_jax.attention.hybrid.api import STABILIZERS
 from rehyat_jax.attention.hybrid.backend import Request, get_backend
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.benchmarks.gpu import CHUNK_FRAMES, FEATURES, HEAD_DIM, OVERLAP_FRAMES, output_and_gradients
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.cost_model.gpu_target import gpu_devices
 from rehyat_jax.cost_model.hlo_arrays import arrays_of
 
@@ -111,11 +110,7 @@ def ptxas_output() -> Iterator[list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehyat_jax.benchmarks.gpu_compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("benchmarks.gpu_compile", __doc__, "--heads 12 --frames 21")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
     arguments = parser.parse_args(argv)

@@ -5,7 +5,6 @@ of a run, with several numbers of workers, and prints a markdown table. It needs
 just written are read from memory, so the figures do not include a slow disk.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rehyat_jax.benchmarks.environment import describe_environment
+from rehyat_jax.cli import CommandParser
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
@@ -104,7 +104,7 @@ def benchmark(folder: Path, workers: list[int], seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m rehyat_jax.benchmarks.input", description=__doc__)
+    parser = CommandParser("benchmarks.input", __doc__, "--workers 0 2 --seconds 10")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of worker processes")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
     parser.add_argument("--workdir", type=Path, help="where to put the files meanwhile; default: the system's /tmp")

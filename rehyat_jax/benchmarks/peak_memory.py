@@ -4,11 +4,13 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rehyat_jax.cli import not_a_command
 from rehyat_jax.errors import InputError
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -58,3 +60,7 @@ def _resident_bytes(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:"))
     return int(kibibytes) * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(not_a_command(__doc__, "benchmarks.cpu"))

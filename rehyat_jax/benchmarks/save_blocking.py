@@ -4,7 +4,6 @@ The benchmark waits for every step, so that the time of `save` has only its own 
 write. The step that runs during the write shares the processors with it.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -14,6 +13,7 @@ import jax
 import ml_collections
 
 from rehyat_jax.benchmarks.environment import describe_environment
+from rehyat_jax.cli import CommandParser
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.parallel.sharding import on_all_devices
 from rehyat_jax.train import parse_arguments
@@ -60,7 +60,7 @@ def measure(config: ml_collections.ConfigDict, folder: Path, saves: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser("benchmarks.save_blocking", __doc__, "--saves 10")
     parser.add_argument("--config", default="configs/demo_teacher.py")
     parser.add_argument("--saves", type=int, default=10)
     arguments = parser.parse_args()

@@ -1,7 +1,10 @@
 """The best block sizes found for JAX's splash attention, so that the baseline is as fast as possible."""
 
 import math
+import sys
 from collections.abc import Callable
+
+from rehyat_jax.cli import not_a_command
 
 Blocks = dict[str, tuple[int, ...]]
 """(queries, keys, keys at a time) of the kernels "forward", "fused" and "dkv"; (queries, keys) of "dq"."""
@@ -66,3 +69,7 @@ def _neighbours(blocks: tuple[int, ...]) -> set[tuple[int, ...]]:
     moved = {tuple(int(size * factor) for size, factor in zip(blocks, move, strict=False)) for move in moves}
     # The keys taken at a time divide a block, and 128 is the smallest size.
     return {sizes for sizes in moved if min(sizes) >= 128 and sizes[-1] <= sizes[1]} - {blocks}
+
+
+if __name__ == "__main__":
+    sys.exit(not_a_command(__doc__, "benchmarks.tpu_static"))

@@ -5,6 +5,7 @@ abstract arguments for which to compile it.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.features.maps import FeatureMap
 from rehyat_jax.attention.hybrid.api import hybrid_attention
+from rehyat_jax.cli import not_a_command
 
 CHUNK_FRAMES, OVERLAP_FRAMES = 3, 1
 
@@ -99,3 +101,7 @@ def _pullback(function: Callable, arguments: tuple[Any, ...], *, differentiated:
         return jax.vjp(lambda *head: function(*head, *tail), *head)[1]
 
     return (lambda pullback, cotangent: pullback(cotangent)), (jax.eval_shape(residuals, *arguments), cotangent)
+
+
+if __name__ == "__main__":
+    sys.exit(not_a_command(__doc__, "benchmarks.tpu_static"))

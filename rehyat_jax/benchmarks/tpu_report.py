@@ -1,8 +1,10 @@
 """Formats the results of `tpu_static`."""
 
 import math
+import sys
 from collections.abc import Iterator
 
+from rehyat_jax.cli import not_a_command
 from rehyat_jax.cost_model.static_cycles import ProgramCost
 
 
@@ -73,3 +75,7 @@ def growth(rows: list[dict]) -> Iterator[str]:
 
 def _millions(cycles: int) -> str:
     return f"{cycles / 1e6:,.4g}M"
+
+
+if __name__ == "__main__":
+    sys.exit(not_a_command(__doc__, "benchmarks.tpu_static"))

@@ -18,7 +18,7 @@ from pathlib import Path
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.benchmarks.splash_blocks import SPLASH_BLOCKS, search, splash_arguments
 from rehyat_jax.benchmarks.tpu_report import details, growth, table_head, table_line
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.cost_model.static_cycles import SPLASH_DATA, ProgramCost, StaticProgram
 from rehyat_jax.cost_model.tpu_bundles import generation_of
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, check_libtpu, compiled_for_tpu
@@ -190,9 +190,7 @@ def search_blocks(topology: str, arguments: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; argparse itself exits with code 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehyat_jax.benchmarks.tpu_static", description="Static cycles of an attention layer on TPUs."
-    )
+    parser = CommandParser("benchmarks.tpu_static", __doc__, "--topology v5e:2x2 --frames 21 81")
     option = parser.add_argument
     default = " (default: %(default)s)"
     option("--topology", nargs="+", default=["v5e:2x2"], help="v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1..." + default)

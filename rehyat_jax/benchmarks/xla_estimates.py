@@ -4,7 +4,6 @@ Compiles single operations of a 14B block without a TPU. The table has the compi
 least cycles of the matrix units and of the memory. `rehyat_jax.plan` computes the fast end of a step's time from them.
 """
 
-import argparse
 import sys
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.cost_model.chips import chip_of
 from rehyat_jax.cost_model.hlo_operations import executed_operations
 from rehyat_jax.cost_model.tpu_compile import topology_devices
@@ -64,7 +63,7 @@ def report(topologies: list[str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser("benchmarks.xla_estimates", __doc__, "v5e:2x2")
     parser.add_argument("topologies", nargs="*", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
     topologies = parser.parse_args().topologies
     return report_input_errors(lambda: report(topologies))

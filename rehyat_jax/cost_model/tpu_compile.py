@@ -1,10 +1,12 @@
 """Ahead-of-time compilation for TPUs, on any machine, with the compiler's own listings.
 
 libtpu compiles on any machine. It reads its options for listings (the VLIW bundles of every kernel) only once, when it
-is loaded, so every program is compiled by a process of its own:
-python -m rehyat_jax.cost_model.tpu_compile MODULE:FUNCTION ARGUMENTS TOPOLOGY DIRECTORY MESH.
+is loaded, so a process of its own compiles every program:
+
+  python -m rehyat_jax.cost_model.tpu_compile MODULE:FUNCTION ARGUMENTS TOPOLOGY DIRECTORY MESH
 """
 
+import argparse
 import dataclasses
 import importlib
 import importlib.util
@@ -185,5 +187,16 @@ def _for_one(device: jax.Device, make_case: Callable, arguments: dict) -> jax.st
 
 
 if __name__ == "__main__":
-    case, keywords, topology, directory, mesh = sys.argv[1:]
-    _compile(case, json.loads(keywords), topology, Path(directory), for_all_devices=mesh == "all")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__spec__.name}",
+        description=__doc__,
+        epilog=f"example:\n  python -m {__spec__.name} my_cases:layer '{{\"frames\": 21}}' v5e:2x2 listings one",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("case", metavar="MODULE:FUNCTION", help="function that returns another one and its arguments")
+    parser.add_argument("keywords", metavar="ARGUMENTS", type=json.loads, help="of FUNCTION, as a JSON object")
+    parser.add_argument("topology", metavar="TOPOLOGY", help="a slice of TPUs, v5e:2x2")
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="for the listings and result.json")
+    parser.add_argument("mesh", metavar="MESH", choices=("all", "one"), help="all or one: devices of the program")
+    given = parser.parse_args()
+    _compile(given.case, given.keywords, given.topology, given.directory, for_all_devices=given.mesh == "all")

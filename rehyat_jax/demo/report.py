@@ -4,14 +4,13 @@ Compares the softmax teacher with the hybrid student that the recipe made from i
 `metrics.json`, pictures, `teacher.mp4` and `student.mp4` into the folder of runs.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from einops import rearrange
 
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.demo import measure
 from rehyat_jax.demo.judge import Judge
 from rehyat_jax.demo.plots import save_block_errors, save_losses
@@ -184,7 +183,7 @@ def markdown(metrics: dict[str, float]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and reports; returns the exit code, 1 if an expectation is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("demo.report", __doc__, "--runs runs/demo")
     parser.add_argument("--runs", type=Path, required=True, help="folder with the demo's runs")
     arguments = parser.parse_args(argv)
 

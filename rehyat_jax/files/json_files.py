@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.regular import SMALL, check_regular_file
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError if it can't be read or holds something else."""
+    """The object in a JSON file of at most `SMALL` bytes.
+
+    Raises:
+      InputError: the file can't be read, is no regular file, is too large, or holds something else.
+    """
+    check_regular_file(file, largest_bytes=SMALL)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,6 +1,7 @@
 """Writes MP4 files and reads video files with the ffmpeg program of imageio-ffmpeg or of the machine."""
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -53,10 +54,11 @@ def find_ffmpeg() -> str:
 def write_video(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> Path:
     """Writes an MP4 file with `write_mp4`; if ffmpeg is missing or fails, writes the frames as a NumPy array.
 
-    The array is uint8 [frames, height, width, 3], not enlarged. A warning on stderr gives the reason.
+    The array is uint8 [frames, height, width, 3], not enlarged. A warning on stderr gives the reason. No file that
+    exists is replaced by an array, because the caller did not name it.
 
     Returns:
-      The written file: `path`, or the array's file, which has the suffix .npy.
+      The written file: `path`, or the array's file: path's name with the suffix .npy, or _1.npy and so on.
 
     Raises:
       ValueError: as in `write_mp4`.
@@ -66,7 +68,10 @@ def write_video(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: in
         write_mp4(path, video, fps=fps, scale=scale)
         return Path(path)
     except (NoFfmpeg, OSError) as error:
-        array = Path(path).with_suffix(".npy")
+        array, number = Path(path).with_suffix(".npy"), 0
+        while os.path.lexists(array):
+            number += 1
+            array = Path(path).with_name(f"{Path(path).stem}_{number}.npy")
         with reported_write_errors(array), written_whole(array) as temporary, temporary.open("wb") as file:
             np.save(file, _as_bytes(np.asarray(video)))
         print(f"warning: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.files.temporary import new_token, temporary_path
 
 REMEDIES = {
@@ -26,8 +27,13 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`; its file is renamed to `path` when the block ends without an exception.
 
     Missing parent directories are created. After an exception the temporary file is removed, and `path` is unchanged.
+
+    Raises:
+      InputError: a directory, a pipe or a device is at `path`. Renaming would remove it, /dev/null for instance.
     """
     path = Path(path)
+    if os.path.exists(path):
+        check_regular_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name is different in every call: several hosts may write the same file of a shared folder.
     temporary = temporary_path(path, new_token(), "partial")
@@ -54,3 +60,21 @@ def reported_write_errors(path: str | os.PathLike) -> Iterator[None]:
             f"{os.fspath(path)}: cannot be written ({os.strerror(number)}); {REMEDIES[number]}, and give the same "
             f"command again"
         ) from error
+
+
+def check_place(file: Path) -> None:
+    """Creates the directory of a file that will be written much later, and tries to write there.
+
+    Raises:
+      InputError: that fails, or something other than a regular file is at `file`.
+    """
+    if os.path.exists(file):
+        check_regular_file(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        probe = temporary_path(file, new_token(), "partial")
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file}: cannot be written ({reason}); choose another place") from error

@@ -1,11 +1,11 @@
 """Codecs between videos and the latents that the diffusion transformer works on."""
 
-import difflib
 from typing import Any, Protocol
 
 from einops import rearrange, repeat
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.shown import closest
 
 Array = Any
 """A numpy or JAX array; a codec returns the kind that it was given."""
@@ -105,5 +105,5 @@ def get_codec(name: str) -> Codec:
             "trained on latents encoded elsewhere and sampled to latents, but not decoded to video; only "
             '"space_to_depth" can decode'
         )
-    known = difflib.get_close_matches(name, ("space_to_depth", "wan_vae"), n=2, cutoff=0)
+    known = closest(name, ("space_to_depth", "wan_vae"))
     raise InputError(f"unknown codec {name!r}; the known ones, closest first: {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from rehyat_jax.generation.guidance import guided_velocity
 from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+from rehyat_jax.parallel.memory import check_device_memory
 
 Array = jax.Array
 
@@ -94,18 +96,24 @@ def generate_latents(
     A step is compiled once for each model architecture and shape, and later calls reuse it. Before each step,
     `on_step` gets its number, its coefficients (sigma and timestep among them), and the latents [B, T, H, W, C] that
     the model will see.
+
+    Raises:
+      InputError: the arrays of a step do not fit into memory.
     """
     graphdef, params = nnx.split(model)
     table = coefficient_table(wan_grid(steps, flow_shift), sampler, noise.dtype)
     state = initial_state(noise)
+    if guidance_scale == 1:
+        advance, conditions = _conditional_step, (text,)
+    else:
+        advance, conditions = _guided_step, (text, negative_text, guidance_scale)
     for index in tqdm(range(steps), desc="sampling", unit="step", disable=not progress):
         step = Coefficients(*(column[index] for column in table))
         if on_step is not None:
             on_step(index, step, state.latents)
-        if guidance_scale == 1:
-            state = _conditional_step(graphdef, params, state, step, text)
-        else:
-            state = _guided_step(graphdef, params, state, step, text, negative_text, guidance_scale)
+        if index == 0:
+            _check_memory(advance, graphdef, params, state, step, *conditions)
+        state = advance(graphdef, params, state, step, *conditions)
         # JAX returns before the device is done; without waiting, the bar would show how fast steps are queued.
         jax.block_until_ready(state)
     return state.latents
@@ -148,6 +156,21 @@ def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, widt
                 f"found {latent}; choose a multiple of {pixels // latent * patch}"
             )
     return *size, channels
+
+
+def _check_memory(advance: Any, graphdef: nnx.GraphDef, params: nnx.State, state: SolverState, *more: Any) -> None:
+    """Compiles a step, which its first call then need not do. Raises InputError if it does not fit into memory."""
+    sizes = advance.lower(graphdef, params, state, *more).compile().memory_analysis()
+    if sizes is None:
+        return
+    batch, *latents = state.latents.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    check_device_memory(
+        sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        f"a step with {batch} videos, each of latents {'x'.join(map(str, latents))}",
+        "sample fewer or smaller videos at once",
+        devices=1 if mesh.empty else mesh.size,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -11,12 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from rehyat_jax.diffusion.samplers import Sampler
+from rehyat_jax.errors import InputError
 from rehyat_jax.generation.codecs import Codec, get_codec
 from rehyat_jax.generation.generate import latent_shape
 from rehyat_jax.generation.text_encoders import TextEncoder, get_text_encoder
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.parallel.memory import check_device_memory
 from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
 from rehyat_jax.weights import load_wan, read_model_metadata
+from rehyat_jax.weights.models import spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,21 +112,61 @@ def open_model(checkpoint: Path, options: SamplingOptions) -> OpenedModel:
     """Checks the options against a model checkpoint or a PyTorch folder.
 
     Raises:
-      InputError: the checkpoint, the size or the mesh is wrong.
+      InputError: the checkpoint, the size or the mesh is wrong, or the videos cannot fit into memory.
     """
     config, metadata = read_model_metadata(checkpoint)
     codec, text_encoder = get_codec(metadata["codec"]), get_text_encoder(metadata["text_encoder"])
+    if text_encoder.text_dim != config.text_dim or text_encoder.length > config.text_length:
+        raise InputError(
+            f"{checkpoint}: expected text_dim {text_encoder.text_dim} and a text_length of at least "
+            f"{text_encoder.length}, which its text encoder {metadata['text_encoder']!r} makes, found "
+            f"{config.text_dim} and {config.text_length}; name the text encoder that the model was trained with"
+        )
     asked_size = options.frames, options.height, options.width
     size = [asked or default for asked, default in zip(asked_size, codec.default_size, strict=True)]
     shape = latent_shape(config, codec, *size)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(options.mesh)) if options.mesh else None
+    # Guidance evaluates every video twice at once.
+    evaluated = options.batch * (1 if options.guidance_scale == 1 else 2)
     if mesh is not None:
-        # Guidance evaluates every video twice at once.
-        check_batch(mesh, options.batch * (1 if options.guidance_scale == 1 else 2))
+        check_batch(mesh, evaluated)
         check_heads(mesh, config.num_heads)
+    devices = 1 if mesh is None else mesh.size
+    itemsize = jnp.dtype(options.dtype).itemsize
+    check_device_memory(
+        _least_bytes(config, shape, options.batch, evaluated, math.prod(size), itemsize) // devices,
+        f"--batch {options.batch} --frames {size[0]} --height {size[1]} --width {size[2]}",
+        "choose fewer or smaller videos",
+        devices=devices,
+    )
     on_mesh = lambda: contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     load = lambda: load_wan(checkpoint, dtype=jnp.dtype(options.dtype))
     return OpenedModel(metadata["codec"], metadata["text_encoder"], codec, text_encoder, shape, on_mesh, load)
+
+
+def _least_bytes(
+    config: Any, latent_shape: tuple[int, int, int, int], videos: int, evaluated: int, pixels: int, itemsize: int
+) -> int:
+    """Bytes that are in memory at once, at the least, while `videos` videos of `pixels` pixels are sampled.
+
+    In a block, its input is there next to queries, keys and values, and next to the hidden layer of its MLP. Compilers
+    fuse much, but none computes attention before it has all keys. A step takes two or more arrays of latents, and
+    returns four.
+
+    Args:
+      config: architecture.
+      latent_shape: (T, H, W, C) of a video.
+      videos: videos sampled at once.
+      evaluated: videos that the model evaluates at once.
+      pixels: of all frames of a video.
+      itemsize: bytes of a number in the compute dtype.
+    """
+    weights = sum(math.prod(row.stacked_shape) for row in spec_of(config).table(config))
+    latents = videos * math.prod(latent_shape)
+    tokens = math.prod(latent_shape[:3]) // math.prod(config.patch_size)
+    text = config.text_length * (config.text_dim + config.width)
+    activations = evaluated * (tokens * (config.width + max(3 * config.width, config.ffn_dim)) + text)
+    return 4 * weights + max(8 * latents + itemsize * activations, 24 * latents, 4 * latents + 12 * videos * pixels)
 
 
 def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]:
@@ -143,6 +188,6 @@ def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]
 def axis_and_size(text: str) -> tuple[str, int]:
     """An argparse type: a mesh axis and its size, as in "context=4"."""
     axis, _, size = text.partition("=")
-    if axis not in AXES or not size.lstrip("-").isdigit():
+    if axis not in AXES or not re.fullmatch(r"-?[0-9]{1,9}", size):
         raise argparse.ArgumentTypeError(f"expected AXIS=DEVICES with an axis of {', '.join(AXES)}, found {text!r}")
     return axis, int(size)

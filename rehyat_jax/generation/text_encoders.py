@@ -1,6 +1,5 @@
 """Text encoders: prompts to the embeddings that the diffusion transformer's cross attention reads."""
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.shown import closest
 
 
 class TextEncoder(Protocol):
@@ -41,7 +41,7 @@ class WordVectors:
             raise ValueError(f"expected a sequence of prompts, found one string {prompts!r}; wrap it in a list")
         embeddings = np.zeros((len(prompts), self.length, self.text_dim), np.float32)
         for row, prompt in zip(embeddings, prompts, strict=True):
-            words = prompt.lower().split()
+            words = checked_text(prompt).lower().split()
             if len(words) > self.length:
                 raise InputError(
                     f"prompt {prompt!r}: expected at most {self.length} words, found {len(words)}; shorten the prompt"
@@ -58,6 +58,18 @@ class WordVectors:
         return (unit_interval - 0.5) * np.sqrt(12)
 
 
+def checked_text(prompt: str) -> str:
+    """The prompt itself. Raises InputError if it cannot be UTF-8: Python keeps other bytes of a command line so."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"prompt {prompt!r}: expected text in UTF-8, found {prompt[error.start]!r}, which is no character; write "
+            f"the prompt in UTF-8"
+        ) from error
+    return prompt
+
+
 def get_text_encoder(name: str) -> TextEncoder:
     """The encoder that a model's checkpoint names. Raises InputError for an unknown or not yet available one."""
     if name == "word_vectors":
@@ -67,5 +79,5 @@ def get_text_encoder(name: str) -> TextEncoder:
             'text encoder "umt5" is not available yet in this version of rehyat_jax; only "word_vectors" is, so encode '
             "prompts elsewhere and give the embeddings to the programming interface"
         )
-    known = difflib.get_close_matches(name, ("word_vectors", "umt5"), n=2, cutoff=0)
+    known = closest(name, ("word_vectors", "umt5"))
     raise InputError(f"unknown text encoder {name!r}; the known ones, closest first: {', '.join(known)}")

@@ -1,18 +1,24 @@
 """Reads a model's configuration from JSON and checks every field before it is used."""
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from rehyat_jax.attention.form import FORM_FIELDS, FORMS, HybridConfig
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.shown import closest
 
 CURRENT = max(FORM_FIELDS)
 """The format version that is written."""
+
+LARGEST = 2**20
+"""Largest integer of a configuration, far above the sizes of models."""
+
+MOST_LAYERS = 2**12
+"""Largest number of blocks; tables of parameters have an entry for each."""
 
 
 def config_from_json(config_class: type, fields: Any, source: str, version: int = CURRENT) -> Any:
@@ -30,6 +36,10 @@ def config_from_json(config_class: type, fields: Any, source: str, version: int 
     _check_object(fields, source, "")
     forms = {name: fields[name] for name in FORM_FIELDS[version] if name in fields}
     _check_fields(config_class, {name: value for name, value in fields.items() if name not in forms}, source, "")
+    if fields.get("num_layers", 0) > MOST_LAYERS:
+        raise InputError(
+            f"{source}: field 'num_layers' should be at most {MOST_LAYERS:,}, found {fields['num_layers']}; correct it"
+        )
     if "hybrid_blocks" in forms:
         _check_blocks(forms["hybrid_blocks"], source, "hybrid_blocks")
     if "hybrid" in forms:
@@ -61,8 +71,8 @@ def require_known(name: str, known: Iterable[str], source: str) -> None:
     """Raises InputError, naming the closest known field, if a field is unknown."""
     known = list(known)
     if name not in known:
-        closest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise InputError(f"{source}: unknown field {name!r}, the closest known one is {closest!r}; rename or remove it")
+        nearest = closest(name, known)[0]
+        raise InputError(f"{source}: unknown field {name!r}, the closest known one is {nearest!r}; rename or remove it")
 
 
 def _check_forms(forms: Any, source: str) -> None:
@@ -105,14 +115,24 @@ def _check_fields(cls: type, fields: Any, source: str, prefix: str) -> None:
         elif dataclasses.is_dataclass(hint):
             _check_fields(hint, fields[name], source, f"{prefix}{name}.")
         elif not _fits(fields[name], hint):
-            expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise InputError(
-                f"{source}: field {prefix + name!r} should be {expected}, found {fields[name]!r}; correct it"
-            )
+            _refuse_value(prefix + name, hint, fields[name], source)
+
+
+def check_field(cls: type, name: str, value: Any, source: str, shown_name: str) -> None:
+    """Raises InputError, with the name that the file uses, unless a value has the type of a configuration's field."""
+    hint = typing.get_type_hints(cls)[name]
+    if not _fits(value, hint):
+        _refuse_value(shown_name, hint, value, source)
+
+
+def _refuse_value(name: str, hint: Any, value: Any, source: str) -> NoReturn:
+    expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    limits = f" of at most {LARGEST:,}" if hint is int else ", finite" if hint is float else ""
+    raise InputError(f"{source}: field {name!r} should be {expected}{limits}, found {value!r}; correct it")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """True if a JSON value has the annotated type; numbers must be finite and not negative."""
+    """True if a JSON value has the annotated type. Numbers must be finite and not negative, integers <= LARGEST."""
     arguments = typing.get_args(hint)
     match typing.get_origin(hint) or hint:
         case typing.Literal:
@@ -125,5 +145,5 @@ def _fits(value: Any, hint: Any) -> bool:
         case builtin if builtin is float:
             return type(value) in (int, float) and 0 <= value < math.inf
         case builtin if builtin is int:
-            return type(value) is int and value >= 0
+            return type(value) is int and 0 <= value <= LARGEST
     return type(value) is hint

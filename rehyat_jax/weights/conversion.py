@@ -6,7 +6,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rehyat_jax.files.new_directory import new_directory
+from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.weights.model_checkpoint import open_model_checkpoint, write_model_checkpoint
+from rehyat_jax.weights.orbax_params import check_path
 from rehyat_jax.weights.replacing import LOADER_FILE, MARK, check_force
 from rehyat_jax.weights.streamed import StreamedModel
 from rehyat_jax.weights.table import Layout
@@ -30,11 +32,12 @@ def convert_from_torch(source: Path, destination: Path, *, replace: bool = False
       InputError: the source is not a complete, finite checkpoint of Wan's text-to-video transformer, or the destination
         can't be written. The destination then stays as it was.
     """
+    check_path(destination)
     destination = _checked(source, destination, replace=replace)
     with _progress_bar() as bar:
         model = open_torch_checkpoint(source, bar.update)
         bar.total = model.nbytes
-        with new_directory(destination, replace=replace) as directory:
+        with reported_write_errors(destination), new_directory(destination, replace=replace) as directory:
             write_model_checkpoint(directory, model)
     return model
 
@@ -69,7 +72,7 @@ def convert_to_torch(
     with _progress_bar() as bar:
         model = open_model_checkpoint(source)
         bar.total = model.nbytes
-        with new_directory(destination, replace=replace) as directory:
+        with reported_write_errors(destination), new_directory(destination, replace=replace) as directory:
             write_torch_checkpoint(directory, model, layout, progress=bar.update, max_shard_bytes=max_shard_bytes)
             (directory / MARK).touch()
             if layout == "diffusers" and model.config.hybrid_blocks:

@@ -16,7 +16,7 @@ from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.files.new_directory import new_directory, new_shared_directory
 from rehyat_jax.weights.config_fields import CURRENT, check_version, config_from_json, require_known
 from rehyat_jax.weights.models import MODELS, spec_of
-from rehyat_jax.weights.orbax_params import open_params, restore_arrays, save_arrays, save_params
+from rehyat_jax.weights.orbax_params import check_path, open_params, restore_arrays, save_arrays, save_params
 from rehyat_jax.weights.safetensors_file import DTYPES
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 
@@ -26,12 +26,13 @@ METADATA = ("codec", "text_encoder")
 
 
 def is_model_checkpoint(path: Path) -> bool:
-    """True if a directory has a model.json."""
-    return (path / MODEL_FILE).is_file()
+    """True if a directory has a model.json, of whatever kind; reading it refuses all but regular files."""
+    return (path / MODEL_FILE).exists()
 
 
 def check_replaceable(path: Path) -> None:
     """Raises InputError if something exists that is no part of a model checkpoint, and that `save_model` would lose."""
+    check_path(path)
     if not path.exists():
         return
     if not is_model_checkpoint(path):
@@ -42,7 +43,8 @@ def check_replaceable(path: Path) -> None:
 
 def foreign_entries(path: Path) -> list[str]:
     """The names in a model checkpoint's directory that are none of its own, sorted."""
-    return sorted({entry.name for entry in path.iterdir()} - {MODEL_FILE, PARAMS})
+    is_own = {MODEL_FILE: Path.is_file, PARAMS: Path.is_dir}
+    return sorted(entry.name for entry in path.iterdir() if not is_own.get(entry.name, lambda entry: False)(entry))
 
 
 def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: str, text_encoder: str) -> None:

@@ -7,6 +7,7 @@ written therefore has its own registered handler, which is an extension that Orb
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ from etils import epath
 from flax import traverse_util
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.json_files import read_json_object
+from rehyat_jax.files.regular import SMALL, check_regular_file
+from rehyat_jax.parallel.memory import check_host_memory
 from rehyat_jax.weights.streamed import StreamedArray
 
 CHUNK_BYTES = 64 * 2**20
 """Largest size of the files that store an array, and the unit of write buffers and of sharded reads."""
+
+CHUNK_OVERHEAD = 2**20
+"""Bytes by which a file of an array may exceed the array, for compression of values that do not compress."""
 
 
 class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
@@ -65,6 +72,7 @@ def save_params(directory: Path, params: dict[str, StreamedArray]) -> None:
       directory: absolute path that does not exist yet.
       params: parameters by path, which is the keys of the tree joined by dots.
     """
+    check_path(directory)
     tree = traverse_util.unflatten_dict(params, sep=".")
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.Checkpointer(_handler()) as checkpointer:
@@ -73,10 +81,19 @@ def save_params(directory: Path, params: dict[str, StreamedArray]) -> None:
 
 def save_arrays(directory: Path, params: dict[str, jax.Array]) -> None:
     """`save_params` for arrays spread over several processes: each process writes the parts that its devices hold."""
+    check_path(directory)
     tree = traverse_util.unflatten_dict(params, sep=".")
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+def check_path(path: Path) -> None:
+    """Raises InputError for a path that is not UTF-8, which TensorStore cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: expected a path in UTF-8, found other bytes in it; choose another place") from error
 
 
 def open_params(directory: Path) -> dict[str, StreamedArray]:
@@ -90,12 +107,48 @@ def open_params(directory: Path) -> dict[str, StreamedArray]:
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: does not exist; the model checkpoint is incomplete, convert or train it again")
+    check_path(directory)
+    _check_files(directory)
     with _reported_damage(directory):
         tree = _handler().metadata(epath.Path(directory)).tree
-        return {
-            path: StreamedArray(array.shape, np.dtype(array.dtype), functools.partial(_restore, directory, path))
+        params = {
+            path: StreamedArray(
+                tuple(array.shape),
+                np.dtype(array.dtype),
+                functools.partial(
+                    _restore, directory, path, nbytes=math.prod(array.shape) * np.dtype(array.dtype).itemsize
+                ),
+            )
             for path, array in traverse_util.flatten_dict(tree, sep=".").items()
         }
+    for path, array in params.items():
+        for file in (directory / path).glob("[!.]*"):
+            check_regular_file(file, largest_bytes=array.nbytes + CHUNK_OVERHEAD)
+    return params
+
+
+def _check_files(directory: Path) -> None:
+    """Raises InputError for files that TensorStore would wait for, or for which it would take memory without bounds."""
+    # A directory for each array; unlike rglob, this follows links to directories.
+    for file in (*directory.glob("*"), *directory.glob("*/*")):
+        if file.is_dir():
+            continue
+        if file.name in ("manifest.ocdbt", "zarr.json"):
+            raise InputError(f"{file}: expected arrays in Zarr's format 2, as this program writes; write them again")
+        check_regular_file(file, largest_bytes=SMALL if file.name.startswith((".z", "_")) else None)
+        if file.name == ".zarray":
+            _check_chunks(file)
+
+
+def _check_chunks(file: Path) -> None:
+    """Raises InputError if the chunks of an array are larger than the array: TensorStore allocates complete chunks."""
+    described = read_json_object(file)
+    shape, chunks = described.get("shape"), described.get("chunks")
+    sizes = lambda value: isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    if not sizes(shape) or not sizes(chunks) or len(shape) != len(chunks):
+        raise InputError(f"{file}: shape and chunks should be lists of sizes, found {shape} and {chunks}")
+    if any(chunk > max(size, 1) for size, chunk in zip(shape, chunks, strict=True)):
+        raise InputError(f"{file}: chunks {chunks} are larger than the array's shape {shape}; the file is damaged")
 
 
 def restore_arrays(
@@ -119,10 +172,11 @@ def restore_arrays(
     return traverse_util.flatten_dict(restored, sep=".")
 
 
-def _restore(directory: Path, path: str) -> np.ndarray:
+def _restore(directory: Path, path: str, nbytes: int) -> np.ndarray:
     unflatten = functools.partial(traverse_util.unflatten_dict, sep=".")
     # Restores a numpy array from a checkpoint of one process and from one of several.
     restore_args = unflatten({path: ocp.RestoreArgs(restore_type=np.ndarray)})
+    check_host_memory(nbytes, f"{directory}: {path}", "use a machine with more memory")
     with _reported_damage(directory):
         args = ocp.args.PyTreeRestore(unflatten({path: 0}), restore_args=restore_args, partial_restore=True)
         restored = _handler().restore(epath.Path(directory), args=args)

@@ -1,5 +1,6 @@
 """What a conversion may replace: only what this program wrote."""
 
+import os
 from pathlib import Path
 
 from rehyat_jax.errors import InputError
@@ -20,8 +21,10 @@ def check_force(source: Path, destination: Path) -> None:
     A link is replaced without its target, an empty directory as if it were not there.
     """
     files = [source, *(source.rglob("*") if source.is_dir() else source.parent.glob(f"*{source.suffix}"))]
-    place = destination.resolve()
-    inside = next((file for file in files if file.resolve().is_relative_to(place)), None)
+    # Unlike Path.resolve, this takes links that lead to one another.
+    resolved = lambda path: Path(os.path.realpath(path))
+    place = resolved(destination)
+    inside = next((file for file in files if resolved(file).is_relative_to(place)), None)
     if inside is not None:
         raise InputError(f"{destination}: would replace the source {inside}; choose another destination")
     if destination.is_symlink() or not destination.exists():

@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.regular import check_regular_file
+from rehyat_jax.parallel.memory import check_host_memory
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 """The dtypes of weights, in the order in which safetensors' own writer places them in a file."""
@@ -51,6 +53,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
       InputError: the file can't be read, is not a safetensors file, is truncated, or holds a tensor whose dtype is not
         one of `DTYPES`.
     """
+    check_regular_file(file)
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -91,14 +94,22 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """The tensor's values. Raises InputError if the file ends before them or holds NaN or infinity."""
+    """The tensor's values.
+
+    Raises:
+      InputError: the file can't be read, ends before them, or holds NaN or infinity; or they do not fit into memory.
+    """
+    check_host_memory(tensor.nbytes, f"{tensor.file}: tensor {tensor.name}", "use a machine with more memory")
     array = np.empty(tensor.shape, tensor.dtype)
     missing = memoryview(array.reshape(-1).view(np.uint8))
-    with open(tensor.file, "rb", buffering=0) as stream:
-        stream.seek(tensor.offset)
-        # One system call reads at most 2 GiB.
-        while count := stream.readinto(missing):
-            missing = missing[count:]
+    try:
+        with open(tensor.file, "rb", buffering=0) as stream:
+            stream.seek(tensor.offset)
+            # One system call reads at most 2 GiB.
+            while count := stream.readinto(missing):
+                missing = missing[count:]
+    except OSError as error:
+        raise InputError(f"{tensor.file}: cannot be read ({error.strerror}); check the disk and the file") from error
     if missing:
         raise InputError(f"{tensor.file}: ends before the end of tensor {tensor.name}; did it change meanwhile?")
     require_finite(array, f"{tensor.file}: tensor {tensor.name}")

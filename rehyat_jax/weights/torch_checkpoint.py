@@ -1,5 +1,6 @@
 """Reads and writes PyTorch checkpoints in either layout as streamed parameters of a model."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.parallel.memory import check_host_memory
 from rehyat_jax.weights.models import MODELS, spec_of
 from rehyat_jax.weights.safetensors_file import StoredTensor, read_tensor, write_tensor
 from rehyat_jax.weights.spec import Inferred, ModelSpec
@@ -187,6 +189,8 @@ def _write_parameter(array: StreamedArray, row: Row, places: list[StoredTensor],
 
 def _reader(row: Row, stack: list[StoredTensor], progress: Progress) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
+        nbytes = math.prod(row.stacked_shape) * stack[0].dtype.itemsize
+        check_host_memory(nbytes, f"{stack[0].file}: {row.path}", "use a machine with more memory")
         array = np.empty(row.stacked_shape, stack[0].dtype)
         layers = [array] if row.blocks is None else array
         for layer, tensor in zip(layers, stack, strict=True):

@@ -10,7 +10,14 @@ from typing import Any
 from rehyat_jax.attention.form import FORM_FIELDS
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
-from rehyat_jax.weights.config_fields import CURRENT, check_version, config_from_json, defaults, require_known
+from rehyat_jax.weights.config_fields import (
+    CURRENT,
+    check_field,
+    check_version,
+    config_from_json,
+    defaults,
+    require_known,
+)
 from rehyat_jax.weights.spec import Inferred, ModelSpec
 from rehyat_jax.weights.table import Layout
 
@@ -90,6 +97,8 @@ def _read_upstream(spec: ModelSpec, file: Path, inferred: dict[str, Inferred]) -
                 f"{file}: {name} should divide the width {width.value} of {width.tensor}, found {value!r}; "
                 f"config.json and the tensors belong to different checkpoints"
             )
+        if ours != "width":
+            check_field(spec.config, ours, value, str(file), name)
         stated[ours] = value
     return stated
 

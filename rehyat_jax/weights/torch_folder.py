@@ -8,6 +8,7 @@ import numpy as np
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
+from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.weights.safetensors_file import StoredTensor, create_file, read_header
 
 NAME = "diffusion_pytorch_model"
@@ -31,8 +32,9 @@ def find_tensors(source: Path) -> tuple[Path, dict[str, StoredTensor]]:
         pickle.
     """
     file = _file_in_folder(source) if source.is_dir() else source
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{file}: does not exist; give a safetensors file or a folder with one")
+    check_regular_file(file)
     if file.suffix in PICKLES:
         raise InputError(
             f"{file}: is a PyTorch pickle by its name, expected safetensors; pickles can run any code when opened and "
@@ -125,7 +127,7 @@ def _read_shards(index_file: Path) -> dict[str, StoredTensor]:
                 f"get the index again"
             )
         file = index_file.parent / shard
-        if not file.is_file():
+        if not file.exists():
             raise InputError(f"{file}: this shard is named in {index_file.name} but does not exist; get it again")
         for name, tensor in read_header(file).items():
             if weight_map.get(name) != shard:

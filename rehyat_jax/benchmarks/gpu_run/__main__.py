@@ -22,7 +22,7 @@ from rehyat_jax.benchmarks.gpu_run.report import render
 from rehyat_jax.benchmarks.gpu_run.results import Results, is_right, read_results
 from rehyat_jax.benchmarks.gpu_run.runner import run_sections
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS
-from rehyat_jax.cli import report_input_errors
+from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.write import written_whole
 
@@ -31,11 +31,7 @@ BUDGET_SECONDS = 480
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; argparse itself exits with code 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehyat_jax.benchmarks.gpu_run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("benchmarks.gpu_run", __doc__, "--json results.json --budget 480")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--json", type=Path, metavar="FILE", help="where the results go")
     what.add_argument("--render", type=Path, metavar="FILE", help="only write the report of these results")

@@ -2,6 +2,16 @@
 
 It writes lines of JSON to standard output. The first line describes the machine; every other line is a row. Other
 output of the section goes to standard error.
+
+Options:
+
+  NAME     a section of `gpu_run`
+  DEVICE   gpu or cpu
+  tiny     the smallest sizes
+
+Example:
+
+  python -m rehyat_jax.benchmarks.gpu_run.process correctness cpu tiny
 """
 
 import ctypes
@@ -15,6 +25,7 @@ import jax
 
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS, sizes_for
+from rehyat_jax.cli import printed_help
 
 
 def main(name: str, device: str, *tiny: str) -> None:
@@ -43,4 +54,5 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if not printed_help(sys.argv[1:], __doc__):
+        main(*sys.argv[1:])
