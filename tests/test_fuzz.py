@@ -3,13 +3,18 @@
 import contextlib
 import io
 import json
+import subprocess
+import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from absl import flags
-from fuzzing import JSON, SCALARS, damaged_bytes, damaged_json_text, fuzzed, only_input_errors
-from hypothesis import given
+from fuzzing import EXAMPLES, JSON, SCALARS, damaged_bytes, damaged_json_text, fuzzed, only_input_errors
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared_data import example, write_data_set
 from test_sample_cli import save_random_model
@@ -17,10 +22,13 @@ from test_sample_cli import save_random_model
 from rehyat_jax.data.manifest import MANIFEST, SHARD_SUFFIX, read_manifest
 from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.data.records import pack, unpack
+from rehyat_jax.files.video import SUFFIXES, UnreadableVideo, find_ffmpeg, frame_size, write_mp4
 from rehyat_jax.generation.options import SamplingOptions, open_model
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.plan import parse_arguments as plan_arguments
 from rehyat_jax.preparation.captions import read_captions
+from rehyat_jax.preparation.units import Hosts
+from rehyat_jax.preparation.videos import prepare_videos
 from rehyat_jax.sample import parse_arguments as sample_arguments
 from rehyat_jax.train import parse_arguments as train_arguments
 from rehyat_jax.training.config import check_config, default_config, load_config, save_config
@@ -191,6 +199,115 @@ def test_captions(folder, name, data):
     with only_input_errors(name):
         captions = read_captions(folder / name)
         assert all(isinstance(text, str) for pair in captions.items() for text in pair)
+
+
+@pytest.fixture(scope="module")
+def seeds(folder) -> list[bytes]:
+    """A video of four frames in each container that `prepare` reads."""
+    (folder / "seeds").mkdir()
+    good = folder / "seeds/good.mp4"
+    write_mp4(good, np.linspace(0, 1, 4 * 16 * 16 * 3).reshape(4, 16, 16, 3))
+    for name in ("b.mov", "c.mkv", "d.avi"):
+        command = [find_ffmpeg(), "-loglevel", "error", "-i", good, "-c", "copy", folder / "seeds" / name]
+        subprocess.run(command, check=True)
+    return [path.read_bytes() for path in sorted((folder / "seeds").iterdir())]
+
+
+VIDEOS = 10
+"""Number of videos of an example of the next test. It makes a tenth of the examples, as each video costs seconds."""
+
+
+@settings(fuzzed, max_examples=max(1, EXAMPLES // (10 * VIDEOS)), deadline=None)
+@given(data=st.data())
+def test_videos(seeds, data):
+    """Damaged videos, prepared together, become examples or are left out by name; the machine is never to blame."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, destination = Path(folder) / "videos", Path(folder) / "data"
+        source.mkdir()
+        for number in range(VIDEOS):
+            suffix = data.draw(st.sampled_from(SUFFIXES))
+            (source / f"{number}{suffix}").write_bytes(data.draw(damaged_video(seeds)))
+            (source / f"{number}.txt").write_text("a seven")
+        with only_input_errors("none of 10 inputs gave an example"):
+            prepare_videos(
+                source,
+                destination,
+                codec="space_to_depth",
+                text_encoder="word_vectors",
+                sizes=[(2, 8, 8)],
+                dtype="float32",
+                unit=VIDEOS,
+                workers=2,
+                hosts=Hosts(),
+            )
+            found = PreparedExamples(destination)
+            for bucket in found.buckets:
+                for index in range(len(bucket)):
+                    bucket.description(index)
+        summary = json.loads((destination / "summary.json").read_text())
+        assert summary["examples"] + len(summary["rejects"]) == VIDEOS
+        assert all(reject["reason"] in ("unreadable", "too short", "too small") for reject in summary["rejects"])
+
+
+@st.composite
+def damaged_video(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """A video with a few bytes changed, or two of its numbers made very large, or its end cut away."""
+    content = draw(st.sampled_from(seeds))
+    match draw(st.sampled_from(["bytes", "numbers", "end"])):
+        case "bytes":
+            return draw(damaged_bytes(content))
+        case "numbers":
+            changed = bytearray(content)
+            for at in draw(st.lists(st.integers(0, len(content) - 4), min_size=1, max_size=2)):
+                number = draw(st.sampled_from([0, 1, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1]))
+                changed[at : at + 4] = number.to_bytes(4, draw(st.sampled_from(["big", "little"])))
+            return bytes(changed)
+        case _:
+            return content[: draw(st.integers(0, len(content)))]
+
+
+def test_no_video_makes_ffmpeg_open_another_file_or_the_network(seeds, tmp_path):
+    good = tmp_path / "elsewhere.mp4"
+    good.write_bytes(seeds[0])
+    with HTTPServer(("127.0.0.1", 0), NothingThere) as server:
+        NothingThere.asked.clear()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            for place in (good, f"file:{good}", f"http://127.0.0.1:{server.server_port}/a.mp4"):
+                for number, playlist in enumerate(playlists(place)):
+                    file = tmp_path / f"{number}.mp4"
+                    file.write_bytes(playlist)
+                    with pytest.raises(UnreadableVideo):
+                        frame_size(file)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert not NothingThere.asked
+
+
+def playlists(place: str | Path) -> list[bytes]:
+    """Files of formats that name other files."""
+    texts = [
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{place}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile '{place}'\n",
+        f"<MPD xmlns='urn:mpeg:dash:schema:mpd:2011' profiles='urn:mpeg:dash:profile:isoff-on-demand:2011'"
+        f" type='static' mediaPresentationDuration='PT1S'><Period><AdaptationSet mimeType='video/mp4'>"
+        f"<Representation id='1' bandwidth='1'><BaseURL>{place}</BaseURL>"
+        f"</Representation></AdaptationSet></Period></MPD>",
+        f"[playlist]\nFile1={place}\nNumberOfEntries=1\n",
+        f"v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=control:{place}\n",
+        f"<?xml version='1.0'?><imf><File>{place}</File></imf>",
+    ]
+    return [text.encode() for text in texts]
+
+
+class NothingThere(BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        self.send_error(404)
 
 
 @fuzzed

@@ -89,7 +89,7 @@ def read_manifest(folder: Path) -> Manifest:
     for name in ("codec", "text_encoder"):
         if not isinstance(fields[name], str):
             raise InputError(f"{file}: expected {name} to be a name, found {fields[name]!r}; prepare the data again")
-    buckets = tuple(_bucket(file, entry) for entry in _list(file, "buckets", fields["buckets"]))
+    buckets = tuple(parse_bucket(file, entry) for entry in _list(file, "buckets", fields["buckets"]))
     names = [shard.file for bucket in buckets for shard in bucket.shards]
     if len(set(names)) < len(names) or len({bucket.latents_shape for bucket in buckets}) < len(buckets):
         raise InputError(f"{file}: expected every shape and every shard once, found one twice; prepare the data again")
@@ -110,7 +110,8 @@ def check_shard(folder: Path, shard: Shard) -> None:
         )
 
 
-def _bucket(file: Path, entry: Any) -> BucketFiles:
+def parse_bucket(file: Path, entry: Any) -> BucketFiles:
+    """The files of a bucket from JSON. Raises InputError, naming the JSON's file, if a value is wrong."""
     fields = _fields(entry, f"{file}: bucket", _names(BucketFiles))
     shape = fields["latents_shape"]
     if not (isinstance(shape, list) and len(shape) == 4 and all(map(_is_count, shape)) and math.prod(shape) < 2**31):

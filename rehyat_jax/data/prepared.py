@@ -8,9 +8,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from rehyat_jax.data.array_records import start_reader
 from rehyat_jax.data.manifest import MANIFEST, NULL_TEXT, BucketFiles, read_manifest
 from rehyat_jax.data.records import RANKS, CorruptRecord, describe, unpack
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.regular import SMALL, check_regular_file
 
 
 class PreparedExamples:
@@ -47,7 +49,8 @@ class Bucket:
       latents_shape: (T, H, W, C).
 
     Raises:
-      InputError: a shard's index cannot be read, or has another number of records than the manifest.
+      InputError: a shard's index cannot be read, or has another number of records than the manifest; or the system
+        refuses the reader's threads.
     """
 
     def __init__(self, folder: Path, files: BucketFiles, kind: str, text_shape: tuple[int, int]):
@@ -55,6 +58,7 @@ class Bucket:
         shapes = {"latents": files.latents_shape, "text": text_shape, "timestep": ()}
         self._shapes = {name: shapes[name] for name in RANKS[kind]}
         # ArrayRecord checks a 64-bit hash of every record: a flipped bit raises an error and never changes a number.
+        start_reader()
         self._shards, self._ends, end = [], [], 0
         for shard in files.shards:
             path = folder / shard.file
@@ -91,6 +95,7 @@ class Bucket:
 
     def _read(self, index: int) -> tuple[Path, int, bytes]:
         """(shard, position in it, record)."""
+        start_reader()  # again in a data worker, which is another process
         number = int(np.searchsorted(self._ends, index, side="right"))
         path, records = self._shards[number]
         position = int(index) - (self._ends[number] - len(records))
@@ -102,9 +107,11 @@ class Bucket:
 
 def read_null_text(file: Path) -> np.ndarray:
     """[L, text_dim] float32, the tensor `text` of a file. Raises InputError if the file has another content."""
+    if file.exists():
+        check_regular_file(file, largest_bytes=SMALL)
     try:
         tensors = load_file(file)
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError, AttributeError) as error:  # the last for dtypes that numpy lacks
         raise InputError(
             f"{file}: expected a safetensors file with the embedding of no caption, found: {error}; write it again"
         ) from error

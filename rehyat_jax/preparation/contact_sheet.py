@@ -1,6 +1,7 @@
 """A picture of a few prepared examples, decoded from the stored latents."""
 
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from rehyat_jax.data.manifest import NULL_TEXT, BucketFiles, Manifest
 from rehyat_jax.data.prepared import Bucket, read_null_text
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.pictures import save_frames
+from rehyat_jax.files.shown import shown
 from rehyat_jax.generation.codecs import get_codec
 
 FILE = "contact_sheet.png"
@@ -31,11 +33,16 @@ def write_contact_sheet(folder: Path, manifest: Manifest) -> str:
     rows = {}
     for bucket, index in _spread(manifest.buckets):
         latents, description = buckets[bucket][index]["latents"], buckets[bucket].description(index)
-        video = np.asarray(codec.decode(latents[None]))[0]
+        try:
+            video = np.asarray(codec.decode(latents[None]))[0]
+        except (RuntimeError, ValueError) as error:  # the codec's name may be wrong, which must not stop the data set
+            return f"no contact sheet: {manifest.codec} cannot decode latents {latents.shape}: {shown(error)}"
         chosen = np.linspace(0, len(video) - 1, len(FRAMES)).round().astype(int)
-        caption = "\n".join(textwrap.wrap(description["caption"], 24, max_lines=5))
-        rows[f"{description['name']}\n{caption}"] = video[chosen]
-    save_frames(folder / FILE, rows, range(len(FRAMES)), titles=FRAMES, inches=1.2)
+        caption = "\n".join(textwrap.wrap(shown(description["caption"]), 24, max_lines=5))
+        rows[f"{shown(description['name'], 60)}\n{caption}"] = video[chosen]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font lacks a caption's characters, which the summary has
+        save_frames(folder / FILE, rows, range(len(FRAMES)), titles=FRAMES, inches=1.2)
     return f"a few of them: {FILE}"
 
 

@@ -1,6 +1,5 @@
 """Stores a few steps of a teacher's sampling trajectories, from which stage 1 can learn without any video."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,15 @@ from tqdm import tqdm
 from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.fingerprint import fingerprint
+from rehyat_jax.files.regular import SMALL, check_regular_file
 from rehyat_jax.generation.generate import generate_latents, initial_noise
 from rehyat_jax.generation.options import SamplingOptions, open_model
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
+from rehyat_jax.weights.load import checkpoint_files
 
-SAMPLED_BYTES = 2**16
-"""Number of bytes that a fingerprint reads at either end of a model's file; a complete file would take minutes."""
+BLOCKS = 1024
+"""Number of blocks of 64 KiB that are read from a model to know it again."""
 
 
 def prepare_trajectories(
@@ -58,7 +60,7 @@ def prepare_trajectories(
     options = {
         **sampling.solver,
         **{"negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "compute_dtype": sampling.dtype},
-        **{"batch": sampling.batch, "keep": keep, "dtype": dtype, "model": fingerprint(checkpoint)},
+        **{"batch": sampling.batch, "keep": keep, "dtype": dtype, **fingerprints(checkpoint)},
         "latents_shape": opened.latent_shape,
     }
     inputs = lines * noises
@@ -102,21 +104,31 @@ def prepare_trajectories(
         return prepare(destination, plan, fill, lambda: null_text, hosts, item="sample")
 
 
-def fingerprint(folder: Path) -> str:
-    """Identifies the files of a model, wherever they are stored, from their names, sizes, beginnings and ends."""
-    digest, files = hashlib.sha256(), sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLED_BYTES))
-            file.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(file.read(SAMPLED_BYTES))
-    return f"{len(files)} files, SHA-256 {digest.hexdigest()}"
+def fingerprints(checkpoint: Path) -> dict[str, str]:
+    """Identifies a model, wherever it is stored, from the names, sizes and parts of its files.
+
+    Returns:
+      "model", which earlier versions wrote for folders alone: of all files in a folder, or of those that are read, from
+      their beginnings and ends. "model_blocks": of the files that are read, from `BLOCKS` blocks spread over them.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
+    folder, files = checkpoint_files(checkpoint)
+    everything = [path for path in checkpoint.rglob("*") if path.is_file()] if checkpoint.is_dir() else files
+    try:
+        return {
+            "model": fingerprint(everything, checkpoint if checkpoint.is_dir() else folder),
+            "model_blocks": fingerprint(files, folder, blocks=BLOCKS),
+        }
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def read_prompts(file: Path) -> list[str]:
     """The non-empty lines of a file. Raises InputError if there are none, or the file is not UTF-8 text."""
+    if file.exists():
+        check_regular_file(file, largest_bytes=SMALL)
     try:
         lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors.numpy import save
 from tqdm import tqdm
 
+from rehyat_jax.data.array_records import start_reader
 from rehyat_jax.data.manifest import (
     NULL_TEXT,
     SHARD_SUFFIX,
@@ -26,6 +27,7 @@ from rehyat_jax.data.manifest import (
     Manifest,
     Shard,
     check_shard,
+    parse_bucket,
     read_manifest,
     write_manifest,
 )
@@ -33,12 +35,17 @@ from rehyat_jax.data.prepared import read_null_text
 from rehyat_jax.data.records import pack
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
+from rehyat_jax.files.shown import shown
+from rehyat_jax.files.temporary import remove_leftovers
 from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.preparation.contact_sheet import write_contact_sheet
 from rehyat_jax.weights.safetensors_file import DTYPES
 
 PLAN, UNITS = ".prepare/plan.json", ".prepare/units"
 SUMMARY = "summary"
+
+MOST_FAILURES = 8
+"""Number of units that may fail for reasons of the machine before the command gives up."""
 
 STORED = {str(dtype): dtype for dtype in DTYPES.values()}
 """Dtypes of stored latents and text, by name."""
@@ -77,6 +84,13 @@ class Hosts(NamedTuple):
     num_hosts: int = 1
 
 
+class NotNow(InputError):
+    """An input cannot be read on this machine now, which says nothing about the input.
+
+    Its unit is not done, so the next run of the command reads it again.
+    """
+
+
 class UnitWriter:
     """Writes a unit's examples, and collects the reasons why inputs gave none."""
 
@@ -107,7 +121,7 @@ class UnitWriter:
           reason: a few words, equal for all inputs with the same reason.
           detail: details about this input.
         """
-        self._rejects.append({"name": name, "reason": reason, "detail": detail})
+        self._rejects.append({"name": name, "reason": reason, "detail": shown(detail, 1000)})
 
     def _file(self, shape: tuple[int, ...]) -> str:
         return f"{self._number:06d}-{'x'.join(map(str, shape))}{SHARD_SUFFIX}"
@@ -136,7 +150,7 @@ def prepare(
     Args:
       folder: created if needed. Several hosts use the same one, or copy theirs into one and run the command again.
       plan: plan of the complete data set.
-      fill: prepares a unit.
+      fill: prepares a unit, or raises NotNow.
       null_text: returns the embedding of no caption, [L, text_dim] float32.
       hosts: selects the units of this host.
       item: word for an input, in messages.
@@ -145,36 +159,67 @@ def prepare(
       A message for the user: the summary of the complete data set, or the number of units left to other hosts.
 
     Raises:
-      InputError: the folder has other files or cannot be written, or no input gave an example.
+      InputError: the folder has other files or cannot be written, or no input gave an example; or some inputs cannot be
+        read on this machine now, and the units of all others are done.
     """
-    _open(folder, plan)
+    start_reader()  # raises here, before any work: completing the data set needs it
+    content = _content(plan)
+    _open(folder, content)
+    for place in (folder, folder / UNITS, (folder / PLAN).parent):
+        remove_leftovers(place)
     units = plan.units
     mine = range(hosts.host, len(units), hosts.num_hosts)
     pending = [number for number in mine if not _is_done(folder, number)]
     done = sum(len(units[number]) for number in mine) - sum(len(units[number]) for number in pending)
     total = sum(len(units[number]) for number in mine)
+    failures: list[str] = []
     with tqdm(total=total, initial=done, desc="preparing", unit=item, dynamic_ncols=True, smoothing=0.05) as progress:
         for number in pending:
-            with reported_write_errors(folder):
-                for left in folder.glob(f".{number:06d}-*.partial"):
-                    left.unlink()
-                with contextlib.ExitStack() as stack:
-                    writer = UnitWriter(folder, number, stack)
-                    fill(writer, units[number], progress)
-                with written_whole(_report(folder, number)) as temporary:
-                    write_json(temporary, writer.report())
+            before = progress.n
+            try:
+                _prepare_unit(folder, content, number, fill, units[number], progress)
+            except NotNow as error:
+                failures.append(str(error))
+                progress.n = before
+                progress.refresh()
+                if len(failures) == MOST_FAILURES:
+                    break
     missing = [number for number in range(len(units)) if not _is_done(folder, number)]
+    if missing and failures:
+        raise InputError(
+            f"{shown(folder)}: {len(missing)} of {len(units)} units are not done. These inputs cannot be read on this "
+            f"machine now: {'; '.join(shown(failure, 300) for failure in failures)}. Give the same command again to "
+            f"read them again, or take them away and begin anew in another folder"
+        )
     if missing:
-        return f"{folder}: {len(missing)} of {len(units)} units are left to other hosts"
+        return f"{shown(folder)}: {len(missing)} of {len(units)} units are left to other hosts"
     with reported_write_errors(folder):
         _complete(folder, plan, null_text, item)
     return (folder / f"{SUMMARY}.txt").read_text(encoding="utf-8").rstrip()
 
 
-def _open(folder: Path, plan: Plan) -> None:
-    """Writes the plan into a new folder, and checks that the folder's plan is equal to this one."""
+def _prepare_unit(
+    folder: Path, content: dict[str, Any], number: int, fill: Fill, numbers: range, progress: tqdm
+) -> None:
+    """Prepares the inputs of one unit, and writes its report."""
+    with reported_write_errors(folder):
+        with contextlib.ExitStack() as stack:
+            writer = UnitWriter(folder, number, stack)
+            fill(writer, numbers, progress)
+            # Another command that began at the same moment may have written its own plan over this one.
+            _check_plan(folder, content)
+        with written_whole(_report(folder, number)) as temporary:
+            write_json(temporary, writer.report())
+
+
+def _content(plan: Plan) -> dict[str, Any]:
+    """The plan as it is written."""
     digest = hashlib.sha256(json.dumps(plan.inputs, sort_keys=True).encode()).hexdigest()
-    content = json.loads(json.dumps({**plan._asdict(), "inputs": f"{len(plan.inputs)}, SHA-256 {digest}"}))
+    return json.loads(json.dumps({**plan._asdict(), "inputs": f"{len(plan.inputs)}, SHA-256 {digest}"}))
+
+
+def _open(folder: Path, content: dict[str, Any]) -> None:
+    """Writes the plan into a new folder, and checks that the folder's plan is equal to this one."""
     file = folder / PLAN
     if not file.exists():
         # Another host may be writing the plan at this moment.
@@ -183,14 +228,25 @@ def _open(folder: Path, plan: Plan) -> None:
             raise InputError(f"{folder}: expected a new or empty folder, found other files; choose another destination")
         with reported_write_errors(folder), written_whole(file) as temporary:
             write_json(temporary, content)
-    before = read_json_object(file)
+    _check_plan(folder, content)
+
+
+def _check_plan(folder: Path, content: dict[str, Any]) -> None:
+    """Raises InputError unless the folder's plan has this content."""
+    before = read_json_object(folder / PLAN)
+    if isinstance(written := before.get("options"), dict):
+        # Earlier versions wrote fewer options.
+        options = {name: value for name, value in content["options"].items() if name in written}
+        content = {**content, "options": options}
     different = [
-        f"{name} was {before.get(name)}, is {content[name]}" for name in content if before.get(name) != content[name]
+        f"{name} was {shown(before.get(name), 500)}, is {shown(content[name], 500)}"
+        for name in content
+        if before.get(name) != content[name]
     ]
     if different:
         raise InputError(
-            f"{folder}: was begun with other inputs or options: {'; '.join(different)}; give the same, or another "
-            f"destination"
+            f"{shown(folder)}: was begun with other inputs or options: {'; '.join(different)}; give the same, or "
+            f"another destination"
         )
 
 
@@ -203,30 +259,40 @@ def _is_done(folder: Path, number: int) -> bool:
     if not _report(folder, number).is_file():
         return False
     try:
-        for shard in _shards(_report(folder, number)):
-            check_shard(folder, shard[1])
+        for bucket in _read_report(_report(folder, number))[0]:
+            for shard in bucket.shards:
+                check_shard(folder, shard)
     except InputError:
         return False
     return True
 
 
-def _shards(report: Path) -> Iterator[tuple[tuple[int, ...], Shard]]:
-    for entry in read_json_object(report)["shards"]:
-        shape = tuple(entry.pop("latents_shape"))
-        yield shape, Shard(**entry)
+def _read_report(file: Path) -> tuple[list[BucketFiles], list[dict[str, str]]]:
+    """(the shards of a unit, one for each shape; the inputs that gave no example). Raises InputError if damaged."""
+    content = read_json_object(file)
+    try:
+        shards = [dict(entry) for entry in content["shards"]]
+        buckets = [
+            parse_bucket(file, {"latents_shape": entry.pop("latents_shape"), "shards": [entry]}) for entry in shards
+        ]
+        return buckets, [{key: str(entry[key]) for key in ("name", "reason", "detail")} for entry in content["rejects"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: expected the report of a unit, found another content; delete it") from error
 
 
 def _complete(folder: Path, plan: Plan, null_text: Callable[[], np.ndarray], item: str) -> None:
     """Writes the files of the complete data set, the manifest last, unless they exist."""
-    reports = [_report(folder, number) for number in range(len(plan.units))]
-    shards: dict[tuple[int, ...], list[Shard]] = {}
-    for shape, shard in (pair for report in reports for pair in _shards(report)):
-        shards.setdefault(shape, []).append(shard)
+    reports = [_read_report(_report(folder, number)) for number in range(len(plan.units))]
+    shards: dict[tuple[int, int, int, int], list[Shard]] = {}
+    for bucket in (bucket for found, _ in reports for bucket in found):
+        shards.setdefault(bucket.latents_shape, []).extend(bucket.shards)
     buckets = tuple(BucketFiles(shape, tuple(shards[shape])) for shape in sorted(shards))
     manifest = Manifest(plan.kind, plan.codec, plan.text_encoder, buckets)
+    for left in folder.glob(f".??????-*{SHARD_SUFFIX}.*.partial"):  # by killed processes of any machine
+        left.unlink(missing_ok=True)
     if _is_complete(folder, manifest):
         return
-    rejects = [reject for report in reports for reject in read_json_object(report)["rejects"]]
+    rejects = [reject for _, rejected in reports for reject in rejected]
     summary = {
         "inputs": len(plan.inputs),
         "examples": sum(bucket.examples for bucket in buckets),
@@ -270,7 +336,10 @@ def _told(folder: Path, summary: Mapping[str, Any], item: str, sheet: str) -> st
     for bucket in summary["buckets"]:
         lines.append(f"  latents {'x'.join(map(str, bucket['latents_shape']))}: {bucket['examples']} examples")
     for reject in summary["rejects"][:20]:
-        lines.append(f"  left out {reject['name']}: {reject['reason']}{reject['detail'] and ': '}{reject['detail']}")
+        lines.append(
+            f"  left out {shown(reject['name'])}: {reject['reason']}"
+            f"{reject['detail'] and ': '}{shown(reject['detail'])}"
+        )
     if len(summary["rejects"]) > 20:
         lines.append(f"  and {len(summary['rejects']) - 20} more, in {SUMMARY}.json")
     return "\n".join([*lines, sheet]) + "\n"

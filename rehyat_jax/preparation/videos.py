@@ -13,8 +13,8 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.files.video import UnreadableVideo, find_ffmpeg, frame_size, read_clip
 from rehyat_jax.generation.codecs import get_codec
 from rehyat_jax.generation.text_encoders import get_text_encoder
-from rehyat_jax.preparation.captions import Captioned, captioned_videos
-from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
+from rehyat_jax.preparation.captions import Captioned, captioned_videos, is_text
+from rehyat_jax.preparation.units import STORED, Hosts, NotNow, Plan, UnitWriter, prepare
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video."""
@@ -49,8 +49,8 @@ def prepare_videos(
       workers: number of videos that are decoded at the same time, each in its own process.
 
     Raises:
-      InputError: the videos, their captions, a size or the destination is wrong. A single unusable video gives no
-        example, and the summary names it.
+      InputError: the videos, their captions, a size or the destination is wrong; or a video cannot be read on this
+        machine now, and all others are done. An unusable video gives no example, and the summary names it.
       NoFfmpeg: this machine has no ffmpeg program.
     """
     find_ffmpeg()  # raises here, before the destination is created
@@ -67,7 +67,15 @@ def prepare_videos(
         chosen = [videos[number] for number in numbers]
         for video, clip in zip(chosen, _clips(source, chosen, sizes, the_codec.fps, workers), strict=True):
             try:
-                latents = the_codec.encode(clip.result()[None].astype(np.float32) / 255)[0]
+                pixels = clip.result()
+            except Rejected as error:
+                writer.reject(video.name, *error.args)
+                progress.update()
+                continue
+            except OSError as error:
+                raise NotNow(str(error)) from error
+            try:
+                latents = the_codec.encode(pixels[None].astype(np.float32) / 255)[0]
                 text = _embedded(the_encoder, video.caption)
                 example = {"latents": np.asarray(latents).astype(stored), "text": text.astype(stored)}
                 writer.add(example, {"name": video.name, "caption": video.caption})
@@ -83,21 +91,29 @@ def prepare_videos(
 def _clips(
     folder: Path, videos: Sequence[Captioned], sizes: Sequence[Size], fps: int, workers: int
 ) -> Iterator[Future[np.ndarray]]:
-    """The clips in order, each [frames, height, width, 3] uint8 or a Rejected; a few are decoded ahead."""
+    """The clips in order, each [frames, height, width, 3] uint8 or an exception of `_clip`; some are decoded ahead."""
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[Future[np.ndarray]] = deque()
         for video in videos:
-            ahead.append(pool.submit(_clip, folder, video, sizes, fps))
+            try:
+                ahead.append(pool.submit(_clip, folder, video, sizes, fps))
+            except RuntimeError as error:  # no thread for it
+                raise NotNow(f"{video.name}: {error}") from error
             if len(ahead) > workers:
                 yield ahead.popleft()
         yield from ahead
 
 
 def _clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: int) -> np.ndarray:
+    """The clip of a video. Raises Rejected, or OSError if this machine cannot read it now."""
     if video.size is None:
         raise Rejected("no such video", "it has a caption")
+    if not is_text(video.name):
+        raise Rejected("name refused", "expected a name in UTF-8; rename the file")
     if video.caption is None:
         raise Rejected("no caption")
+    if not is_text(video.caption):
+        raise Rejected("caption refused", "expected Unicode text, found half of a surrogate pair; correct the caption")
     path = folder / video.name
     try:
         height, width = frame_size(path)
@@ -115,11 +131,6 @@ def _clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: int) -> np
                 return clip
     except UnreadableVideo as error:
         raise Rejected("unreadable", str(error).removeprefix(f"{path}: ")) from error
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read on this machine now ({error}); give the same command again to resume, or take the "
-            f"video away and begin anew"
-        ) from error
     raise Rejected("too short", f"{len(clip)} frames at {fps} a second, expected at least {min(fitting)[0]}")
 
 
