@@ -191,6 +191,11 @@ def parse_arguments(argv: list[str]) -> Arguments:
         flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values),
     )
     config = parsed_config(values, argv, config_flag, workdir_flag)
+    if not workdir_flag.value or "://" in workdir_flag.value:
+        raise InputError(
+            f"--workdir: expected a directory of a filesystem, found {workdir_flag.value!r}; give one that all "
+            f"processes see. config.checkpoint_dir alone may be in an object store"
+        )
     return Arguments(config, Path(workdir_flag.value), *(flag.value for flag in processes))
 
 
