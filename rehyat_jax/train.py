@@ -139,7 +139,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
         control = RunControl(config, first_step, writer, stop_signal, schedule, make_evaluators(situation))
         for number in range(first_step + 1, config.steps + 1):
             try:
-                batch = next_batch(data, number)
+                batch = next_batch(data, number, writer.trouble)
             except InputError:
                 if number > first_step + 1:
                     check_finite(state, number - 1, checkpoints.latest_step)
