@@ -29,7 +29,6 @@ from rehyat_jax.cli import parsed_config, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
-from rehyat_jax.files.temporary import remove_leftovers
 from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
@@ -37,6 +36,7 @@ from rehyat_jax.training import distill
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
+from rehyat_jax.training.directories import checkpoint_directory, run_directories
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_control import RunControl
@@ -45,7 +45,7 @@ from rehyat_jax.training.setup import calibration_batch, check_data, initial_mod
 from rehyat_jax.training.stages import STAGES, assemble
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
 from rehyat_jax.training.trouble import check_finite, next_batch, report_divergence
-from rehyat_jax.weights.model_checkpoint import check_params, check_replaceable, save_model
+from rehyat_jax.weights.model_checkpoint import check_params, save_model
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None) -> Path:
@@ -65,13 +65,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[ja
       RunDivergedError: config.max_skipped updates in a row were skipped.
     """
     check_config(config)
-    with reported_write_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        if is_main_process():
-            remove_leftovers(workdir)
-    check_replaceable(workdir / "model")
     mesh = make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh), StopSignal() as stop_signal:
+    with run_directories(config, workdir), jax.set_mesh(mesh), StopSignal() as stop_signal:
         return _train(config, workdir, stop_signal)
 
 
@@ -91,7 +86,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     keep = Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
-    checkpoints = RunCheckpoints(config.checkpoint_dir or workdir / "checkpoints", keep)
+    checkpoints = RunCheckpoints(checkpoint_directory(config, workdir), keep)
     first_step = checkpoints.latest_step or 0
     is_new = checkpoints.latest_step is None
     describe = lambda: describe_run(config, data.get_state(), examples=len(source))
