@@ -37,6 +37,7 @@ from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
 from rehyat_jax.training.directories import checkpoint_directory, run_directories
+from rehyat_jax.training.inputs import input_fingerprints
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_control import RunControl
@@ -89,7 +90,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     checkpoints = RunCheckpoints(checkpoint_directory(config, workdir), keep)
     first_step = checkpoints.latest_step or 0
     is_new = checkpoints.latest_step is None
-    describe = lambda: describe_run(config, data.get_state(), examples=len(source))
+    inputs = input_fingerprints(config, source)
+    describe = lambda: describe_run(config, data.get_state(), examples=len(source), inputs=inputs)
     if not is_new:
         saved = checkpoints.description()
         changes = check_continuation(saved, describe(), first_step, str(workdir))

@@ -10,10 +10,21 @@ from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.parallel.sharding import check_divisible, param_specs, shardings
-from rehyat_jax.weights.model_checkpoint import is_model_checkpoint, open_model_checkpoint, restore_sharded
+from rehyat_jax.weights.model_checkpoint import (
+    MODEL_FILE,
+    PARAMS,
+    is_model_checkpoint,
+    open_model_checkpoint,
+    restore_sharded,
+)
 from rehyat_jax.weights.models import spec_of
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
+from rehyat_jax.weights.torch_config import CONFIG_FILE, SIDE_CAR
+from rehyat_jax.weights.torch_folder import find_tensors
+
+TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""Files in which Orbax notes when it wrote a checkpoint."""
 
 
 def load_params(path: str | Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
@@ -99,3 +110,18 @@ def open_checkpoint(path: str | Path) -> StreamedModel:
     """Opens a checkpoint that `load_params` takes; its values stay on disk. Raises InputError."""
     path = Path(path)
     return open_model_checkpoint(path) if is_model_checkpoint(path) else open_torch_checkpoint(path)
+
+
+def checkpoint_files(path: str | Path) -> tuple[Path, list[Path]]:
+    """(folder, files in it) from which `open_checkpoint` reads a model, without files that only hold times.
+
+    Raises:
+      InputError: the checkpoint does not exist, or a PyTorch file is damaged.
+    """
+    path = Path(path)
+    if is_model_checkpoint(path):
+        params = (file for file in (path / PARAMS).rglob("*") if file.is_file() and file.name not in TIMES)
+        return path, [path / MODEL_FILE, *params]
+    folder, tensors = find_tensors(path)
+    described = (folder / name for name in (CONFIG_FILE, SIDE_CAR))
+    return folder, [*{tensor.file for tensor in tensors.values()}, *filter(Path.is_file, described)]
