@@ -32,6 +32,7 @@ from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
 from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
+from rehyat_jax.planning.memory import check_memory, reported_memory_errors
 from rehyat_jax.training import distill
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.config import check_config, save_config
@@ -67,7 +68,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[ja
     """
     check_config(config)
     mesh = make_mesh(config.mesh, devices)
-    with run_directories(config, workdir), jax.set_mesh(mesh), StopSignal() as stop_signal:
+    with (
+        reported_memory_errors(),
+        run_directories(config, workdir),
+        jax.set_mesh(mesh),
+        StopSignal() as stop_signal,
+    ):
         return _train(config, workdir, stop_signal)
 
 
@@ -104,9 +110,12 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     # --------------------------------------------------------------------------------------------------------- model
     # A resumed run takes its trained parameters from its checkpoint and reads only the frozen ones here.
     stage = STAGES[config.stage]
-    model = initial_model(config, with_values=is_new or stage.trains is not None)
+    model = initial_model(config, with_values=False)
     check_data(source, model, config)
     check_params(model.params, model.config)  # or the result could not be saved
+    check_memory(config, model.config, source)
+    if is_new or stage.trains is not None:
+        model = initial_model(config)
     params, context = model.params, {"null_text": on_all_devices(source.null_text)}
     if model.fresh_feature_maps and is_new:
         batch = calibration_batch(source, config)
