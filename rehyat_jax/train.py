@@ -37,7 +37,7 @@ from rehyat_jax.training import distill
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
-from rehyat_jax.training.directories import checkpoint_directory, run_directories
+from rehyat_jax.training.directories import run_directories
 from rehyat_jax.training.inputs import input_fingerprints
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
@@ -93,7 +93,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     keep = Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
-    checkpoints = RunCheckpoints(checkpoint_directory(config, workdir), keep)
+    checkpoints = RunCheckpoints(config.checkpoint_dir or workdir / "checkpoints", keep)
     first_step = checkpoints.latest_step or 0
     is_new = checkpoints.latest_step is None
     inputs = input_fingerprints(config, source)

@@ -15,16 +15,11 @@ from rehyat_jax.training.trouble import processes_that
 from rehyat_jax.weights.model_checkpoint import check_replaceable
 
 
-def checkpoint_directory(config: ml_collections.ConfigDict, workdir: Path) -> str:
-    """The directory of a run's checkpoints, local or in an object store."""
-    return config.checkpoint_dir or str(workdir / "checkpoints")
-
-
 @contextlib.contextmanager
 def run_directories(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[None]:
-    """Makes the directories of a run and locks them, in its first process, until the block ends.
+    """Makes a run's workdir and `config.checkpoint_dir` and locks them, in its first process, until the block ends.
 
-    All processes must enter the block. A directory of checkpoints in an object store is not locked.
+    All processes must enter the block. A directory in an object store is not locked.
 
     Raises:
       InputError: another run is writing there, or the directories cannot be written. All processes raise it.
@@ -42,8 +37,8 @@ def run_directories(config: ml_collections.ConfigDict, workdir: Path) -> Iterato
 
 
 def _prepare(config: ml_collections.ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> None:
-    checkpoints = checkpoint_directory(config, workdir)
-    local = [workdir] if "://" in checkpoints else [workdir, Path(checkpoints)]
+    is_elsewhere = config.checkpoint_dir and "://" not in config.checkpoint_dir
+    local = [workdir, Path(config.checkpoint_dir)] if is_elsewhere else [workdir]
     for directory in local:
         with reported_write_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
