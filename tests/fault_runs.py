@@ -32,9 +32,9 @@ class FaultRun:
         write_config(self._config_file, config)
         self.process = None
 
-    def start(self, *arguments, **environment):
-        """Starts the command anew; what it prints goes to `log`."""
-        command = [sys.executable, "-m", "rehyat_jax.train"]
+    def start(self, *arguments, within=(), **environment):
+        """Starts the command anew, `within` another one; what it prints goes to `log`."""
+        command = [*within, sys.executable, "-m", "rehyat_jax.train"]
         command += [f"--config={self._config_file}", f"--workdir={self.workdir}", *arguments]
         environment = (
             os.environ

@@ -40,7 +40,10 @@ def next_batch(data: RunData, step: int, trouble: InputError | None = None) -> d
         return batch
     data.rewind(step)
     if error is None:
-        raise InputError(f"processes {without} cannot go on to step {step}; see what they say")
+        raise InputError(
+            f"training data: processes {without} cannot read their part of step {step}, or cannot write the run's "
+            f"logs; see what they say"
+        )
     if isinstance(error, InputError):
         raise error
     # A worker that writes to a full tmpfs is killed by SIGBUS, unless the system refuses the file itself.
