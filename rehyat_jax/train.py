@@ -39,16 +39,18 @@ from rehyat_jax.cli import printed_help, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
-from rehyat_jax.files.temporary import remove_leftovers
 from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
+from rehyat_jax.planning.memory import check_memory, reported_memory_errors
 from rehyat_jax.training import distill
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.command_line import parsed_config
 from rehyat_jax.training.config import check_config, save_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
+from rehyat_jax.training.directories import run_directories
 from rehyat_jax.training.fields_page import fields_help
+from rehyat_jax.training.inputs import input_fingerprints
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_control import RunControl
@@ -57,7 +59,7 @@ from rehyat_jax.training.setup import calibration_batch, check_data, initial_mod
 from rehyat_jax.training.stages import STAGES, assemble
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
 from rehyat_jax.training.trouble import check_finite, next_batch, report_divergence
-from rehyat_jax.weights.model_checkpoint import check_params, check_replaceable, save_model
+from rehyat_jax.weights.model_checkpoint import check_params, save_model
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None) -> Path:
@@ -77,13 +79,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[ja
       RunDivergedError: config.max_skipped updates in a row were skipped.
     """
     check_config(config)
-    with reported_write_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        if is_main_process():
-            remove_leftovers(workdir)
-    check_replaceable(workdir / "model")
     mesh = make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh), StopSignal() as stop_signal:
+    with (
+        reported_memory_errors(),
+        run_directories(config, workdir),
+        jax.set_mesh(mesh),
+        StopSignal() as stop_signal,
+    ):
         return _train(config, workdir, stop_signal)
 
 
@@ -106,7 +108,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     checkpoints = RunCheckpoints(config.checkpoint_dir or workdir / "checkpoints", keep)
     first_step = checkpoints.latest_step or 0
     is_new = checkpoints.latest_step is None
-    describe = lambda: describe_run(config, data.get_state(), examples=len(source))
+    inputs = input_fingerprints(config, source)
+    describe = lambda: describe_run(config, data.get_state(), examples=len(source), inputs=inputs)
     if not is_new:
         saved = checkpoints.description()
         changes = check_continuation(saved, describe(), first_step, str(workdir))
@@ -119,9 +122,12 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     # --------------------------------------------------------------------------------------------------------- model
     # A resumed run takes its trained parameters from its checkpoint and reads only the frozen ones here.
     stage = STAGES[config.stage]
-    model = initial_model(config, with_values=is_new or stage.trains is not None)
+    model = initial_model(config, with_values=False)
     check_data(source, model, config)
     check_params(model.params, model.config)  # or the result could not be saved
+    check_memory(config, model.config, source)
+    if is_new or stage.trains is not None:
+        model = initial_model(config)
     params, context = model.params, {"null_text": on_all_devices(source.null_text)}
     if model.fresh_feature_maps and is_new:
         batch = calibration_batch(source, config)
@@ -151,7 +157,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
         control = RunControl(config, first_step, writer, stop_signal, schedule, make_evaluators(situation))
         for number in range(first_step + 1, config.steps + 1):
             try:
-                batch = next_batch(data, number)
+                batch = next_batch(data, number, writer.trouble)
             except InputError:
                 if number > first_step + 1:
                     check_finite(state, number - 1, checkpoints.latest_step)
@@ -201,6 +207,11 @@ def parse_arguments(argv: list[str]) -> Arguments:
         flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values),
     )
     config = parsed_config(values, argv, workdir_flag)
+    if not workdir_flag.value or "://" in workdir_flag.value:
+        raise InputError(
+            f"--workdir: expected a directory of a filesystem, found {workdir_flag.value!r}; give one that all "
+            f"processes see. config.checkpoint_dir alone may be in an object store"
+        )
     return Arguments(config, Path(workdir_flag.value), *(flag.value for flag in processes))
 
 

@@ -1,5 +1,6 @@
 """Runs of the train command as processes, to be killed, and what they left on disk."""
 
+import contextlib
 import json
 import os
 import signal
@@ -31,9 +32,9 @@ class FaultRun:
         write_config(self._config_file, config)
         self.process = None
 
-    def start(self, *arguments, **environment):
-        """Starts the command anew; what it prints goes to `log`."""
-        command = [sys.executable, "-m", "rehyat_jax.train"]
+    def start(self, *arguments, within=(), **environment):
+        """Starts the command anew, `within` another one; what it prints goes to `log`."""
+        command = [*within, sys.executable, "-m", "rehyat_jax.train"]
         command += [f"--config={self._config_file}", f"--workdir={self.workdir}", *arguments]
         environment = (
             os.environ
@@ -101,11 +102,35 @@ def saved(checkpoint):
     return found | {"run": (checkpoint / "run" / "metadata").read_bytes()}
 
 
-def saved_model(workdir):
+def saved_model(workdir, name="model"):
     """The resulting model's arrays, {name: bytes}."""
-    params = ocp.PyTreeCheckpointer().restore((workdir / "model" / "params").absolute())
+    params = ocp.PyTreeCheckpointer().restore((workdir / name / "params").absolute())
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def tmpfs(folder, size):
+    """A small disk at a folder, which is made if needed; yields a function that mounts it again with other options."""
+    folder.mkdir(exist_ok=True)
+
+    def mount(options):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], check=True, capture_output=True)
+
+    mount(f"size={size}")
+    try:
+        yield lambda options: mount(f"remount,{options}")
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder):
+    """Leaves no room on a disk; returns the file that takes it."""
+    file = folder / "filling"
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as stream:
+        while stream.write(bytes(2**12)):
+            pass
+    return file
 
 
 def flip(path, rng):

@@ -20,13 +20,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from fault_runs import DAMAGE, FaultRun, saved, saved_model
+from fault_runs import DAMAGE, ROOT, FaultRun, fill, saved, saved_model, tmpfs
 from safetensors.numpy import load_file
 from tiny_runs import digits_config
 
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.train import main as train_main
 from rehyat_jax.training.checksums import MAY_BE_MISSING, NOT_COVERED
+from rehyat_jax.weights.load import load_params
+from rehyat_jax.weights.model_checkpoint import save_model
 
 STEPS, EVERY = 240, 5
 HALVES = 12
@@ -224,8 +226,124 @@ def disks(suite):
 
 
 @section
+def workdirs(suite):
+    """A workdir on a full disk, whose checkpoints are elsewhere; one that is full at each of the run's own files."""
+    run = suite.run("finetune", "full_workdir", checkpoint_dir=str(suite.folder / "full_workdir_checkpoints"))
+    with tmpfs(run.workdir, "2m"):
+        run.start()
+        run.wait_for(lambda: run.last_step() >= 7)
+        file = fill(run.workdir)
+        code = run.end()
+        told = "No space left on device" in run.log.read_text().splitlines()[-1]
+        lost = run.last_step() - run.steps()[-1]
+        started = run.start().end()
+        file.unlink()
+        # The line that did not fit is lost.
+        found = run.start().end(seconds=1200), run.metrics(), suite.reference().metrics()
+        good = (code, started, found[0]) == (2, 2, 0) and told and lost <= 0
+        good = good and len(found[2]) - len(found[1]) <= 1 and all(line in found[2] for line in found[1])
+        good = good and suite.is_same(run, suite.reference(), STEPS)
+    suite.report.row("workdir full, checkpoints elsewhere, then more room", int(good), 1, f"exit code {code}")
+
+    codes, sizes = [], (4, 8, 12, 20, 40, 80)
+    for size in sizes:
+        run = suite.run("finetune", f"workdir_{size}k", steps=6, checkpoint_dir=str(suite.folder / f"saved_{size}k"))
+        with tmpfs(run.workdir, f"{size}k"):
+            codes.append(run.start().end())
+            told = run.log.read_text().splitlines()[-1]
+            codes[-1] = codes[-1] if "No space left on device" in told else told
+    suite.report.row("workdirs of 4 to 80 kB", codes.count(2), len(sizes), "exit code 2")
+
+
+@section
+def neighbours(suite):
+    """Another training in the workdir, and a conversion below it."""
+    suite.reference()
+    run, other = suite.run("finetune", "first"), suite.run("finetune", "first")
+    other.log = suite.folder / "second.log"
+    convert = [sys.executable, "-m", "rehyat_jax.convert"]
+    to_torch = [*convert, "to-torch", suite.folder / "teacher", suite.folder / "torch", "--layout", "diffusers"]
+    from_torch = [*convert, "from-torch", suite.folder / "torch", run.workdir / "converted", "--force"]
+    subprocess.run(to_torch, check=True, capture_output=True, cwd=ROOT)
+    good, times = 0, 5
+    for _ in range(times):
+        run.start()
+        run.wait_for(lambda: (run.workdir / "config.json").exists() and run.process.poll() is None)
+        conversion = subprocess.Popen(from_torch, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        code = other.start().end()
+        told = f"process {run.process.pid}" in other.log.read_text()
+        whole = conversion.wait() == 0 and saved_model(run.workdir, "converted") == saved_model(suite.folder, "teacher")
+        replaced = subprocess.run([*from_torch[:-2], run.workdir, "--force"], cwd=ROOT, capture_output=True).returncode
+        good += (code, replaced) == (2, 2) and told and whole and run.kill()
+    suite.report.row("a second training and conversions beside a training", good, times, "exit code 2")
+    suite.report.row("the first training, let go to its end", int(suite.ends_exactly(run)), 1)
+
+
+@section
+def inputs(suite):
+    """The teacher and the data replaced between two steps, by others of the same shape."""
+    reference, run = suite.reference("distill", HALVES), suite.run("distill", "inputs", steps=HALVES)
+    run.start()
+    run.wait_for(lambda: run.last_step() >= HALVES // 3)
+    stopped, teacher = run.end(signal.SIGTERM), suite.folder / "teacher"
+    teacher.rename(suite.folder / "own_teacher")
+    config, params, metadata = load_params(suite.folder / "own_teacher")
+    params["blocks"]["feed_forward"]["up"]["kernel"][-1] += 1
+    save_model(teacher, config, params, **metadata)
+    code = run.start().end()
+    told = "files of config.init_from" in run.log.read_text()
+    shutil.rmtree(teacher)
+    (suite.folder / "own_teacher").rename(teacher)
+    good = (stopped, code) == (75, 2) and told and suite.ends_exactly(run, reference=reference)
+    suite.report.row("teacher replaced, then put back", int(good), 1, f"exit code {code}")
+
+
+@section
+def logs(suite):
+    """Lines of the metrics that cannot be read."""
+    run = suite.run("finetune", "logs", steps=HALVES)
+    reference = suite.reference("finetune", HALVES)
+    run.start()
+    run.wait_for(lambda: run.last_step() >= HALVES // 3)
+    code = run.end(signal.SIGTERM)
+    with (run.workdir / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\nnull\n{"step": "x"}\n\xff\xfe\n\0\0\n' + b"[" * 10**5 + b'\n{"step": 1')
+    good = code == 75 and suite.ends_exactly(run, reference=reference)
+    suite.report.row("lines of the metrics that cannot be read", int(good), 1)
+
+
+@section
+def places(suite):
+    """Places that cannot be written, and configurations that memory cannot hold."""
+    run = suite.run("finetune", "places")
+    (suite.folder / "file").touch()
+    (suite.folder / "taken" / "metrics.jsonl").mkdir(parents=True)
+    file, taken = suite.folder / "file", suite.folder / "taken"
+    cases = [f"--workdir={place}" for place in (file, file / "x", "gs://bucket/x", "", "/proc/x", taken)]
+    cases += [f"--config.checkpoint_dir={place}" for place in (file, file / "x", "/proc/x", "foo://x", "gs://x/y")]
+    cases += ["--config.batch_size=16777216"]
+    good = 0
+    for case in cases:
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output):
+            code = train_main([f"--config={suite.folder / 'places.py'}", f"--workdir={run.workdir}", case])
+        good += code == 2 and output.getvalue().startswith("error: ") and output.getvalue().count("\n") == 1
+    suite.report.row("places that cannot be written, batches beyond memory", good, len(cases), "exit code 2")
+
+
+@section
 def data(suite):
-    """A data worker that is killed."""
+    """A data worker that is killed; shared memory that is full."""
+    sizes = ("4k", "64k", "250k", "400k")
+    codes = []
+    for size in sizes:
+        run = suite.run("finetune", f"shm_{size}", steps=HALVES, **{"data.workers": 1})
+        script = f'mount -t tmpfs -o size={size} none /dev/shm && exec "$@"'
+        codes.append(run.start(within=["unshare", "--mount", "sh", "-c", script, "sh"]).end())
+        if "(/dev/shm) is full" not in run.log.read_text():
+            codes[-1] = run.log.read_text().splitlines()[-1]
+    suite.report.row("shared memory full, with a data worker", codes.count(2), len(sizes), "exit code 2")
+
     run = suite.run("finetune", "worker", **{"data.workers": 1})
     run.start()
     run.wait_for(lambda: run.last_step() >= 12)

@@ -1,12 +1,19 @@
 """What can go wrong in a run: kills, damage, useless updates, another command. `make fault-test` has more."""
 
+import contextlib
 import errno
+import importlib.util
+import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import chex
 import jax
@@ -14,22 +21,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fault_runs import DAMAGE, FaultRun, saved, saved_model
+from fault_runs import DAMAGE, ROOT, FaultRun, fill, saved, saved_model, tmpfs
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import load_file
-from tiny_runs import digits_config
+from prepared_data import example, write_data_set
+from safetensors.numpy import load_file, save_file
+from tiny_runs import digits_config, pretrained, tiny_config, write_config
 
+from rehyat_jax.convert import main as convert_main
 from rehyat_jax.errors import InputError, RunDivergedError
+from rehyat_jax.files.fingerprint import SAMPLED_BYTES, fingerprint
+from rehyat_jax.files.lock import locked
+from rehyat_jax.files.temporary import new_token, temporary_path
+from rehyat_jax.models.wan.config import WAN_PRESETS
+from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.parallel.sharding import host_shardings
-from rehyat_jax.train import train
+from rehyat_jax.planning.memory import check_memory, reported_memory_errors
+from rehyat_jax.planning.train_step import abstract_step
+from rehyat_jax.train import main, train
 from rehyat_jax.training import step as training_step
 from rehyat_jax.training.checkpoints import Keep, RunCheckpoints
 from rehyat_jax.training.checksums import CHECKSUMS, MAY_BE_MISSING, NOT_COVERED
 from rehyat_jax.training.config import default_config
 from rehyat_jax.training.continuation import check_continuation, describe_run
 from rehyat_jax.training.fields import CHANGED, REFUSED, SAME
+from rehyat_jax.training.metrics import MetricWriter, SkippedStep
+from rehyat_jax.training.setup import initial_model, open_data
 from rehyat_jax.training.step import init_state, make_step
 from rehyat_jax.training.stop_signal import StopSignal
+from rehyat_jax.training.trouble import next_batch
+from rehyat_jax.weights.load import checkpoint_files, load_params
+from rehyat_jax.weights.model_checkpoint import save_model
 
 # ------------------------------------------------------------------------------------------------------------- kills
 
@@ -305,10 +326,10 @@ def test_a_run_that_diverges_ends_with_its_last_good_state_and_the_batch(tmp_pat
 # ---------------------------------------------------------------------------------------------------- another command
 
 
-def described(examples=100, **changes):
+def described(examples=100, inputs=None, **changes):
     config = default_config()
     config.update_from_flattened_dict({"init_from": "a", **changes})
-    return describe_run(config, {"next": 5}, examples=examples)
+    return describe_run(config, {"next": 5}, examples=examples, inputs=inputs or {})
 
 
 @pytest.mark.parametrize(
@@ -344,3 +365,332 @@ def test_fields_that_another_version_does_not_know_are_told_and_not_refused():
     del older["config"]["max_skipped"]
     table = check_continuation(older, described(), 5, "runs/x")
     assert "max_skipped  unknown  10" in table
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "then"),
+    [("distill", "init_from", REFUSED), ("finetune", "init_from", SAME), ("finetune", "data.path", CHANGED)],
+)
+def test_inputs_that_were_replaced_at_their_place_are_told(stage, field, then):
+    was, now = (described(stage=stage, inputs={field: f"3 files, SHA-256 {digit * 64}"}) for digit in "ab")
+    row = rf"\n *files of config.{field} +3 files, SHA-256 a{{12}} +3 files, SHA-256 b{{12}} +{then}(\n|$)"
+    if then == REFUSED:
+        with pytest.raises(InputError, match=row):
+            check_continuation(was, now, 5, "runs/x")
+    else:
+        assert re.search(row, check_continuation(was, now, 5, "runs/x"))
+    # An earlier version saved no fingerprints.
+    del was["inputs"]
+    assert check_continuation(was, now, 5, "runs/x") == ""
+
+
+def test_a_run_knows_its_teacher_and_its_data(tmp_path):
+    examples = [example(number, (5, 4, 4, 16)) for number in range(8)]
+    write_data_set(tmp_path / "data", examples, codec="space_to_depth")
+    changes = {"data.source": "prepared", "data.path": str(tmp_path / "data"), "checkpoint_every": 1}
+    config = digits_config(tmp_path, "distill", **{"steps": 1, "optimizer.warmup_steps": 0}, **changes)
+    train(config, tmp_path / "run", jax.devices()[:1])
+
+    pretrained(tmp_path)  # the same model, written again
+    assert "files of" not in refused(config, tmp_path / "run", "seed")
+    shutil.rmtree(tmp_path / "data")
+    examples[3]["latents"] += 1
+    write_data_set(tmp_path / "data", examples, codec="space_to_depth")
+    assert "files of config.data.path" in refused(config, tmp_path / "run", "seed")
+    wan, params, metadata = load_params(config.init_from)
+    params["blocks"]["feed_forward"]["up"]["kernel"][1, 3, 5] += 1
+    save_model(config.init_from, wan, params, **metadata)
+    with pytest.raises(InputError, match=r"files of config.init_from .*refused\n(.|\n)*put back its files"):
+        train(config, tmp_path / "run", jax.devices()[:1])
+
+
+def refused(config, workdir, field):
+    """The table of differences of a command with another value of a field that cannot change."""
+    other = config.copy_and_resolve_references()
+    other[field] += 1
+    with pytest.raises(InputError, match="refused") as caught:
+        train(other, workdir, jax.devices()[:1])
+    return str(caught.value)
+
+
+def test_a_fingerprint_is_of_names_sizes_and_blocks_from_all_over_a_file(tmp_path):
+    files = [tmp_path / name for name in ("a", "b")]
+    content = np.random.default_rng(0).bytes(20 * SAMPLED_BYTES)
+    for file in files:
+        file.write_bytes(content)
+    before = fingerprint(files, tmp_path, blocks=32)
+    assert fingerprint(files[::-1], tmp_path, blocks=32) == before
+    for place in (0, 9.5, 20):
+        changed = bytearray(content)
+        changed[min(int(place * SAMPLED_BYTES), len(content) - 1)] ^= 1
+        files[1].write_bytes(changed)
+        assert fingerprint(files, tmp_path, blocks=32) != before
+    files[1].write_bytes(content + b"0")
+    assert fingerprint(files, tmp_path, blocks=32) != before
+    files[1].write_bytes(content)
+    assert fingerprint(files, tmp_path, blocks=32) == before
+    files[1].rename(tmp_path / "c")
+    assert fingerprint([files[0], tmp_path / "c"], tmp_path, blocks=32) != before
+
+
+def test_a_fingerprint_reads_no_more_than_it_may(tmp_path, monkeypatch):
+    files = [tmp_path / f"{number:03}" for number in range(100)]
+    for file in files:
+        file.write_bytes(b"0" * 10)
+    opened = []
+    monkeypatch.setattr(Path, "open", lambda path, *mode, of=Path.open: opened.append(path) or of(path, *mode))
+    assert fingerprint(files, tmp_path, blocks=20).startswith("100 files")
+    assert len(opened) == 10
+
+
+def test_a_pytorch_model_is_known_by_the_files_that_are_read(tmp_path):
+    for name in ("a.safetensors", "other.safetensors"):
+        save_file({"blocks.0.x": np.zeros(3, np.float32)}, tmp_path / name)
+    (tmp_path / "config.json").write_text("{}")
+    folder, files = checkpoint_files(tmp_path / "a.safetensors")
+    assert folder == tmp_path and sorted(file.name for file in files) == ["a.safetensors", "config.json"]
+
+
+# ------------------------------------------------------------------------------------------------------ two trainings
+
+
+def command_of(folder, config):
+    """The arguments of the train command, for a workdir `run` in the folder."""
+    write_config(folder / "config.py", config)
+    return [f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"]
+
+
+def test_a_second_training_in_a_workdir_is_refused_and_names_the_first(tmp_path, capsys):
+    command = command_of(tmp_path, tiny_config("pretrain", checkpoint_dir=str(tmp_path / "checkpoints")))
+    for place in ("run", "checkpoints"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        with locked(tmp_path / place):
+            left = temporary_path(tmp_path / "run" / "model", new_token(), "incomplete")
+            left.mkdir()
+            assert main(command) == 2
+            assert left.exists() and not (tmp_path / "run" / "config.json").exists()
+        message = capsys.readouterr().err
+        assert f"error: {tmp_path / place}: expected no other training there" in message
+        assert f"host {socket.gethostname()}, process {os.getpid()}" in message and message.count("\n") == 1
+
+
+def test_a_directory_of_a_filesystem_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    with locked(tmp_path):
+        assert "cannot be locked (No locks available); start no other training there" in capsys.readouterr().err
+
+
+def test_trainings_and_a_conversion_beside_one_another(tmp_path, capsys):
+    """As processes: a second training, a conversion below the workdir, and a training after one that was killed."""
+    config = digits_config(tmp_path, "finetune", steps=1000, checkpoint_every=1000)
+    with converting(tmp_path / "teacher", tmp_path / "run" / "converted") as conversion:
+        run = FaultRun(tmp_path, config).start()
+        assert run.wait_for(lambda: run.last_step() >= 1), run.log.read_text()
+        command = [f"--config={tmp_path / 'run.py'}", f"--workdir={run.workdir}"]
+        assert main(command) == 2
+        assert f"process {run.process.pid}" in capsys.readouterr().err
+        conversion.communicate("go on\n", timeout=100)
+        assert conversion.returncode == 0
+    assert saved_model(tmp_path / "run", "converted") == saved_model(tmp_path, "teacher")
+    assert convert_main(["from-torch", str(tmp_path), str(run.workdir), "--force"]) == 2
+    assert run.process.poll() is None and run.kill()
+    with locked(run.workdir):  # which blocks nobody
+        pass
+
+
+@contextlib.contextmanager
+def converting(source, destination):
+    """A conversion to a PyTorch folder and back, stopped before it writes its last arrays; it goes on after a line."""
+    script = (
+        "import sys\nfrom rehyat_jax import convert\nfrom rehyat_jax.weights import conversion\n"
+        "write = conversion.write_model_checkpoint\n"
+        "def wait(*arguments):\n    print('ready', flush=True)\n    input()\n    write(*arguments)\n"
+        "conversion.write_model_checkpoint = wait\nsys.exit(convert.main(sys.argv[1:]))\n"
+    )
+    torch = destination.parent.parent / "torch"
+    assert convert_main(["to-torch", str(source), str(torch), "--layout", "diffusers"]) == 0
+    destination.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", script, "from-torch", str(torch), str(destination)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ---------------------------------------------------------------------------------------------------- full, misplaced
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+
+
+@needs_root
+def test_a_log_that_cannot_be_written_ends_the_run_with_everything_saved(tmp_path):
+    """The workdir is on a full disk, the checkpoints are elsewhere."""
+    changes = {"steps": 4, "checkpoint_every": 100, "checkpoint_dir": str(tmp_path / "saved")}
+    config, run = digits_config(tmp_path, "finetune", **changes), tmp_path / "run"
+    write = MetricWriter.write
+
+    def write_on_full_disk(writer, step, values, *more):
+        if step == 2:
+            fill(run)
+            values["more than a block of the disk"] = np.zeros(2000)
+        write(writer, step, values, *more)
+
+    with tmpfs(run, "2m"):
+        is_full = pytest.raises(InputError, match=rf"^{run}/.*: cannot be written \(No space left on device.*free some")
+        with is_full, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MetricWriter, "write", write_on_full_disk)
+            train(config, run, jax.devices()[:1])
+        assert (tmp_path / "saved" / "2").is_dir()  # no step is lost
+        with is_full:
+            train(config, run, jax.devices()[:1])
+        (run / "filling").unlink()
+        train(config, run, jax.devices()[:1])
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+        assert [line["step"] for line in lines] == [1, 3, 4]
+
+
+@needs_root
+def test_metrics_that_do_not_fit_are_told_and_never_waited_for(tmp_path):
+    with tmpfs(tmp_path / "disk", "64k"):
+        writer = MetricWriter(tmp_path / "disk", first_step=0, steps=100, description="test")
+        for step in range(100):
+            writer.write(step, {"errors": np.zeros(100)})
+        assert "No space left on device" in str(writer.trouble)
+        with pytest.raises(InputError, match="No space left on device"):
+            writer.close()
+
+
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path, monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        writer = MetricWriter(tmp_path, first_step=0, steps=2, description="test")
+        writer.advance()
+        writer.write(1, {"loss": 2.0}, [SkippedStep(1, 2.0, 3.0)])
+        writer.close()
+        monkeypatch.undo()
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_lines_of_the_metrics_that_cannot_be_read_are_dropped(tmp_path):
+    good = [b'{"step": 1, "loss": 2.0}', '{"step": 3, "name": "é\u2028"}'.encode()]
+    bad = [b"[1]", b"3", b'"x"', b"null", b'{"step": "2"}', b'{"step": true}', b'{"loss": 1}', b"\xff\xfe", b"["]
+    bad += [b"[" * 100_000, b"1" * 5000, b'{"step": 4}', b"\0\0", b'{"step": 2, "lo']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], *bad, good[1], *bad]))
+    MetricWriter(tmp_path, first_step=3, steps=9, description="test").close()
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == good
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--workdir=file", "file: cannot be written (File exists)"),
+        ("--workdir=file/run", "file/run: cannot be written (Not a directory)"),
+        ("--workdir=gs://bucket/run", "--workdir: expected a directory of a filesystem, found 'gs://bucket/run'"),
+        ("--workdir=", "--workdir: expected a directory of a filesystem, found ''"),
+        (f"--workdir={'x' * 300}", "cannot be written (File name too long)"),
+        ("--config.checkpoint_dir=file", "file: cannot be written (File exists)"),
+        ("--config.checkpoint_dir=file/x", "file/x: cannot be written (Not a directory)"),
+        ("--config.checkpoint_dir=/proc/x", "/proc/x: cannot be written (No such file or directory)"),
+        ("--config.checkpoint_dir=foo://x", "config.checkpoint_dir: expected a directory, or gs://BUCKET/FOLDER"),
+        ("--config.checkpoint_dir=gs://x/y", "ImportError: Please install gcsfs to access Google Storage"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_before_training(tmp_path, monkeypatch, capsys, argument, message):
+    if "gcsfs" in message and importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    command = command_of(tmp_path, tiny_config("pretrain", batch_size=8))  # which eight devices divide
+    assert main([*command, argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.py", "file", "run"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "tensorboard", "train.lock", "checkpoints"])
+def test_what_is_in_the_way_of_a_run_s_own_files_is_named(tmp_path, name):
+    place = tmp_path / "run" / name
+    if name in ("tensorboard", "checkpoints"):
+        place.parent.mkdir()
+        place.touch()
+    else:
+        place.mkdir(parents=True)
+    named = "metrics.jsonl: cannot be written .*" if name == "tensorboard" else ""
+    with pytest.raises(InputError, match=rf"^{tmp_path}/run/{named}{name}.*in the way"):
+        train(tiny_config("pretrain"), tmp_path / "run", jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "shared memory (/dev/shm) is full"),
+        (RuntimeError("Worker process was terminated unexpectedly with exit code -7. See"), "(/dev/shm) is full"),
+        (RuntimeError("Worker process was terminated unexpectedly with exit code -9. See"), "too little memory"),
+    ],
+)
+def test_shared_memory_that_is_full_is_told_from_a_worker_that_was_killed(error, told):
+    class Data:
+        position = 7
+
+        def __next__(self):
+            raise error
+
+        def rewind(self, step):
+            self.position = step
+
+    with pytest.raises(InputError) as caught:
+        next_batch(data := Data(), 3)
+    assert told in str(caught.value) and data.position == 3
+
+
+# ------------------------------------------------------------------------------------------------------ beyond memory
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "largest"),
+    [
+        ("finetune", {"batch_size": 2**24}, r"batch 846 GB\)"),
+        ("distill", {"hybrid.feature_map.features": 2**16, "hybrid.feature_map.num_layers": 100}, "parameters 6,"),
+    ],
+)
+def test_a_run_that_memory_cannot_hold_is_refused_with_the_number_before_anything_is_made(
+    tmp_path, monkeypatch, stage, changes, largest
+):
+    config = digits_config(tmp_path, stage)
+    config.update_from_flattened_dict(changes)
+    monkeypatch.setattr("rehyat_jax.train.initial_model", without_values(initial_model))
+    with pytest.raises(InputError, match=rf"expected at least [\d,]+ GB of free memory \(.*{largest}.*, found"):
+        train(config, tmp_path / "run", jax.devices()[:1])
+
+
+def without_values(make):
+    def abstract(config, *, with_values=True):
+        assert not with_values
+        return make(config, with_values=False)
+
+    return abstract
+
+
+def test_a_run_is_refused_only_above_what_its_arrays_take(monkeypatch):
+    config = tiny_config("pretrain")
+    source = open_data(config)
+    with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
+        needed = sum(abstract_step(config, WAN_PRESETS["tiny"], (21, 6, 6)).memory.values())
+        monkeypatch.setattr("rehyat_jax.planning.memory.device_bytes", lambda device: needed)
+        check_memory(config, WAN_PRESETS["tiny"], source)
+        monkeypatch.setattr("rehyat_jax.planning.memory.device_bytes", lambda device: needed - 1)
+        with pytest.raises(InputError, match=r"rehyat_jax\.plan estimates"):
+            check_memory(config, WAN_PRESETS["tiny"], source)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_memory_that_runs_out_is_told_with_the_remedy(error):
+    with pytest.raises(InputError, match=r"memory has run out \(.*\); lower"), reported_memory_errors():
+        raise error
+    with pytest.raises(jax.errors.JaxRuntimeError), reported_memory_errors():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")

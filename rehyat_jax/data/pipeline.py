@@ -44,6 +44,9 @@ class Source(Protocol):
       codec, text_encoder: names of the models that computed latents and text embeddings.
       null_text: [L, text_dim] float32, the embedding of no caption.
       buckets: the examples, grouped by shape; at least one bucket.
+
+    A source that reads files of a folder, `config.data.path`, also has the list `files` of their paths: a run that is
+    resumed compares their fingerprints.
     """
 
     kind: str

@@ -21,6 +21,7 @@ class PreparedExamples:
     Attributes:
       kind, codec, text_encoder: see `rehyat_jax.data.manifest.Manifest`.
       null_text: [L, text_dim] float32.
+      files: all files that are read.
       buckets: one `Bucket` for each shape.
 
     Raises:
@@ -33,6 +34,8 @@ class PreparedExamples:
         manifest = read_manifest(folder)
         self.kind, self.codec, self.text_encoder = manifest.kind, manifest.codec, manifest.text_encoder
         self.null_text = read_null_text(folder / NULL_TEXT)
+        shards = [shard.file for bucket in manifest.buckets for shard in bucket.shards]
+        self.files = [folder / name for name in (MANIFEST, NULL_TEXT, *shards)]
         self.buckets = [Bucket(folder, files, self.kind, self.null_text.shape) for files in manifest.buckets]
 
     def __len__(self) -> int:

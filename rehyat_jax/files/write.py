@@ -18,6 +18,13 @@ REMEDIES = {
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",
     errno.EIO: "check the disk",
+    errno.EEXIST: "move the file that is in the way, or choose another place",
+    errno.ENOTDIR: "move the file that is in the way, or choose another place",
+    errno.EISDIR: "move the directory that is in the way, or choose another place",
+    errno.ENOENT: "make its directory, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "correct the links that lead to one another",
+    errno.ESTALE: "mount it again",
 }
 """The remedy for each system error of a place that cannot be written."""
 
@@ -56,9 +63,12 @@ def reported_write_errors(path: str | os.PathLike) -> Iterator[None]:
         number = getattr(error, "errno", None) or next((n for n in REMEDIES if os.strerror(n) in str(error)), None)
         if number not in REMEDIES:
             raise
+        # The system may have refused another file than the place that the caller names.
+        other = getattr(error, "filename2", None) or getattr(error, "filename", None)
+        where = f": {other}" if isinstance(other, str) and other != os.fspath(path) else ""
         raise InputError(
-            f"{os.fspath(path)}: cannot be written ({os.strerror(number)}); {REMEDIES[number]}, and give the same "
-            f"command again"
+            f"{os.fspath(path)}: cannot be written ({os.strerror(number)}{where}); {REMEDIES[number]}, and give the "
+            f"same command again"
         ) from error
 
 

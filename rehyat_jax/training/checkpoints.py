@@ -83,14 +83,11 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: Keep):
-        directory = os.fspath(directory)
-        self.directory = epath.Path(directory if "://" in directory else os.path.abspath(directory))
+        self.directory = _opened(os.fspath(directory))
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future | None = None
         self._copied_to_host = None
-        with reported_write_errors(directory):
-            if jax.process_index() == 0:
-                _check_writable(self.directory)
+        with reported_write_errors(self.directory):
             _pass_over_damaged(self.directory)
             options = ocp.CheckpointManagerOptions(
                 create=False,
@@ -210,12 +207,33 @@ class RunCheckpoints:
         write_checksums(directory)
 
 
-def _check_writable(directory: epath.Path) -> None:
-    """Raises OSError if a file cannot be written there, before Orbax's threads do."""
-    directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / "probe"
-    probe.write_text("")
-    probe.unlink()
+def _opened(directory: str) -> epath.Path:
+    """The directory, which the first process creates. Raises InputError if a file cannot be written there.
+
+    Orbax's threads would find that out late.
+    """
+    is_local = "://" not in directory
+    try:
+        path = epath.Path(os.path.abspath(directory) if is_local else directory)
+        if jax.process_index() == 0:
+            with reported_write_errors(directory):
+                path.mkdir(parents=True, exist_ok=True)
+                probe = path / "probe"
+                probe.write_text("x")
+                probe.unlink()
+    except InputError:
+        raise
+    except Exception as error:
+        # The libraries of object stores share no class of errors.
+        if is_local:
+            raise
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise InputError(
+            f"config.checkpoint_dir: expected a directory, or gs://BUCKET/FOLDER with gcsfs installed, found "
+            f"{directory}, which cannot be written ({type(error).__name__}: {reason}); install what is missing, or "
+            f"choose another place"
+        ) from error
+    return path
 
 
 def _pass_over_damaged(directory: epath.Path) -> None:

@@ -12,7 +12,7 @@ from ml_collections import config_flags
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.training.config import check_config, check_known
-from rehyat_jax.training.values import shown
+from rehyat_jax.training.values import shown_value
 
 LARGEST_FILE = 2**20
 """Bytes of the largest configuration file that is read."""
@@ -54,7 +54,7 @@ def parsed_config(values: flags.FlagValues, argv: list[str], *required: flags.Fl
     except UNREADABLE as error:
         raise InputError(f"the command line cannot be understood: {shortened(error)}") from error
     if unparsed:
-        raise InputError(f"unexpected arguments {shown(unparsed)}; options are given as --config.field=value")
+        raise InputError(f"unexpected arguments {shown_value(unparsed)}; options are given as --config.field=value")
     for flag in (config_flag, *required):
         if flag.value is None:
             usage = " ".join(f"--{needed.name} {needed.name.upper()}" for needed in (config_flag, *required))
@@ -94,7 +94,7 @@ def read_config_file(argument: str) -> ml_collections.ConfigDict:
         kind, message = type(error).__name__, error.msg if isinstance(error, SyntaxError) else error
         raise InputError(f"{_place(error, Path(name))}: {kind}: {shortened(message)}; correct the file") from error
     if not isinstance(config, ml_collections.ConfigDict):
-        found = shown(config) if hasattr(module, "get_config") else "no such function"
+        found = shown_value(config) if hasattr(module, "get_config") else "no such function"
         raise InputError(
             f"{name}: expected a function get_config that returns default_config() with changes, found {found}; "
             f"see configs/ for examples"
@@ -106,7 +106,7 @@ def _content(file: Path) -> bytes:
     """The bytes of a program. Nothing is read from what may be endless."""
     try:
         if not file.exists():
-            raise InputError(f"{shown(str(file))}: expected a configuration file, found none; check the path")
+            raise InputError(f"{shown_value(str(file))}: expected a configuration file, found none; check the path")
         if not file.is_file():
             kind = "a folder" if file.is_dir() else "something that is no regular file"
             raise InputError(f"{file}: expected a configuration file, found {kind}; give a Python file as in configs/")
@@ -118,7 +118,7 @@ def _content(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{shown(str(file))}: cannot be read ({error.strerror}); check the path and its permissions"
+            f"{shown_value(str(file))}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
 
 

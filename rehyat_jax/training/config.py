@@ -14,10 +14,11 @@ from flax import traverse_util
 from rehyat_jax.attention.form import FORMS, Form, HybridConfig, make_form
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object
+from rehyat_jax.files.shown import closest
 from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.training.fields import BY_PATH, ENTRIES, FIELDS, GROUPS, Field
 from rehyat_jax.training.stages import STAGES
-from rehyat_jax.training.values import Entry, closest, shown
+from rehyat_jax.training.values import Entry, shown_value
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -69,7 +70,9 @@ def check_known(paths: Iterable[str]) -> None:
     """Raises InputError, with the closest field, if one of these is no path of a field or a group of fields."""
     for path in paths:
         if path not in BY_PATH and path not in GROUPS:
-            raise InputError(f"{shown(f'config.{path}')} is not a field; did you mean config.{closest(path, BY_PATH)}?")
+            raise InputError(
+                f"{shown_value(f'config.{path}')} is not a field; did you mean config.{closest(path, BY_PATH)[0]}?"
+            )
 
 
 def _paths(config: ml_collections.ConfigDict, group: str = "") -> Iterator[str]:
@@ -123,7 +126,9 @@ def _check_entry(entry: Mapping[str, Any], rows: Mapping[str, Field | None], pla
     """Raises InputError unless all fields of an entry are known and have allowed values, where a row has them."""
     for name, value in entry.items():
         if name not in rows:
-            raise InputError(f"{shown(f'{place}.{name}')} is not a field; did you mean {closest(name, rows)!r}?")
+            raise InputError(
+                f"{shown_value(f'{place}.{name}')} is not a field; did you mean {closest(str(name), rows)[0]!r}?"
+            )
         if (row := rows[name]) is not None:
             row.allowed.check(value, f"{place}.{name}")
 

@@ -3,8 +3,9 @@
 import functools
 import importlib.metadata
 import json
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from flax.traverse_util import flatten_dict
 
 import rehyat_jax
 from rehyat_jax.errors import InputError
-from rehyat_jax.training.fields import CHANGED, REFUSED, effect_of_change
+from rehyat_jax.training.fields import CHANGED, REFUSED, SAME, effect_of_change
+from rehyat_jax.training.stages import STAGES
 
 
 class Difference(NamedTuple):
@@ -25,14 +27,18 @@ class Difference(NamedTuple):
     then: str
 
 
-def describe_run(config: ml_collections.ConfigDict, data: dict[str, int], *, examples: int) -> dict[str, Any]:
+def describe_run(
+    config: ml_collections.ConfigDict, data: dict[str, int], *, examples: int, inputs: Mapping[str, str]
+) -> dict[str, Any]:
     """The description of a run that is saved with its state, for JSON.
 
     Args:
       data: state of the data iterator: the position in the data.
       examples: number of training examples.
+      inputs: fingerprints of the run's inputs; see `input_fingerprints`.
     """
-    return {"config": json.loads(config.to_json()), "data": data, "examples": examples, "code": code_version()}
+    described = {"config": json.loads(config.to_json()), "data": data, "examples": examples, "inputs": dict(inputs)}
+    return {**described, "code": code_version()}
 
 
 def check_continuation(saved: dict[str, Any], now: dict[str, Any], step: int, place: str) -> str:
@@ -52,7 +58,7 @@ def check_continuation(saved: dict[str, Any], now: dict[str, Any], step: int, pl
     if any(row.then == REFUSED for row in rows):
         raise InputError(
             f"{place}: holds a run that differs from this command in fields that cannot change:\n{table}\n"
-            f"give the saved values of what is refused, or start over in another workdir"
+            f"give the saved values of what is refused, put back its files, or start over in another workdir"
         )
     return table
 
@@ -66,10 +72,27 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> Itera
             continue
         then = effect_of_change(field, before, after, step) if field in old and field in new else CHANGED
         yield Difference(f"config.{field}", before, after, then)
+    # Earlier versions saved no fingerprints.
+    for field in sorted(saved.get("inputs", {}).keys() & now["inputs"].keys()):
+        before, after = (run["inputs"][field] for run in (saved, now))
+        if before != after:
+            yield Difference(f"files of config.{field}", _short(before), _short(after), _effect_of_files(field, now))
     if saved["examples"] != now["examples"]:
         yield Difference("number of training examples", saved["examples"], now["examples"], REFUSED)
     if saved["code"] != now["code"]:
         yield Difference("version of the code", saved["code"], now["code"], CHANGED)
+
+
+def _effect_of_files(field: str, run: dict[str, Any]) -> str:
+    """The effect of other files at the same place. The model is read again only for the parameters that are frozen."""
+    if field == "init_from":
+        return SAME if STAGES[run["config"]["stage"]].trains is None else REFUSED
+    return CHANGED
+
+
+def _short(fingerprint: str) -> str:
+    """A fingerprint with the first digits of its hash."""
+    return re.sub(r"[0-9a-f]{64}$", lambda found: found[0][:12], fingerprint)
 
 
 def _as_text(rows: list[Difference]) -> str:

@@ -1,9 +1,12 @@
 """Collects the metrics of a run's steps and writes them to a progress bar, TensorBoard and a JSONL file."""
 
 import json
+import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +14,10 @@ import jax
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary as TensorboardSummary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from rehyat_jax.errors import InputError
 from rehyat_jax.files.write import reported_write_errors, written_whole
 
 
@@ -68,6 +72,12 @@ class RecentMetrics:
 class MetricWriter:
     """Writes a run's metrics to the terminal, `metrics.jsonl` and TensorBoard's files. It decides nothing.
 
+    A line that cannot be written raises no error at once, since the other processes would wait for this one: `trouble`
+    holds the error, and nothing more is written. A terminal that is gone, or a full disk behind it, ends no run.
+
+    Attributes:
+      trouble: the first error of writing; None if there is none.
+
     Args:
       workdir: directory of the run.
       first_step: number of updates already made; later lines of `metrics.jsonl` are dropped, since those steps run
@@ -78,33 +88,33 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, *, first_step: int, steps: int, description: str, is_silent: bool = False):
-        self._bar = tqdm(
-            total=steps,
-            initial=first_step,
-            desc=description,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1,
-            disable=is_silent,
-        )
+        self.trouble: InputError | None = None
         self._is_silent = is_silent
-        if is_silent:
-            return
         self._path = workdir / "metrics.jsonl"
-        kept = []
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= first_step]
+        if not is_silent:
+            self._open(workdir, first_step)
+        shown = dict(total=steps, initial=first_step, desc=description, unit="step", dynamic_ncols=True, mininterval=1)
+        try:
+            self._bar = tqdm(**shown, disable=is_silent)
+        except OSError:
+            self._bar = tqdm(disable=True)
+
+    def _open(self, workdir: Path, first_step: int) -> None:
         with reported_write_errors(self._path):
+            lines = self._path.read_bytes().splitlines() if self._path.is_file() else []
+            kept = [line for line in lines if _step(line) <= first_step]
             with written_whole(self._path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
             self._file = self._path.open("a")
-            self._tensorboard = EventFileWriter(str(workdir / "tensorboard"))
+            self._tensorboard = _Tensorboard(workdir / "tensorboard")
+            self._tensorboard.write(Event(file_version="brain.Event:2"))
             # TensorBoard then drops what an earlier process wrote for the steps that run again.
-            self._tensorboard.add_event(_event(first_step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self._tensorboard.write(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def advance(self) -> None:
         """Counts one step on the progress bar."""
-        self._bar.update()
+        with suppress(OSError):
+            self._bar.update()
 
     def write(self, step: int, values: Mapping[str, Any], skipped: Sequence[SkippedStep] = ()) -> None:
         """Writes scalars and vectors (one TensorBoard curve for each entry), and reports skipped updates.
@@ -118,28 +128,57 @@ class MetricWriter:
             return
         for update in skipped:
             numbers = f"loss {update.loss:.4g}, gradient norm {update.gradient_norm:.4g}"
-            self._bar.write(f"step {update.number}: update skipped; {numbers}", file=sys.stderr)
+            with suppress(OSError):
+                self._bar.write(f"step {update.number}: update skipped; {numbers}", file=sys.stderr)
         arrays = {name: np.asarray(value, np.float64) for name, value in values.items()}
+        try:
+            self._write(step, arrays)
+        except InputError as error:
+            self.trouble = self.trouble or error
+        with suppress(OSError):
+            self._bar.set_postfix({name: f"{float(value):.4g}" for name, value in arrays.items() if value.ndim == 0})
+
+    def _write(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        if self.trouble is not None:
+            return
         with reported_write_errors(self._path):
             line = {"step": step, **{name: value.tolist() for name, value in arrays.items()}}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             curves = [curve for name, value in arrays.items() for curve in _curves(name, value)]
-            self._tensorboard.add_event(_event(step, summary=TensorboardSummary(value=curves)))
-        self._bar.set_postfix({name: f"{float(value):.4g}" for name, value in arrays.items() if value.ndim == 0})
+            self._tensorboard.write(Event(step=step, summary=TensorboardSummary(value=curves)))
 
     def close(self) -> None:
-        """Closes the progress bar and the files."""
-        self._bar.close()
+        """Closes the progress bar and the files. Raises InputError if something could not be written."""
+        with suppress(OSError):
+            self._bar.close()
         if self._is_silent:
             return
-        with reported_write_errors(self._path):
-            self._file.close()
-            self._tensorboard.close()
+        try:
+            with reported_write_errors(self._path), closing(self._tensorboard):
+                self._file.close()
+        except InputError as error:
+            self.trouble = self.trouble or error
+        if self.trouble is not None:
+            raise self.trouble
 
 
-def _event(step: int, **content: Any) -> Event:
-    return Event(wall_time=time.time(), step=step, **content)
+class _Tensorboard:
+    """A file of TensorBoard's events. TensorBoard's own writer has a thread, where a full disk is noticed late."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        number = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = (folder / f"events.out.tfevents.{number}").open("xb")
+        self._records = RecordWriter(self._file)
+
+    def write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _curves(name: str, value: np.ndarray) -> list[TensorboardSummary.Value]:
@@ -152,9 +191,14 @@ def _curves(name: str, value: np.ndarray) -> list[TensorboardSummary.Value]:
     ]
 
 
-def _step(line: str) -> float:
-    """The step of a line of `metrics.jsonl`; infinity for an incomplete line, which a killed run may leave."""
+def _step(line: bytes) -> float:
+    """The step of a line of `metrics.jsonl`; infinity for a line that is no object with a step.
+
+    A killed run may leave an incomplete line, and a machine that lost power one of other bytes.
+    """
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
         return float("inf")
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int else float("inf")

@@ -1,5 +1,7 @@
-"""Ends a run whose data cannot be read or whose updates are not finite."""
+"""Ends a run whose data cannot be read, whose logs cannot be written, or whose updates are not finite."""
 
+import errno
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +17,49 @@ from rehyat_jax.parallel.mesh import part_of_process
 from rehyat_jax.training.run_data import RunData
 
 
-def next_batch(data: RunData, step: int) -> dict[str, np.ndarray]:
+def next_batch(data: RunData, step: int, trouble: InputError | None = None) -> dict[str, np.ndarray]:
     """This process's part of the batch of a step. All processes must call it.
 
     The processes wait for one another here to learn whether each of them has its part. A step needs all processes, and
     so does a checkpoint of the state before it.
 
+    Args:
+      trouble: what went wrong in this process since the last call, such as a full disk, and ends the run.
+
     Raises:
-      InputError: some process cannot read its part. All processes raise it, and `data` is before that step again.
+      InputError: some process cannot read its part, or has trouble. All processes raise it, and `data` is before that
+        step again.
     """
-    error = None
+    error: Exception | None = trouble
     try:
         batch = next(data)
     except (InputError, OSError, RuntimeError) as caught:
-        error = caught
-    without = _processes_that(error is not None)
+        error = error or caught
+    without = processes_that(error is not None)
     if not without:
         return batch
     data.rewind(step)
     if error is None:
-        raise InputError(f"training data: processes {without} cannot read their part of step {step}; see what they say")
+        raise InputError(
+            f"training data: processes {without} cannot read their part of step {step}, or cannot write the run's "
+            f"logs; see what they say"
+        )
     if isinstance(error, InputError):
         raise error
+    # A worker that writes to a full tmpfs is killed by SIGBUS, unless the system refuses the file itself.
+    is_full = getattr(error, "errno", None) == errno.ENOSPC or f"exit code -{signal.SIGBUS.value}." in str(error)
+    remedy = (
+        "shared memory (/dev/shm) is full: make it larger (docker run --shm-size=16g), or lower config.data.workers"
+        if is_full
+        else "a worker that was killed had most likely too little memory: lower config.data.workers"
+    )
     raise InputError(
-        f"training data: cannot be read ({error}); correct that and give the same command again. A worker that was "
-        f"killed had most likely too little memory: lower config.data.workers"
+        f"training data: cannot be read ({error}); correct that and give the same command again; {remedy}"
     ) from error
 
 
-def _processes_that(condition: bool) -> list[int]:
-    """The processes in which a condition holds."""
+def processes_that(condition: bool) -> list[int]:
+    """The processes in which a condition holds. All processes must call it."""
     return np.flatnonzero(multihost_utils.process_allgather(np.array(condition))).tolist()
 
 

@@ -2,27 +2,21 @@
 
 import abc
 import dataclasses
-import difflib
 import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.shown import closest, shown
 
 
-def shown(value: Any, limit: int = 200) -> str:
-    """A value for a message: in one line, of at most about `limit` characters."""
+def shown_value(value: Any) -> str:
+    """A value as in Python, for a message: on one line of at most 200 characters."""
     try:
-        text = " ".join(repr(value).split())
+        return shown(repr(value))
     except (ValueError, RecursionError):  # an integer of thousands of digits, or a value within itself
         return f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def closest(name: Any, known: Iterable[str]) -> str:
-    """The known name that resembles `name` most."""
-    return difflib.get_close_matches(str(name)[:100], list(known), n=1, cutoff=0)[0]
 
 
 class Values(abc.ABC):
@@ -34,7 +28,7 @@ class Values(abc.ABC):
     def check(self, value: Any, place: str) -> None:
         """Raises InputError, naming `place`, unless the value is one of these."""
         if value not in self:
-            raise InputError(f"{place} must be {self}, found {shown(value)}")
+            raise InputError(f"{place} must be {self}, found {shown_value(value)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +90,8 @@ class Choice(Values):
 
     def check(self, value: Any, place: str) -> None:
         if value not in self:
-            nearest = closest(value, self.names)
-            raise InputError(f"{place} must be {self}, found {shown(value)}; did you mean {nearest!r}?")
+            nearest = closest(str(value), self.names)[0]
+            raise InputError(f"{place} must be {self}, found {shown_value(value)}; did you mean {nearest!r}?")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -414,7 +414,7 @@ def _missing_frames(geometry: ChunkGeometry, has_past: jax.Array, num_frames: ja
 def _with_first(states: jax.Array, count: int, value: jax.Array | float) -> jax.Array:
     """`states.at[:count].set(value)`, without its indices.
 
-    They are an array without elements if these are all states. Shardy in jaxlib 0.11 crashes on a shard_map with such an input.
+    They are an array without elements if these are all states. jaxlib 0.11 crashes on a shard_map with such an input.
     """
     count = min(count, states.shape[0])
     first = jnp.broadcast_to(jnp.asarray(value, states.dtype), (count, *states.shape[1:]))
