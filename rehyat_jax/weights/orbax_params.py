@@ -188,8 +188,12 @@ def _reported_damage(directory: Path) -> Iterator[None]:
     """Turns the errors of Orbax and TensorStore for missing or damaged files into an InputError."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__).split(" [tensorstore_spec")[0]
+    except Exception as error:
+        # For a device's part of an array, Orbax raises a plain Exception in place of TensorStore's error.
+        cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
+        if not isinstance(cause, ValueError | KeyError | TypeError | AttributeError | OSError):
+            raise
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__).split(" [tensorstore_spec")[0]
         raise InputError(
             f"{directory}: is not a complete Orbax checkpoint of arrays ({reason}); write it again"
         ) from error
