@@ -265,15 +265,19 @@ def neighbours(suite):
     to_torch = [*convert, "to-torch", suite.folder / "teacher", suite.folder / "torch", "--layout", "diffusers"]
     from_torch = [*convert, "from-torch", suite.folder / "torch", run.workdir / "converted", "--force"]
     subprocess.run(to_torch, check=True, capture_output=True, cwd=ROOT)
-    good, times = 0, 5
+    run.workdir.mkdir()
+    (run.workdir / "train.lock").touch()
+    good, times = 0, 3
     for _ in range(times):
-        run.start()
-        run.wait_for(lambda: (run.workdir / "config.json").exists() and run.process.poll() is None)
         conversion = subprocess.Popen(from_torch, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run.start()
+        assert run.wait_for(lambda: str(run.process.pid) in (run.workdir / "train.lock").read_text())
+        whole = conversion.wait() == 0 and saved_model(run.workdir, "converted") == saved_model(suite.folder, "teacher")
+        run.process.send_signal(signal.SIGSTOP)  # or it might come to its end
         code = other.start().end()
         told = f"process {run.process.pid}" in other.log.read_text()
-        whole = conversion.wait() == 0 and saved_model(run.workdir, "converted") == saved_model(suite.folder, "teacher")
         replaced = subprocess.run([*from_torch[:-2], run.workdir, "--force"], cwd=ROOT, capture_output=True).returncode
+        run.process.send_signal(signal.SIGCONT)
         good += (code, replaced) == (2, 2) and told and whole and run.kill()
     suite.report.row("a second training and conversions beside a training", good, times, "exit code 2")
     suite.report.row("the first training, let go to its end", int(suite.ends_exactly(run)), 1)

@@ -482,7 +482,7 @@ def test_a_directory_of_a_filesystem_without_locks_is_used_with_a_warning(tmp_pa
 
 def test_trainings_and_a_conversion_beside_one_another(tmp_path, capsys):
     """As processes: a second training, a conversion below the workdir, and a training after one that was killed."""
-    config = digits_config(tmp_path, "finetune", steps=1000, checkpoint_every=1000)
+    config = digits_config(tmp_path, "finetune", steps=100_000, checkpoint_every=100_000)
     with converting(tmp_path / "teacher", tmp_path / "run" / "converted") as conversion:
         run = FaultRun(tmp_path, config).start()
         assert run.wait_for(lambda: run.last_step() >= 1), run.log.read_text()
