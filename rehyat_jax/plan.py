@@ -42,7 +42,7 @@ from rehyat_jax.cli import printed_help, report_input_errors
 from rehyat_jax.cost_model.chips import device_count
 from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.write import written_whole
+from rehyat_jax.files.write import check_place, written_whole
 from rehyat_jax.generation.codecs import LATENT_SIZES
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.planning import table
@@ -59,6 +59,8 @@ DOES_NOT_FIT = 3
 
 def plan(request: Request, json_file: Path | None = None) -> int:
     """Plans, reports and returns the exit code. Raises InputError."""
+    if json_file is not None:
+        check_place(json_file)
     found = announced_plan(request)
     print(report(found), flush=True)
     result = found.to_json()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import subprocess
+import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -380,3 +381,9 @@ def without_help(argument: str) -> str:
 def teardown_module():
     # Configuration files register their flags where they are defined, per command line; none may be left behind.
     assert "config.steps" not in flags.FLAGS
+
+
+def test_commands_end_as_documented_whatever_they_are_given():
+    script = Path(__file__).parent / "fuzz_commands.py"
+    result = subprocess.run([sys.executable, script, "--cases", "20"], capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

@@ -237,9 +237,22 @@ def _opened(directory: str) -> epath.Path:
 
 
 def _pass_over_damaged(directory: epath.Path) -> None:
-    """Renames damaged checkpoints, from the newest back to the first intact one."""
+    """Renames damaged checkpoints, from the newest back to the first intact one.
+
+    Raises:
+      InputError: the newest cannot be read, which does not mean that it is damaged; or all are damaged.
+    """
     while (step := _from_main_process(max(_steps(directory), default=-1))) >= 0:
-        damage = find_damage(directory / str(step), part=jax.process_index(), parts=jax.process_count())
+        damage, trouble = None, None
+        try:
+            damage = find_damage(directory / str(step), part=jax.process_index(), parts=jax.process_count())
+        except OSError as error:
+            trouble = error
+        if _in_any_process(trouble is not None):
+            raise InputError(
+                f"{directory}: checkpoint {step} cannot be read ({trouble or 'another process says why'}); repair its "
+                f"permissions or the disk, then give the same command again"
+            )
         if damage:
             print(f"checkpoint {step} is damaged: {damage}", file=sys.stderr, flush=True)
         if not _in_any_process(damage is not None):

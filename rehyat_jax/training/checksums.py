@@ -5,6 +5,7 @@ detects every flipped bit and every burst of up to 32 bits, and is several times
 against accidents, not forgery. TensorStore checks its own indices, but not the values of arrays.
 """
 
+import errno
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,13 +39,18 @@ def find_damage(directory: epath.Path, *, part: int = 0, parts: int = 1) -> str 
 
     Args:
       part, parts: index of the part of the files to check, and number of equal parts; processes share the work so.
+
+    Raises:
+      OSError: a file cannot be read for a reason that says nothing about its content, such as missing permissions.
     """
     file = directory / CHECKSUMS
     try:
         lines = file.read_bytes().decode().splitlines(keepends=True)
     except FileNotFoundError:
         return f"{file} is missing: it was deleted, or an older version of rehyat_jax wrote the checkpoint"
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        return _unreadable(file, error)
+    except UnicodeDecodeError as error:
         return f"{file} cannot be read ({error})"
     if not lines or lines[-1] != _last_line(lines[:-1]):
         return f"{file} is damaged"
@@ -56,13 +62,20 @@ def find_damage(directory: epath.Path, *, part: int = 0, parts: int = 1) -> str 
         except FileNotFoundError:
             return None if name in MAY_BE_MISSING else f"{directory / name} is missing"
         except OSError as error:
-            return f"{directory / name} cannot be read ({error})"
+            return _unreadable(directory / name, error)
         if found == f"{expected} {size}":
             return None
         return f"{directory / name}: expected CRC and bytes {expected} {size}, found {found}"
 
     with ThreadPoolExecutor(THREADS) as pool:
         return next(filter(None, pool.map(damage, lines[:-1][part::parts])), None)
+
+
+def _unreadable(file: epath.Path, error: OSError) -> str:
+    """The description of a file that is damaged itself. Raises any other error again."""
+    if error.errno not in (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+        raise error
+    return f"{file} cannot be read ({error})"
 
 
 def _files(directory: epath.Path, prefix: str = "") -> Iterator[str]:

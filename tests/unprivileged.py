@@ -1,0 +1,142 @@
+"""What the commands do where they may not read or write. tests/test_permissions.py runs this file without rights."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_sample_cli import arguments as sampling
+from test_sample_cli import save_random_model
+from tiny_runs import digits_config, write_config
+
+from rehyat_jax import convert, plan, prepare, sample, train
+from rehyat_jax.files.video import write_mp4
+
+
+@contextlib.contextmanager
+def mode(path: Path, permissions: int):
+    """A path with other permissions."""
+    before = path.stat().st_mode
+    path.chmod(permissions)
+    try:
+        yield
+    finally:
+        path.chmod(before)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def refused(capsys):
+    """(main, arguments, what the error names) -> None, if the command ends with 2 and one line that names it."""
+
+    def run(main, arguments, *words):
+        assert main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and all(str(word) in error for word in words), error
+
+    return run
+
+
+def test_rights_are_really_missing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with mode(tmp_path / "file", 0), pytest.raises(PermissionError):
+        (tmp_path / "file").read_text()
+    with mode(tmp_path, 0o555), pytest.raises(PermissionError):
+        (tmp_path / "other").write_text("")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.json", "params", "params/head.modulation/0.0", "params/head.modulation/.zarray"]
+)
+def test_a_model_that_may_not_be_read_is_named(model, tmp_path, refused, name):
+    own = shutil.copytree(model, tmp_path / "own")
+    with mode(own / name, 0):
+        words = (own / name).name if name != "params/head.modulation/0.0" else "params"
+        refused(convert.main, ["to-torch", own, tmp_path / "new", "--layout", "original"], words)
+        refused(sample.main, sampling(own, tmp_path / "new.mp4"), words)
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new.mp4").exists()
+
+
+def test_a_pytorch_folder_that_may_not_be_read_is_named(model, tmp_path, refused):
+    torch = tmp_path / "torch"
+    assert convert.main(["to-torch", str(model), str(torch), "--layout", "diffusers"]) == 0
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        with mode(torch / name, 0):
+            refused(convert.main, ["from-torch", torch, tmp_path / "new"], name)
+    with mode(torch, 0):
+        refused(convert.main, ["from-torch", torch, tmp_path / "new"], torch)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_conversion_that_may_not_be_replaced_stays_as_it_is(model, tmp_path, refused):
+    place = tmp_path / "place"
+    command = ["to-torch", model, place / "new", "--layout", "original"]
+    place.mkdir()
+    with mode(place, 0o555):
+        refused(convert.main, command, place / "new")
+    assert convert.main([str(argument) for argument in command]) == 0
+    before = contents(place)
+    with mode(place, 0o555):
+        refused(convert.main, [*command, "--force"], place / "new")
+    assert contents(place) == before
+
+
+def test_outputs_that_may_not_be_written_are_found_before_the_work(model, tmp_path, refused, monkeypatch):
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(plan, "make_plan", lambda *_: pytest.fail("planned"))
+    write_config(tmp_path / "config.py", digits_config(tmp_path, "finetune"))
+    with mode(place, 0o555):
+        refused(sample.main, sampling(model, place / "new.mp4"), place / "new.mp4")
+        planning = [f"--config={tmp_path / 'config.py'}", "--topology=v5e:1x1", f"--json={place / 'plan.json'}"]
+        refused(plan.main, planning, place / "plan.json")
+
+
+def test_a_run_that_may_not_write_or_read_says_where(tmp_path, refused):
+    workdir = tmp_path / "run"
+    config = digits_config(tmp_path, "finetune", steps=3, checkpoint_every=100, batch_size=8)
+    write_config(tmp_path / "config.py", config)
+    command = [f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
+    with mode(tmp_path / "config.py", 0):
+        refused(train.main, command, "config.py")
+    workdir.mkdir()
+    with mode(workdir, 0o555):
+        refused(train.main, command, workdir)
+    assert train.main(command) == 0
+
+    # The same run with three more steps.
+    more, before = [*command, "--config.steps=6"], contents(workdir / "checkpoints")
+    for name, permissions in (("checkpoints", 0o555), ("checkpoints/3", 0)):
+        with mode(workdir / name, permissions):
+            refused(train.main, more, *name.split("/"))
+        assert contents(workdir / "checkpoints").items() >= before.items(), name
+    assert train.main(more) == 0
+
+
+def test_a_video_that_may_not_be_read_is_read_later(tmp_path, refused, capsys):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(3):
+        write_mp4(videos / f"{number}.mp4", np.full((8, 16, 16, 3), number / 3))
+    rows = [json.dumps({"file": f"{number}.mp4", "caption": f"number {number}"}) for number in range(3)]
+    (videos / "captions.jsonl").write_text("\n".join(rows))
+    command = [videos, tmp_path / "data", "--size", "5x16x16"]
+    with mode(videos / "captions.jsonl", 0):
+        refused(prepare.main, command, "captions.jsonl")
+    with mode(videos / "1.mp4", 0):
+        refused(prepare.main, command, "1.mp4")
+    with mode(tmp_path / "data", 0o555):
+        refused(prepare.main, command, "data")
+    assert prepare.main([str(argument) for argument in command]) == 0
+    assert "3 examples" in capsys.readouterr().out
