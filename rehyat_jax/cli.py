@@ -103,14 +103,15 @@ def report_input_errors(run: Callable[[], Any]) -> int:
     return 0
 
 
-def print_message(message: str) -> None:
-    """Prints a message on stderr, of bounded size and without control characters.
+def print_message(message: str, *, result: bool = False) -> None:
+    """Prints a message of bounded size and without control characters: a result on stdout, all others on stderr.
 
     Lines after the first are indented, so that no name with a line break passes for a message of its own.
     """
     first, *more = message.split("\n")[:MESSAGE_LINES]
     lines = [first, *(line if line.startswith("  ") else f"  {line}" for line in more)]
-    print("\n".join(shown(line, MESSAGE_WIDTH) for line in lines), file=sys.stderr)
+    text = "\n".join(shown(line, MESSAGE_WIDTH) for line in lines)
+    print(text, file=sys.stdout if result else sys.stderr, flush=True)
 
 
 def _as_input_error(error: Exception) -> InputError | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from rehyat_jax.cli import CommandParser, report_input_errors
+from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
 from rehyat_jax.weights.table import LAYOUTS
 
@@ -43,7 +43,7 @@ def convert(arguments: argparse.Namespace) -> None:
         model = convert_from_torch(source, destination, replace=force)
     else:
         model = convert_to_torch(source, destination, arguments.layout, replace=force)
-    print(f"{destination}: {len(model.params)} parameters, {model.nbytes / 1e9:.2f} GB")
+    print_message(f"{destination}: {len(model.params)} parameters, {model.nbytes / 1e9:.2f} GB", result=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rehyat_jax.cli import CommandParser, report_input_errors
+from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, write_video
 from rehyat_jax.files.write import check_place
@@ -56,7 +56,9 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     for file, video in zip(files, videos, strict=True):
         written.append(write_video(file, video, fps=opened.codec.fps, scale=scale))
         enlarged = f", enlarged {scale} times" if written[-1] == file else ""
-        print(f"wrote {written[-1]}: {len(video)} frames of {video.shape[1]}x{video.shape[2]}{enlarged}")
+        print_message(
+            f"wrote {written[-1]}: {len(video)} frames of {video.shape[1]}x{video.shape[2]}{enlarged}", result=True
+        )
     return written
 
 

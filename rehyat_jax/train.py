@@ -35,7 +35,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from rehyat_jax.cli import printed_help, report_input_errors
+from rehyat_jax.cli import print_message, printed_help, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
@@ -115,9 +115,9 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
         changes = check_continuation(saved, describe(), first_step, str(workdir))
         data.set_state(saved["data"])
         if is_main:
-            print(f"continuing {workdir} after step {first_step}", flush=True)
+            print_message(f"continuing {workdir} after step {first_step}", result=True)
             if changes:
-                print(f"with a command that differs from the run's:\n{changes}", flush=True)
+                print_message(f"with a command that differs from the run's:\n{changes}", result=True)
 
     # --------------------------------------------------------------------------------------------------------- model
     # A resumed run takes its trained parameters from its checkpoint and reads only the frozen ones here.
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         initialize(*processes)
         model = train(config, workdir)
         if is_main_process():
-            print(f"wrote {model}")
+            print_message(f"wrote {model}", result=True)
 
     return report_input_errors(run)
 
