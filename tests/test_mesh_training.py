@@ -172,12 +172,12 @@ def free_port():
 
 
 def run_in_two_processes(config, workdir, sizes, *, meanwhile=lambda processes: None, code=0):
-    """`python -m rehyat_jax.train` twice, with four devices each; their outputs, once both have ended with `code`."""
+    """`python -m rehyat_jax.train` twice, with half of the devices each; both outputs, once they end with `code`."""
     path = workdir.parent / "config.py"
     write_config(path, on(config, sizes))
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_NUM_CPU_DEVICES": str(int(np.prod(sizes)) // 2),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, "-m", "rehyat_jax.train", f"--config={path}", f"--workdir={workdir}"]
@@ -204,7 +204,7 @@ def run_in_two_processes(config, workdir, sizes, *, meanwhile=lambda processes: 
 
 def test_two_processes_train_as_one(single, tmp_path):
     config, expected = single["finetune"]
-    outputs = run_in_two_processes(config, tmp_path / "run", (1, 1, 8, 1))  # every video is cut over both
+    outputs = run_in_two_processes(config, tmp_path / "run", (1, 1, 2, 1))  # every video is cut over both
     assert_same_run(tmp_path / "run", expected)
     # One process logs.
     assert "wrote" in outputs[0][0] and "wrote" not in outputs[1][0]
@@ -227,7 +227,7 @@ def test_a_record_that_one_of_two_processes_cannot_read_costs_no_step(single, tm
     config, expected = single["distill"]
     config = config.copy_and_resolve_references()
     config.data.corrupt, config.checkpoint_every = "error", 100
-    outputs = run_in_two_processes(config, tmp_path / "run", (1, 4, 1, 2), code=2)
+    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 1, 1), code=2)
     messages = sorted(stderr for _, stderr in outputs)
     named = [process for process, (_, stderr) in enumerate(outputs) if "array_record: record 1" in stderr]
     assert len(named) == 1, messages
@@ -235,7 +235,7 @@ def test_a_record_that_one_of_two_processes_cannot_read_costs_no_step(single, tm
     assert f"processes {named} cannot read their part of step {saved + 1}" in outputs[1 - named[0]][1]
 
     config.data.corrupt = "skip"
-    outputs = run_in_two_processes(config, tmp_path / "run", (1, 4, 1, 2))
+    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 1, 1))
     assert f"after step {saved}" in outputs[0][0]
     assert_same_updates(tmp_path / "run", expected)
     assert logged(tmp_path / "run", "skipped_records")[-1] == logged(expected, "skipped_records")[-1]
@@ -256,7 +256,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path
         return meanwhile
 
     while_it_saves = stop_one(lambda: log.exists() and len(logged(workdir, "loss")) >= 3)
-    outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1), meanwhile=while_it_saves, code=75)
+    outputs = run_in_two_processes(config, workdir, (1, 1, 2, 1), meanwhile=while_it_saves, code=75)
     assert all("stopped by SIGTERM after everything was saved" in stderr for _, stderr in outputs)
     made = len(logged(workdir, "loss"))
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == made
@@ -264,7 +264,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path
     # Of a run that goes on, the log is written anew just before the first step, which then compiles.
     before = log.stat().st_ino
     before_a_step = stop_one(lambda: log.stat().st_ino != before)
-    outputs = run_in_two_processes(config, workdir, (1, 4, 2, 1), meanwhile=before_a_step, code=75)
+    outputs = run_in_two_processes(config, workdir, (1, 1, 2, 1), meanwhile=before_a_step, code=75)
     assert f"after step {made}" in outputs[0][0]
     assert made < len(logged(workdir, "loss")) <= made + 3
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == len(logged(workdir, "loss"))

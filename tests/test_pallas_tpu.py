@@ -3,6 +3,7 @@
 Interpretation checks values and races, compilation whether Mosaic takes the kernels and they fit; neither does both.
 """
 
+import contextlib
 import dataclasses
 import re
 
@@ -20,6 +21,7 @@ from attention_oracles import (
     make_arrays,
     output_and_gradients,
     reference_results,
+    tpu_kernels_as_xla,
 )
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
@@ -35,9 +37,21 @@ INPUTS = dict(dtype=np.float32, head_dim=64, features=128)
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
+def kernels_on_a_cpu(request):
+    """All tests but those that simulate a TPU's memory or compile for a TPU run the kernels as XLA programs."""
+    with contextlib.nullcontext() if {"simulated", "for_tpu"} & set(request.fixturenames) else tpu_kernels_as_xla():
+        yield
+
+
+@pytest.fixture
+def simulated():
     with interpreted_tpu():
         yield
+
+
+@pytest.fixture
+def for_tpu():
+    """Marks a test that compiles for a TPU."""
 
 
 def found_results(form, arrays, stabilizer="row_max"):
@@ -63,7 +77,7 @@ CUTS = [
 
 
 @pytest.mark.parametrize("form, blocks", CUTS, ids=str)
-def test_blocks_and_tiles_of_every_size_equal_the_reference(form, blocks, monkeypatch):
+def test_blocks_and_tiles_of_every_size_equal_the_reference(form, blocks, simulated, monkeypatch):
     choose = tiling.Tiling.choose
     monkeypatch.setattr(
         tiling.Tiling, "choose", lambda *args, **kwargs: dataclasses.replace(choose(*args, **kwargs), **blocks)
@@ -184,11 +198,11 @@ def races(capfd, form):
     return capfd.readouterr().out
 
 
-def test_kernels_have_no_races(capfd):
+def test_kernels_have_no_races(simulated, capfd):
     assert "RACE DETECTED" not in races(capfd, (5, 8, 2, 1))
 
 
-def test_the_detector_would_see_a_race(capfd, monkeypatch):
+def test_the_detector_would_see_a_race(simulated, capfd, monkeypatch):
     call = kernel_call.pl.pallas_call
 
     def all_parallel(kernel, *, grid, **arguments):
@@ -229,13 +243,6 @@ def layer(tokens_per_frame, preset, stabilizer, frames=7, feature_map=None):
 def gradients(attend, argnums):
     loss = lambda *arguments: attend(*arguments).astype(jnp.float32).sum()
     return jax.value_and_grad(loss, argnums)
-
-
-@pytest.fixture
-def for_tpu(interpreted):
-    pltpu.reset_tpu_interpret_mode_state()
-    with pltpu.force_tpu_interpret_mode(None):
-        yield
 
 
 @pytest.mark.parametrize(

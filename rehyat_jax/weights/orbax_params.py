@@ -28,7 +28,7 @@ CHUNK_BYTES = 64 * 2**20
 """Largest size of the files that store an array, and the unit of write buffers and of sharded reads."""
 
 CHUNK_OVERHEAD = 2**20
-"""Bytes by which a file of an array may exceed the array, for compression of values that do not compress."""
+"""Bytes by which a compressed chunk may exceed its values, if they do not compress."""
 
 
 class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
@@ -121,27 +121,28 @@ def open_params(directory: Path) -> dict[str, StreamedArray]:
             )
             for path, array in traverse_util.flatten_dict(tree, sep=".").items()
         }
-    for path, array in params.items():
-        for file in (directory / path).glob("[!.]*"):
-            check_regular_file(file, largest_bytes=array.nbytes + CHUNK_OVERHEAD)
     return params
 
 
 def _check_files(directory: Path) -> None:
     """Raises InputError for files that TensorStore would wait for, or for which it would take memory without bounds."""
-    # A directory for each array; unlike rglob, this follows links to directories.
-    for file in (*directory.glob("*"), *directory.glob("*/*")):
-        if file.is_dir():
-            continue
-        if file.name in ("manifest.ocdbt", "zarr.json"):
-            raise InputError(f"{file}: expected arrays in Zarr's format 2, as this program writes; write them again")
-        check_regular_file(file, largest_bytes=SMALL if file.name.startswith((".z", "_")) else None)
-        if file.name == ".zarray":
-            _check_chunks(file)
+    for path in directory.glob("*"):
+        if not path.is_dir():
+            if path.name in ("manifest.ocdbt", "zarr.json"):
+                raise InputError(
+                    f"{path}: expected arrays in Zarr's format 2, as this program writes; write them again"
+                )
+            check_regular_file(path, largest_bytes=SMALL if path.name.startswith("_") else None)
+        elif not path.name.startswith("."):
+            _check_array(path)
 
 
-def _check_chunks(file: Path) -> None:
-    """Raises InputError if the chunks of an array are larger than the array: TensorStore allocates complete chunks."""
+def _check_array(folder: Path) -> None:
+    """Raises InputError unless the files of one array are all there and of the right size.
+
+    TensorStore allocates complete chunks, and complains in many threads about one that is missing or cut short.
+    """
+    file = folder / ".zarray"
     described = read_json_object(file)
     shape, chunks = described.get("shape"), described.get("chunks")
     sizes = lambda value: isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
@@ -149,6 +150,23 @@ def _check_chunks(file: Path) -> None:
         raise InputError(f"{file}: shape and chunks should be lists of sizes, found {shape} and {chunks}")
     if any(chunk > max(size, 1) for size, chunk in zip(shape, chunks, strict=True)):
         raise InputError(f"{file}: chunks {chunks} are larger than the array's shape {shape}; the file is damaged")
+    if 0 in chunks:
+        raise InputError(f"{file}: chunks {chunks} hold nothing; the file is damaged")
+    try:
+        chunk_bytes = math.prod(chunks) * np.dtype(described.get("dtype")).itemsize
+    except TypeError as error:
+        raise InputError(f"{file}: dtype should be a dtype of numpy, found {described.get('dtype')!r}") from error
+    found = [part for part in folder.iterdir() if not part.name.startswith(".")]
+    for part in found:
+        check_regular_file(part, largest_bytes=chunk_bytes + CHUNK_OVERHEAD)
+    if described.get("compressor") is not None or described.get("filters"):
+        return
+    expected = math.prod(-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True))
+    if len(found) != expected:
+        raise InputError(f"{folder}: expected {expected} files with the array's values, found {len(found)}")
+    for part in found:
+        if part.stat().st_size != chunk_bytes:
+            raise InputError(f"{part}: expected {chunk_bytes} bytes, found {part.stat().st_size}; the file is damaged")
 
 
 def restore_arrays(
