@@ -56,7 +56,7 @@ from rehyat_jax.weights.model_checkpoint import save_model
 
 
 def test_a_run_that_is_killed_and_stopped_again_and_again_ends_as_if_nothing_had_happened(tmp_path):
-    config = digits_config(tmp_path, "finetune", steps=24, checkpoint_every=4, keep_every=4)
+    config = digits_config(tmp_path, "finetune", steps=40, checkpoint_every=4, keep_every=4)
     whole, run = FaultRun(tmp_path, config, "whole"), FaultRun(tmp_path, config)
     assert whole.start().end() == 0, whole.log.read_text()
 
@@ -70,7 +70,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_as_if_nothing_had
     assert run.wait_for(lambda: run.last_step() >= newest + 5)
     assert run.end(signal.SIGTERM) == 75
     assert "stopped by SIGTERM after everything was saved" in run.log.read_text()
-    assert run.steps()[-1] == (stopped := run.last_step()) < 20  # no step was lost
+    assert run.steps()[-1] == (stopped := run.last_step()) < 36  # no step was lost
 
     run.start()
     assert run.wait_for(lambda: run.last_step() > stopped)
@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_as_if_nothing_had
     assert run.start().end() == 0, run.log.read_text()
     assert saved_model(run.workdir) == saved_model(whole.workdir)
     assert run.metrics() == whole.metrics()
-    assert saved(run.checkpoints / "24") == saved(whole.checkpoints / "24")
+    assert saved(run.checkpoints / "40") == saved(whole.checkpoints / "40")
 
 
 def test_sigterm_before_the_first_step_ends_the_process_at_once():
@@ -621,7 +621,7 @@ def test_what_is_in_the_way_of_a_run_s_own_files_is_named(tmp_path, name):
     else:
         place.mkdir(parents=True)
     named = "metrics.jsonl: cannot be written .*" if name == "tensorboard" else ""
-    with pytest.raises(InputError, match=rf"^{tmp_path}/run/{named}{name}.*in the way"):
+    with pytest.raises(InputError, match=rf"^{tmp_path}/run/{named}{name}.*(in the way|found a directory)"):
         train(tiny_config("pretrain"), tmp_path / "run", jax.devices()[:1])
 
 

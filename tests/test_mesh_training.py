@@ -333,7 +333,7 @@ def test_one_axis_takes_what_is_left(sizes, devices, expected):
         ),
         ((1, -1, 3, 3), r"no size of one axis would fit: change two"),
         ((-1, -1, 1, 1), r"only one axis can be -1, found \['data', 'fsdp'\]"),
-        ((0, 8, 1, 1), r"mesh\.data must be at least 1, or -1"),
+        ((0, 8, 1, 1), r"mesh\.data must be -1 or an integer from 1"),
         ((8, 1, 1, 1), r"data 8 x fsdp 1 must divide the 4 examples .*; data x fsdp of 1, 2, 4 would fit"),
         ((1, 4, 1, 2), r"mesh\.tensor .*which does not divide a dimension of 1|tensor must divide .* 1 heads"),
     ],

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_oracles import tpu_kernels_as_xla
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
-from rehyat_jax.attention import interpreted_tpu
 from rehyat_jax.attention.tpu.norm_rotate import scale_and_rotate
 from rehyat_jax.models.wan import rope
 from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
@@ -41,7 +41,7 @@ def test_the_kernels_give_the_same_outputs_and_gradients(dtype, grid):
     arrays, cotangent = make_arrays(grid, 10, dtype)
     table = rope_table(grid, 128)
     expected = results(lambda *arrays: scaled_and_rotated(*arrays, table), arrays, cotangent)
-    with interpreted_tpu():
+    with tpu_kernels_as_xla():
         found = results(lambda *arrays: scale_and_rotate(*arrays, *table), arrays, cotangent)
     assert_same(found, expected, dtype)
 
@@ -53,7 +53,7 @@ def test_the_kernels_work_inside_the_mesh(monkeypatch):
     expected = run()
     monkeypatch.setattr(rope, "target_platform", lambda: "tpu")
     mesh = make_mesh(dict(zip(AXES, (2, 1, 2, 2), strict=True)), jax.devices())
-    with jax.set_mesh(mesh), interpreted_tpu():
+    with jax.set_mesh(mesh), tpu_kernels_as_xla():
         assert_same(run(), expected)
 
 
