@@ -27,8 +27,8 @@ test: lint
 fault-test: install
 	PYTHONPATH=. $(BIN)/python tests/fault_suite.py
 
-# Damaged input for every reader of users' files, of which `make test` gives each 100; then hostile command lines. Every
-# week has other cases. All of them take a day; make fuzz COMMANDS=1000 takes less than an hour for its second part.
+# Gives damaged input to every reader of users' files (`make test` uses 100 cases each), then tries hostile command lines.
+# The seed changes every week. This takes a night; `make fuzz COMMANDS=1000` tries fewer command lines.
 COMMANDS ?= 20000
 fuzz: install
 	FUZZ_EXAMPLES=20000 $(BIN)/pytest -n 2 tests/test_fuzz.py

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -58,8 +59,8 @@ def printed_help(argv: list[str], text: str | None) -> bool:
 
 def not_a_command(text: str | None, command: str) -> int:
     """Prints what a module is for, and the command that it belongs to; returns the exit code."""
-    told = "Options: none. This module is a part of another command.\n\nExample:\n\n"
-    print(f"{text}\n{told}  python -m rehyat_jax.{command} --help")
+    usage = "Options: none. Another command uses this module.\n\nExample:\n\n"
+    print(f"{text}\n{usage}  python -m rehyat_jax.{command} --help")
     return 0 if {"-h", "--help"}.intersection(sys.argv) else 2
 
 
@@ -87,6 +88,10 @@ def report_input_errors(run: Callable[[], Any]) -> int:
         print("\ninterrupted; what was complete is kept", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise
+        if jax.distributed.is_initialized():
+            os._exit(NO_READER)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return NO_READER
     except Exception as error:
@@ -124,13 +129,23 @@ def _as_input_error(error: Exception) -> InputError | None:
         reason = next(iter(str(error).splitlines()), "") or "an allocation failed"
         return InputError(f"there is too little memory ({reason}); choose smaller sizes or batches, or more devices")
     if isinstance(error, OSError) and (error.filename is not None or error.errno in REMEDIES):
-        remedy = REMEDIES.get(error.errno, "check the path, its permissions and the disk")
+        check = "check the path, its permissions and the disk"
+        remedy = check if error.errno == errno.ENOENT else REMEDIES.get(error.errno, check)
         return InputError(f"{'the system' if error.filename is None else error.filename}: {error.strerror}; {remedy}")
     return None
 
 
+def _has_lost_its_reader() -> bool:
+    """True if the program that reads the output has ended."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def _is_news(record: LogRecord) -> bool:
-    """False for Orbax's records that tell a user nothing.
+    """False for log records of Orbax that a user does not need.
 
     It warns of every checkpoint without OCDBT, as this program writes them, that there is nothing to merge. It logs
     errors that it also raises, and those are reported here.

@@ -82,7 +82,7 @@ def check_output(files: list[Path]) -> None:
     try:
         find_ffmpeg()
     except NoFfmpeg as error:
-        print(f"warning: {error}; sampling goes on, and its frames will be .npy files", file=sys.stderr)
+        print(f"warning: {error}; the frames will be written as .npy files", file=sys.stderr)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

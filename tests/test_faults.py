@@ -384,6 +384,14 @@ def test_inputs_that_were_replaced_at_their_place_are_told(stage, field, then):
     assert check_continuation(was, now, 5, "runs/x") == ""
 
 
+def test_inputs_that_were_only_moved_are_the_same_run():
+    inputs = {"init_from": f"3 files, SHA-256 {'a' * 64}"}
+    was, now = (described(stage="distill", inputs=inputs, init_from=place) for place in ("old", "new"))
+    assert re.search(rf"config.init_from +old +new +{SAME}(\n|$)", check_continuation(was, now, 5, "runs/x"))
+    with pytest.raises(InputError, match=r"config.init_from +old +new +refused"):
+        check_continuation(was | {"inputs": {}}, now, 5, "runs/x")
+
+
 def test_a_run_knows_its_teacher_and_its_data(tmp_path):
     examples = [example(number, (5, 4, 4, 16)) for number in range(8)]
     write_data_set(tmp_path / "data", examples, codec="space_to_depth")
@@ -472,6 +480,24 @@ def test_a_second_training_in_a_workdir_is_refused_and_names_the_first(tmp_path,
         message = capsys.readouterr().err
         assert f"error: {tmp_path / place}: expected no other training there" in message
         assert f"host {socket.gethostname()}, process {os.getpid()}" in message and message.count("\n") == 1
+
+
+def test_the_lock_of_another_host_is_waited_for(tmp_path, monkeypatch, capsys):
+    """A file server releases the lock of a host that has crashed only after some time."""
+    monkeypatch.setattr("time.sleep", lambda seconds: crashed.close())
+    with contextlib.ExitStack() as crashed:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("socket.gethostname", lambda: "elsewhere")
+            crashed.enter_context(locked(tmp_path))
+        with locked(tmp_path):
+            assert "waiting for the lock of 'host elsewhere, process" in capsys.readouterr().err
+        with monkeypatch.context() as at_once:
+            at_once.setattr("rehyat_jax.files.lock.LEASE_SECONDS", -1)
+            at_once.setattr("socket.gethostname", lambda: "elsewhere")
+            crashed.enter_context(locked(tmp_path))
+            at_once.setattr("socket.gethostname", lambda: "here")
+            with pytest.raises(InputError, match="found one that is still running: 'host elsewhere"), locked(tmp_path):
+                pass
 
 
 def test_a_directory_of_a_filesystem_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):

@@ -43,7 +43,7 @@ def test_help_has_a_description_the_options_and_an_example(command, option, caps
     text = capsys.readouterr().out
     description, example = text.split("xample:\n")
     assert len(description) > 60 and "ptions" in description
-    assert example.strip().startswith(f"python -m rehyat_jax.{'benchmarks.' if 'another command' in text else module}")
+    assert example.strip().startswith(f"python -m rehyat_jax.{'benchmarks.' if 'Another command' in text else module}")
 
 
 def test_commands_that_succeed_print_no_warning(tmp_path, capfd, caplog, monkeypatch):

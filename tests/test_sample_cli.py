@@ -203,7 +203,7 @@ def test_a_missing_ffmpeg_is_said_before_sampling(checkpoint, tmp_path, capsys, 
     monkeypatch.setattr(sample, "find_ffmpeg", no_program)
     assert main(arguments(checkpoint, tmp_path / "seven.mp4")) == 0
     warning, _, progress = capsys.readouterr().err.partition("\n")
-    assert warning.startswith("warning: no ffmpeg here; sampling goes on") and "sampling: 100%" in progress
+    assert warning.startswith("warning: no ffmpeg here; the frames will be written") and "sampling: 100%" in progress
 
 
 def test_an_earlier_video_of_that_name_is_replaced(checkpoint, tmp_path):

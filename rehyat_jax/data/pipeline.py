@@ -14,6 +14,7 @@ from absl import flags
 
 from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.shown import shown
 
 SKIPPED = "skipped"
 """Key of a batch when corrupt records are skipped: [B] int32, 1 for an example that replaces a corrupt record."""
@@ -194,7 +195,7 @@ class _InOrder:
                     raise CorruptRecord(f"{error}, or skip such records: --config.data.corrupt=skip") from error
                 if index not in self._told:
                     self._told.add(index)
-                    print(f"skipped a corrupt record: {error}", file=sys.stderr, flush=True)
+                    print(f"skipped a corrupt record: {shown(error, 1000)}", file=sys.stderr, flush=True)
         raise InputError(f"all {len(self._bucket)} records of {self._bucket.latents_shape} are corrupt; prepare again")
 
 

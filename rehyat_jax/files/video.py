@@ -196,6 +196,10 @@ class _Run(NamedTuple):
         return self.code == 0 and bool(self.output)
 
 
+AMPLE_BYTES = 2**34
+"""A limit on the memory of a process under which ffmpeg reads every video."""
+
+
 def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
     """ffmpeg's output for a file's first video stream. The file is not trusted: ffmpeg opens no other file.
 
@@ -207,9 +211,8 @@ def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
         return run.output
     _read_stored_bytes(path)
     reason = f"{path}: ffmpeg could not read the video: {run.messages}"
-    if any(
-        resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
-    ):
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    if any(limit != resource.RLIM_INFINITY and limit < AMPLE_BYTES for limit in limits):
         raise OSError(
             f"{reason}; the memory of a process is limited, under which it fails on good videos too: ulimit -v"
         )

@@ -159,17 +159,17 @@ def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, widt
 
 
 def _check_memory(advance: Any, graphdef: nnx.GraphDef, params: nnx.State, state: SolverState, *more: Any) -> None:
-    """Compiles a step, which its first call then need not do. Raises InputError if it does not fit into memory."""
+    """Compiles a step, whose first call reuses the program. Raises InputError if it does not fit into memory."""
     sizes = advance.lower(graphdef, params, state, *more).compile().memory_analysis()
     if sizes is None:
         return
     batch, *latents = state.latents.shape
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_mesh()
     check_device_memory(
         sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         f"a step with {batch} videos, each of latents {'x'.join(map(str, latents))}",
         "sample fewer or smaller videos at once",
-        devices=1 if mesh.empty else mesh.size,
+        devices=1 if mesh.empty else len(mesh.local_devices),
     )
 
 

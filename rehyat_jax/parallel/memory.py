@@ -16,7 +16,11 @@ def host_bytes() -> int | None:
     try:
         kibibytes = {line.split(":")[0]: int(line.split()[1]) for line in _lines("/proc/meminfo")}
         free = [1024 * (kibibytes["MemAvailable"] + kibibytes["SwapFree"])]
-        used = {line.split(":")[0]: line.split()[1] for line in _lines("/proc/self/status") if line.startswith("Vm")}
+        used = {
+            line.split(":")[0]: line.split()[1]
+            for line in _lines("/proc/self/status")
+            if line.startswith(("Vm", "Rss"))
+        }
     except (OSError, KeyError, ValueError, IndexError):
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -24,7 +28,7 @@ def host_bytes() -> int | None:
         free.append(limit - 1024 * int(used["VmSize"]))
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:  # the limit of a container, most of which its own cache of files may take
-            free.append(int(Path(file).read_text()) - 1024 * int(used["VmRSS"]))
+            free.append(int(Path(file).read_text()) - 1024 * (int(used["RssAnon"]) + int(used["RssShmem"])))
         except (OSError, ValueError):  # there is none, or it is "max"
             continue
     return max(min(free), 0)
@@ -46,8 +50,8 @@ def check_host_memory(needed: int, what: str, remedy: str) -> None:
 
 
 def check_device_memory(needed: int, what: str, remedy: str, *, devices: int = 1) -> None:
-    """Raises InputError if `devices` devices, each of which needs `needed` bytes, cannot give them."""
-    device = jax.devices()[0]
+    """Raises InputError if `devices` devices of this process, each of which needs `needed` bytes, cannot give them."""
+    device = jax.local_devices()[0]
     total = needed * (devices if device.platform == "cpu" else 1)
     _check(total, device_bytes(device), what, f"of memory of {device.device_kind}", remedy)
 

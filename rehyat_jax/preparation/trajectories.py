@@ -9,9 +9,10 @@ from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.fingerprint import fingerprint
-from rehyat_jax.files.regular import SMALL, check_regular_file
+from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.generation.generate import generate_latents, initial_noise
 from rehyat_jax.generation.options import SamplingOptions, open_model
+from rehyat_jax.preparation.captions import LARGEST_LIST
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 from rehyat_jax.weights.load import checkpoint_files
 
@@ -128,7 +129,7 @@ def fingerprints(checkpoint: Path) -> dict[str, str]:
 def read_prompts(file: Path) -> list[str]:
     """The non-empty lines of a file. Raises InputError if there are none, or the file is not UTF-8 text."""
     if file.exists():
-        check_regular_file(file, largest_bytes=SMALL)
+        check_regular_file(file, largest_bytes=LARGEST_LIST)
     try:
         lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.shown import shown
 from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.parallel.sharding import host_shardings
 from rehyat_jax.training.checksums import find_damage, write_checksums
@@ -254,7 +255,7 @@ def _pass_over_damaged(directory: epath.Path) -> None:
                 f"permissions or the disk, then give the same command again"
             )
         if damage:
-            print(f"checkpoint {step} is damaged: {damage}", file=sys.stderr, flush=True)
+            print(f"checkpoint {step} is damaged: {shown(damage, 1000)}", file=sys.stderr, flush=True)
         if not _in_any_process(damage is not None):
             break
         if jax.process_index() == 0:

@@ -71,6 +71,9 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> Itera
         if before == after:
             continue
         then = effect_of_change(field, before, after, step) if field in old and field in new else CHANGED
+        inputs = saved.get("inputs", {})
+        if field in inputs and inputs[field] == now["inputs"].get(field):
+            then = SAME  # the same files at another place
         yield Difference(f"config.{field}", before, after, then)
     # Earlier versions saved no fingerprints.
     for field in sorted(saved.get("inputs", {}).keys() & now["inputs"].keys()):

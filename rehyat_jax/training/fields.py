@@ -160,7 +160,7 @@ FIELDS = (
         _MAP.input,
         Choice(INPUTS),
         REFUSED,
-        "Whether feature maps read queries and keys after RoPE or before it.",
+        'Queries and keys that feature maps read: after RoPE ("rotated") or before it ("unrotated").',
     ),
     Field(
         "forms",

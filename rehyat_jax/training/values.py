@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import ml_collections
+
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import closest, shown
 
@@ -159,7 +161,7 @@ class Entry(Values):
     """A dictionary whose keys are names of fields. Each field has allowed values of its own."""
 
     def __contains__(self, value: Any) -> bool:
-        return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+        return isinstance(value, Mapping | ml_collections.ConfigDict) and all(isinstance(name, str) for name in value)
 
     def __str__(self) -> str:
         return "a dictionary of fields"

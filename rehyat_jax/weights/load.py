@@ -120,7 +120,9 @@ def checkpoint_files(path: str | Path) -> tuple[Path, list[Path]]:
     """
     path = Path(path)
     if is_model_checkpoint(path):
-        params = (file for file in (path / PARAMS).rglob("*") if file.is_file() and file.name not in TIMES)
+        # Other hidden files are those of file systems and archives.
+        is_read = lambda name: name not in TIMES and (not name.startswith(".") or name in (".zarray", ".zattrs"))
+        params = (file for file in (path / PARAMS).rglob("*") if is_read(file.name) and file.is_file())
         return path, [path / MODEL_FILE, *params]
     folder, tensors = find_tensors(path)
     described = (folder / name for name in (CONFIG_FILE, SIDE_CAR))

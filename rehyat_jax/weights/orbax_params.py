@@ -133,7 +133,7 @@ def _check_files(directory: Path) -> None:
                     f"{path}: expected arrays in Zarr's format 2, as this program writes; write them again"
                 )
             check_regular_file(path, largest_bytes=SMALL if path.name.startswith("_") else None)
-        elif not path.name.startswith("."):
+        elif not path.name.startswith(".") and path.name != "array_metadatas":
             _check_array(path)
 
 
@@ -153,8 +153,8 @@ def _check_array(folder: Path) -> None:
     if 0 in chunks:
         raise InputError(f"{file}: chunks {chunks} hold nothing; the file is damaged")
     try:
-        chunk_bytes = math.prod(chunks) * np.dtype(described.get("dtype")).itemsize
-    except TypeError as error:
+        chunk_bytes = math.prod(chunks) * np.dtype(str(described.get("dtype"))).itemsize
+    except (TypeError, ValueError) as error:
         raise InputError(f"{file}: dtype should be a dtype of numpy, found {described.get('dtype')!r}") from error
     found = [part for part in folder.iterdir() if not part.name.startswith(".")]
     for part in found:

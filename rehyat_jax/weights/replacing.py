@@ -1,4 +1,4 @@
-"""What a conversion may replace: only what this program wrote."""
+"""Checks what a conversion may replace: only what this program wrote."""
 
 import os
 from pathlib import Path
