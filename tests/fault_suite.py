@@ -2,7 +2,7 @@
 
     python tests/fault_suite.py [--seed 0] [--kills 30] [--only kills,damage,...]
 
-Needs root for the full and the read-only disk, which are a tmpfs. Takes about 20 minutes on two quiet cores.
+Needs root for the full and the read-only disk, which are a tmpfs. Takes about 40 minutes on two slow cores.
 """
 
 import argparse
