@@ -381,7 +381,7 @@ START = "from rehyat_jax.training.config import default_config\ndef get_config()
         ("def get_config():\n    return get_config()\n", ["config.py:2: RecursionError"]),
         (b"\x7fELF\x00\x01\xff\xfe", ["config.py", "cannot contain null bytes"]),
         (b"x = 1\n\xff\xfe\n", ["config.py", "SyntaxError", "0xff"]),
-        (b"#" * (2**20 + 1), ["config.py: expected a configuration file of at most 1048576 bytes, found 1048577"]),
+        (b"#" * (2**20 + 1), ["config.py: expected a file of at most 1,048,576 bytes, found 1,048,577"]),
         ("import sibling\nget_config = sibling.get_config\n", ["sibling.py:2: KeyError: 'gone'"]),
     ],
 )
@@ -400,16 +400,16 @@ def test_a_configuration_file_that_cannot_be_run_is_named_with_its_line(tmp_path
 def test_a_configuration_that_is_no_file_is_named(tmp_path, capsys):
     os.mkfifo(tmp_path / "fifo")
     for path, words in (
-        (tmp_path, "found a folder"),
-        (tmp_path / "none.py", "found none"),
-        (tmp_path / "fifo", "found something that is no regular file"),
-        ("/dev/zero", "found something that is no regular file"),
-        ("", "found a folder"),
+        (tmp_path, "found a directory"),
+        (tmp_path / "none.py", "none.py: cannot be read (No such file or directory)"),
+        (tmp_path / "fifo", "found a named pipe"),
+        ("/dev/zero", "found a device"),
+        ("", "found a directory"),
         (tmp_path / ("x" * 300), "cannot be read (File name too long)"),
     ):
         line = refused(capsys, f"--config={path}", f"--workdir={tmp_path / 'run'}")
         assert words in line and len(line) < 700
-    assert "found a folder" in refused(capsys, f"--config={tmp_path}", "--topology=v5e:2x2", main=plan_main)
+    assert "found a directory" in refused(capsys, f"--config={tmp_path}", "--topology=v5e:2x2", main=plan_main)
 
 
 def test_an_argument_after_the_file_s_name_reaches_it(tmp_path, capsys):

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.training.config import check_config, check_known
 from rehyat_jax.training.values import shown_value
 
@@ -64,7 +65,7 @@ def parsed_config(values: flags.FlagValues, argv: list[str], *required: flags.Fl
 
 
 class _ConfigFileParser(flags.ArgumentParser):
-    """In place of ml_collections', whose errors do not say where in the file they are."""
+    """Replaces the parser of ml_collections, whose errors do not name a line of the file."""
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
         return read_config_file(argument).lock()
@@ -103,23 +104,12 @@ def read_config_file(argument: str) -> ml_collections.ConfigDict:
 
 
 def _content(file: Path) -> bytes:
-    """The bytes of a program. Nothing is read from what may be endless."""
+    """The bytes of a configuration file. Raises InputError unless it is a regular file of a program's size."""
+    check_regular_file(file, largest_bytes=LARGEST_FILE)
     try:
-        if not file.exists():
-            raise InputError(f"{shown_value(str(file))}: expected a configuration file, found none; check the path")
-        if not file.is_file():
-            kind = "a folder" if file.is_dir() else "something that is no regular file"
-            raise InputError(f"{file}: expected a configuration file, found {kind}; give a Python file as in configs/")
-        if file.stat().st_size > LARGEST_FILE:
-            raise InputError(
-                f"{file}: expected a configuration file of at most {LARGEST_FILE} bytes, found "
-                f"{file.stat().st_size}; give a Python file as in configs/"
-            )
         return file.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{shown_value(str(file))}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
+        raise InputError(f"{file}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def _place(error: BaseException, file: Path) -> str:
