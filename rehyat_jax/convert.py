@@ -23,8 +23,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; argparse itself exits with code 2 on a wrong one."""
     parser = CommandParser("convert", __doc__, "from-torch assets/demo_teacher runs/teacher")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = lambda name, told, example: commands.add_parser(
-        name, module=f"convert {name}", description=told, help=told, example=example
+    add = lambda name, text, example: commands.add_parser(
+        name, module=f"convert {name}", description=text, help=text, example=example
     )
     from_torch = add("from-torch", "PyTorch checkpoint -> model checkpoint", "assets/demo_teacher runs/teacher")
     to_torch = add("to-torch", "model checkpoint -> PyTorch folder", "runs/model exported --layout diffusers")

@@ -210,7 +210,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if not workdir_flag.value or "://" in workdir_flag.value:
         raise InputError(
             f"--workdir: expected a directory of a filesystem, found {workdir_flag.value!r}; give one that all "
-            f"processes see. config.checkpoint_dir alone may be in an object store"
+            f"processes see. only config.checkpoint_dir may be in an object store"
         )
     return Arguments(config, Path(workdir_flag.value), *(flag.value for flag in processes))
 

@@ -31,7 +31,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 @contextlib.contextmanager
 def tpu_kernels_as_xla():
-    """`interpreted_tpu` for values alone: three times as fast, because memory and copies are not simulated.
+    """Like `interpreted_tpu`, but only for values: memory and copies are not simulated, which is three times as fast.
 
     Memory that no kernel has written is NaN here too. tests/test_pallas_tpu.py simulates the rest.
     """

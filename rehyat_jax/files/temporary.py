@@ -32,8 +32,8 @@ def temporary_path(path: Path, token: str, kind: str) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes of this machine left in a folder.
 
-    If one was killed while it replaced a directory, and that directory is missing, it is put back. What belongs to
-    another user, or is removed by another process meanwhile, is left alone.
+    If one was killed while it replaced a directory, and that directory is missing, it is put back. Leftovers
+    of other users, and those that another process removes at the same time, are skipped.
     """
     for path in folder.glob(".*"):
         found = _MAKER.match(path.name)

@@ -203,8 +203,8 @@ AMPLE_BYTES = 2**34
 def _ffmpeg_reads(path: str | Path, options: list[str]) -> bytes:
     """ffmpeg's output for a file's first video stream. The file is not trusted: ffmpeg opens no other file.
 
-    A failure alone does not say whether the video or the machine is to blame: without memory, ffmpeg calls good videos
-    invalid. The video is to blame if ffmpeg fails on it twice, and reads a good video in between.
+    A single failure may be a fault of the video or of the machine: without memory, ffmpeg calls good videos invalid.
+    The video is to blame if ffmpeg fails on it twice, and reads a good video in between.
     """
     run = _run_ffmpeg(path, options)
     if run.has_read:

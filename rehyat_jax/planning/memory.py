@@ -1,4 +1,4 @@
-"""Refuses a run whose arrays alone are larger than the memory of its devices, before any of them is made."""
+"""Checks that the arrays of a step fit into the memory of the devices, before any of them is made."""
 
 import contextlib
 from collections.abc import Iterator

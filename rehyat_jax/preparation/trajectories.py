@@ -109,8 +109,11 @@ def fingerprints(checkpoint: Path) -> dict[str, str]:
     """Identifies a model, wherever it is stored, from the names, sizes and parts of its files.
 
     Returns:
-      "model", which earlier versions wrote for folders alone: of all files in a folder, or of those that are read, from
-      their beginnings and ends. "model_blocks": of the files that are read, from `BLOCKS` blocks spread over them.
+      Two fingerprints:
+
+      - "model" covers the beginnings and ends of files. For a folder these are all files, as in earlier versions. For a
+        file these are the files that are read.
+      - "model_blocks" covers `BLOCKS` blocks, spread over the files that are read.
 
     Raises:
       InputError: a file cannot be read.
