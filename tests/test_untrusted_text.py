@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -196,20 +197,25 @@ def test_no_file_of_a_checkpoint_is_waited_for(checkpoints, tmp_path, capsys, al
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_chunks_larger_than_their_array_are_refused(checkpoints, tmp_path, capsys):
+@pytest.fixture
+def params(checkpoints, tmp_path):
+    """Arrays of a copy of the model."""
+    shutil.copytree(checkpoints / "model", tmp_path / "source")
+    return sorted((tmp_path / "source" / "params").glob("*/.zarray"))
+
+
+def test_chunks_larger_than_their_array_are_refused(params, tmp_path, capsys):
     # TensorStore would end the process, because it cannot allocate them.
-    (tmp_path / "source").mkdir()
-    for file in (checkpoints / "model").iterdir():
-        (tmp_path / "source" / file.name).symlink_to(file)
-    params = tmp_path / "source" / "params"
-    params.unlink()
-    params.mkdir()
-    for file in (checkpoints / "model" / "params").iterdir():
-        (params / file.name).symlink_to(file)
-    array = next(file for file in params.iterdir() if file.is_dir())
-    described = json.loads((array / ".zarray").read_text())
-    array.unlink()
-    array.mkdir()
-    (array / ".zarray").write_text(json.dumps(described | {"chunks": [10**6 for _ in described["chunks"]]}))
+    described = json.loads(params[0].read_text())
+    params[0].write_text(json.dumps(described | {"chunks": [10**6 for _ in described["chunks"]]}))
     assert convert.main(["to-torch", str(tmp_path / "source"), str(tmp_path / "out"), "--layout", "original"]) == 2
-    assert ".zarray: chunks [1000000" in capsys.readouterr().err
+    assert ".zarray: chunks (1000000" in capsys.readouterr().err
+
+
+def test_many_damaged_arrays_give_one_message(params, tmp_path, capfd):
+    # Orbax opens all at once. After the first error, those of the others would be printed by their threads.
+    for file in params:
+        file.write_text(file.read_text().replace("compressor", "compRessor"))
+    assert convert.main(["to-torch", str(tmp_path / "source"), str(tmp_path / "out"), "--layout", "original"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and '"compressor"' in error and error.count("\n") == 1
