@@ -1,4 +1,4 @@
-"""Prepares text from files that are not trusted for a terminal."""
+"""Checks text from files that are not trusted, and prepares it for a terminal."""
 
 import difflib
 from collections.abc import Iterable
@@ -21,6 +21,15 @@ def shown(text: object, width: int = 200) -> str:
 
 def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def is_text(text: str) -> bool:
+    """False for text that has no UTF-8 form: Python keeps other bytes of file names and command lines as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def closest(name: str, known: Iterable[str]) -> list[str]:

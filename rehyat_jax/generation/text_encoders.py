@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.shown import closest
+from rehyat_jax.files.shown import closest, is_text, shown
 
 
 class TextEncoder(Protocol):
@@ -59,14 +59,9 @@ class WordVectors:
 
 
 def checked_text(prompt: str) -> str:
-    """The prompt itself. Raises InputError if it cannot be UTF-8: Python keeps other bytes of a command line so."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"prompt {prompt!r}: expected text in UTF-8, found {prompt[error.start]!r}, which is no character; write "
-            f"the prompt in UTF-8"
-        ) from error
+    """The prompt itself. Raises InputError if it has no UTF-8 form."""
+    if not is_text(prompt):
+        raise InputError(f"prompt '{shown(prompt)}': expected text in UTF-8, found other bytes; write it in UTF-8")
     return prompt
 
 

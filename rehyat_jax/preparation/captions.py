@@ -75,16 +75,16 @@ def read_captions(file: Path) -> dict[str, str]:
             for line, name, caption in (_csv_rows if file.suffix == ".csv" else _jsonl_rows)(file, stream):
                 if not isinstance(name, str) or not isinstance(caption, str) or not 0 < len(name) <= LONGEST_NAME:
                     raise InputError(
-                        f"{file}:{line}: expected a file's name and a caption, found {shown(name)!r}, "
-                        f"{shown(caption)!r}; correct the line"
+                        f"{file}:{line}: expected a file's name and a caption, found '{shown(name)}', "
+                        f"'{shown(caption)}'; correct the line"
                     )
                 if name in captions:
                     raise InputError(
-                        f"{file}:{line}: expected one caption for {shown(name)!r}, found a second; remove one"
+                        f"{file}:{line}: expected one caption for '{shown(name)}', found a second; remove one"
                     )
                 if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
                     raise InputError(
-                        f"{file}:{line}: expected a file within {file.parent}, found {shown(name)!r}; give it as it is "
+                        f"{file}:{line}: expected a file within {file.parent}, found '{shown(name)}'; give it as it is "
                         f"there, with forward slashes"
                     )
                 captions[name] = " ".join(caption.split())
@@ -93,15 +93,6 @@ def read_captions(file: Path) -> dict[str, str]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); check its permissions and the disk") from error
     return captions
-
-
-def is_text(text: str) -> bool:
-    """False for text that has no UTF-8 form, such as the name of a file in another encoding."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _lines(file: Path, stream: TextIO) -> Iterator[str]:
@@ -138,7 +129,7 @@ def _jsonl_rows(file: Path, stream: TextIO) -> Iterator[tuple[int, Any, Any]]:
             raise InputError(f"{file}:{line}: expected a JSON object, found: {error}; correct the line") from error
         if not isinstance(row, dict):
             raise InputError(
-                f'{file}:{line}: expected an object with "file" and "caption", found {shown(text)!r}; correct the line'
+                f"{file}:{line}: expected an object with 'file' and 'caption', found '{shown(text)}'; correct the line"
             )
         yield line, row.get("file"), row.get("caption")
 

@@ -15,7 +15,7 @@ from rehyat_jax.data.manifest import NULL_TEXT
 from rehyat_jax.data.prepared import read_null_text
 from rehyat_jax.data.records import RANKS, CorruptRecord
 from rehyat_jax.errors import InputError
-from rehyat_jax.preparation.captions import is_text
+from rehyat_jax.files.shown import is_text
 from rehyat_jax.preparation.units import STORED, Hosts, NotNow, Plan, UnitWriter, prepare
 from rehyat_jax.weights.safetensors_file import DTYPES
 

@@ -8,16 +8,13 @@ from tqdm import tqdm
 from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.fingerprint import fingerprint
+from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
 from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.generation.generate import generate_latents, initial_noise
 from rehyat_jax.generation.options import SamplingOptions, open_model
 from rehyat_jax.preparation.captions import LARGEST_LIST
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 from rehyat_jax.weights.load import checkpoint_files
-
-BLOCKS = 1024
-"""Number of blocks of 64 KiB that are read from a model to know it again."""
 
 
 def prepare_trajectories(
@@ -120,13 +117,10 @@ def fingerprints(checkpoint: Path) -> dict[str, str]:
     """
     folder, files = checkpoint_files(checkpoint)
     everything = [path for path in checkpoint.rglob("*") if path.is_file()] if checkpoint.is_dir() else files
-    try:
-        return {
-            "model": fingerprint(everything, checkpoint if checkpoint.is_dir() else folder),
-            "model_blocks": fingerprint(files, folder, blocks=BLOCKS),
-        }
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+    return {
+        "model": fingerprint(everything, checkpoint if checkpoint.is_dir() else folder),
+        "model_blocks": fingerprint(files, folder, blocks=BLOCKS),
+    }
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.regular import check_regular_file
+from rehyat_jax.files.shown import shown
 from rehyat_jax.training.config import check_config, check_known
 from rehyat_jax.training.values import shown_value
 
@@ -51,9 +52,9 @@ def parsed_config(values: flags.FlagValues, argv: list[str], *required: flags.Fl
     except flags.Error as error:
         if isinstance(error.__context__, InputError):  # from `_ConfigFileParser`
             raise error.__context__ from None
-        raise InputError(shortened(error)) from error
+        raise InputError(_message(error)) from error
     except UNREADABLE as error:
-        raise InputError(f"the command line cannot be understood: {shortened(error)}") from error
+        raise InputError(f"the command line cannot be understood: {_message(error)}") from error
     if unparsed:
         raise InputError(f"unexpected arguments {shown_value(unparsed)}; options are given as --config.field=value")
     for flag in (config_flag, *required):
@@ -93,7 +94,7 @@ def read_config_file(argument: str) -> ml_collections.ConfigDict:
         config = module.get_config(*arguments) if hasattr(module, "get_config") else None
     except (Exception, SystemExit) as error:
         kind, message = type(error).__name__, error.msg if isinstance(error, SyntaxError) else error
-        raise InputError(f"{_place(error, Path(name))}: {kind}: {shortened(message)}; correct the file") from error
+        raise InputError(f"{_place(error, Path(name))}: {kind}: {_message(message)}; correct the file") from error
     if not isinstance(config, ml_collections.ConfigDict):
         found = shown_value(config) if hasattr(module, "get_config") else "no such function"
         raise InputError(
@@ -122,9 +123,8 @@ def _place(error: BaseException, file: Path) -> str:
     return lines[-1] if lines else str(file)
 
 
-def shortened(message: object) -> str:
-    """A message in one line: its first and last words if it is long. ml_collections names the closest field last."""
-    while isinstance(message, Exception) and message.args and isinstance(message.args[0], Exception):
-        message = message.args[0]
-    text = " ".join(str(message).split())
-    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+def _message(error: object) -> str:
+    """An error's message on one line. ml_collections names the closest field last, so the end must remain."""
+    while isinstance(error, Exception) and error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    return shown(" ".join(str(error).split()), 400)

@@ -9,14 +9,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rehyat_jax.data.pipeline import Source
-from rehyat_jax.errors import InputError
-from rehyat_jax.files.fingerprint import fingerprint
+from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.weights.load import checkpoint_files
-
-BLOCKS = 1024
-"""Number of blocks of 64 KiB to read from a model or a data set: seconds on a network disk."""
-
 
 MOST_BYTES = 4096
 """Size of the text of all fingerprints that processes exchange."""
@@ -43,7 +38,4 @@ def _fingerprints(config: ml_collections.ConfigDict, source: Source) -> dict[str
         files["init_from"] = checkpoint_files(config.init_from)
     if stored := getattr(source, "files", ()):
         files["data.path"] = (Path(config.data.path), stored)
-    try:
-        return {field: fingerprint(found, folder, blocks=BLOCKS) for field, (folder, found) in files.items()}
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+    return {field: fingerprint(found, folder, blocks=BLOCKS) for field, (folder, found) in files.items()}
