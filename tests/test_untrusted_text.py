@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import shutil
@@ -212,10 +213,17 @@ def test_chunks_larger_than_their_array_are_refused(params, tmp_path, capsys):
     assert ".zarray: chunks (1000000" in capsys.readouterr().err
 
 
-def test_many_damaged_arrays_give_one_message(params, tmp_path, capfd):
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_many_damaged_arrays_give_one_message(params, tmp_path, capfd, is_missing):
     # Orbax opens all at once. After the first error, those of the others would be printed by their threads.
     for file in params:
-        file.write_text(file.read_text().replace("compressor", "compRessor"))
+        if is_missing:
+            file.parent.rename(file.parent.with_name(f"{file.parent.name}s"))
+        else:
+            file.write_text(file.read_text().replace("compressor", "compRessor"))
     assert convert.main(["to-torch", str(tmp_path / "source"), str(tmp_path / "out"), "--layout", "original"]) == 2
+    gc.collect()
     error = capfd.readouterr().err
-    assert error.startswith("error: ") and '"compressor"' in error and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert ("does not exist" if is_missing else '"compressor"') in error

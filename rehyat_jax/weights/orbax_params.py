@@ -21,6 +21,7 @@ from flax import traverse_util
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.regular import SMALL, check_regular_file
+from rehyat_jax.files.shown import is_text
 from rehyat_jax.parallel.memory import check_host_memory
 from rehyat_jax.weights.streamed import StreamedArray
 
@@ -31,7 +32,26 @@ CHUNK_OVERHEAD = 2**20
 """Bytes by which a compressed chunk may exceed its values, if they do not compress."""
 
 
-class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
+class _OpensOneByOne:
+    """Opens arrays one after another. Orbax opens all at once, and when one cannot be opened, it closes the event loop
+    under the others, whose threads then print tracebacks."""
+
+    async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Sequence[Any]:
+        found = []
+        for info in infos:
+            found += await super().metadata([info])
+        return found
+
+
+class _NumpyHandler(_OpensOneByOne, ocp.type_handlers.NumpyHandler):
+    pass
+
+
+class _ArrayHandler(_OpensOneByOne, ocp.type_handlers.ArrayHandler):
+    pass
+
+
+class StreamedArrayHandler(_NumpyHandler):
     """Saves `StreamedArray`s as numpy arrays: reads, writes and frees one before the next."""
 
     async def serialize(
@@ -50,8 +70,8 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
 def _handler() -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedArray, StreamedArrayHandler(deepcopy_host_arrays=False)),
-        (np.ndarray, ocp.type_handlers.NumpyHandler()),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (np.ndarray, _NumpyHandler()),
+        (jax.Array, _ArrayHandler()),
     )
     # OCDBT gathers all of an array's chunks in memory before it writes them (3.4 GB at the peak for arrays of 1.65 GB,
     # 2.3 GB without it), and trained weights hardly compress (7% of float32).
@@ -83,10 +103,8 @@ def save_arrays(directory: Path, params: dict[str, jax.Array]) -> None:
 
 def check_path(path: Path) -> None:
     """Raises InputError for a path that is not UTF-8, which TensorStore cannot open."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path}: expected a path in UTF-8, found other bytes in it; choose another place") from error
+    if not is_text(str(path)):
+        raise InputError(f"{path}: expected a path in UTF-8, found other bytes in it; choose another place")
 
 
 def open_params(directory: Path) -> dict[str, StreamedArray]:
@@ -133,8 +151,7 @@ def _check_files(directory: Path) -> None:
 def _check_array(folder: Path) -> None:
     """Raises InputError unless the files of one array are all there and of the right size.
 
-    Orbax opens and reads all arrays at once: after the first damaged one, the others' threads would print tracebacks.
-    TensorStore would also allocate complete chunks, however large.
+    TensorStore would allocate complete chunks, however large, and Orbax would read all arrays at once.
     """
     file = folder / ".zarray"
     check_regular_file(file, largest_bytes=SMALL)
