@@ -1,6 +1,6 @@
 """Runs the commands with hostile arguments and damaged files as processes, and checks how each of them ends.
 
-    python tests/fuzz_commands.py [--cases 200] [--seed 0] [--only NUMBER ...]
+    python tests/fuzz_commands.py [--cases 200] [--first 0] [--seed 0] [--only NUMBER ...]
 
 A case is a valid command line with one or two changes: of an argument, or of a file that the command reads. Seed and
 number determine a case. Processes are forked from this one, which has imported the program, so that a case takes a
@@ -428,10 +428,11 @@ def table(ends: Counter) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="continue from this case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="run these cases, and show each")
     options = parser.parse_args(arguments)
-    numbers = options.only or range(options.cases)
+    numbers = options.only or range(options.first, options.first + options.cases)
     failures, ends, started, reported = 0, Counter(), time.monotonic(), 0.0
     with tempfile.TemporaryDirectory(prefix="fuzz_commands_") as temporary:
         root, inputs = Path(temporary), Path(temporary, "inputs")
