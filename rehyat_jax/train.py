@@ -38,7 +38,7 @@ from absl import flags
 from rehyat_jax.cli import print_message, printed_help, report_input_errors
 from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
-from rehyat_jax.evaluation.evaluators import Situation, make_evaluators
+from rehyat_jax.evaluation.evaluators import Situation, check_evaluators, make_evaluators
 from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
@@ -79,6 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[ja
       RunDivergedError: config.max_skipped updates in a row were skipped.
     """
     check_config(config)
+    check_evaluators(config)
     mesh = make_mesh(config.mesh, devices)
     with (
         reported_memory_errors(),

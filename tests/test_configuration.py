@@ -340,6 +340,8 @@ def test_the_command_refuses_numbers_outside(default_file, data):
         ("--config.mesh={'data': 1}", ["config.mesh.fsdp is missing"]),
         ("--config.evals=abc", ["config.evals[0] must be a dictionary", "'abc'"]),
         ("--config.evals=({'type': 'flow_loss', 'every': 0},)", ["config.evals[0].every", "found 0"]),
+        ("--config.evals=({'type': 'flow_los', 'every': 1},)", ["config.evals[0].type", "flow_loss", "flow_los"]),
+        ("--config.evals=({'type': 'flow_loss', 'every': 1, 'batch': 2},)", ["config.evals[0]: ", "'batch'"]),
         ("--config.forms[0].chunk_frames=3", ["cannot be understood"]),
         ("--config.forms=" + "(" * 300, ["config.forms"]),
         ("--config.hybrid.blocks=" + "-" * 100_000 + "1", ["error"]),
@@ -350,6 +352,7 @@ def test_the_command_refuses_numbers_outside(default_file, data):
 def test_a_command_line_that_cannot_be_understood_is_named(tmp_path, capsys, default_file, argument, words):
     line = refused(capsys, f"--config={default_file}", f"--workdir={tmp_path / 'run'}", argument)
     assert all(word in line for word in words) and len(line) < 1000, line
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------- configuration files

@@ -4,6 +4,7 @@ An entry of `config.evals` is a dictionary: {"type": a key of `EVALUATORS`, "eve
 the type, and "name", the prefix of the logged figures (the type by default).
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -83,25 +84,37 @@ def flow_loss(situation: Situation, *, batches: int = 1) -> Evaluator:
     return _mean_over_batches(situation, batches, lambda params, batch, key: loss(params, context, batch, key)[1])
 
 
+COMMON = ("type", "every", "name")
+"""The keys that every entry may have. All others are options of its type."""
+
 EVALUATORS: dict[str, Callable[..., Evaluator]] = {"attention_error": attention_error, "flow_loss": flow_loss}
 """The evaluators by "type"; each is called with a `Situation` and the entry's options."""
 
 
+def check_evaluators(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError for an entry of `config.evals` of an unknown type, or with options that its type lacks."""
+    for number, entry in enumerate(config.evals):
+        place = f"config.evals[{number}]"
+        Choice(EVALUATORS).check(entry["type"], f"{place}.type")
+        options = {name: value for name, value in entry.items() if name not in COMMON}
+        try:
+            inspect.signature(EVALUATORS[entry["type"]]).bind(None, **options)
+        except TypeError as error:
+            raise InputError(f"{place}: {error}") from error
+
+
 def make_evaluators(situation: Situation) -> list[ScheduledEvaluator]:
-    """The evaluators of `config.evals`, of a configuration that `check_config` passed.
+    """The evaluators of `config.evals`, which `check_evaluators` passed.
 
     Raises:
-      InputError: an entry has an unknown type, or options that its type does not accept.
+      InputError: an evaluator cannot measure this model or these data, or an option's value is wrong.
     """
     scheduled = []
     for number, entry in enumerate(situation.config.evals):
-        options, place = dict(entry), f"config.evals[{number}]"
-        kind, every = options.pop("type"), options.pop("every")
-        name = options.pop("name", kind)
-        Choice(EVALUATORS).check(kind, f"{place}.type")
+        options = {name: value for name, value in entry.items() if name not in COMMON}
         try:
-            evaluate = EVALUATORS[kind](situation, **options)
+            evaluate = EVALUATORS[entry["type"]](situation, **options)
         except (TypeError, ValueError) as error:
-            raise InputError(f"{place}: {error}") from error
-        scheduled.append(ScheduledEvaluator(name, every, evaluate))
+            raise InputError(f"config.evals[{number}]: {error}") from error
+        scheduled.append(ScheduledEvaluator(entry.get("name", entry["type"]), entry["every"], evaluate))
     return scheduled

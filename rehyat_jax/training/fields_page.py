@@ -18,8 +18,7 @@ the changes of one experiment; `configs/` has examples. `--config.FIELD=VALUE` s
 
     python -m rehyat_jax.train --config configs/demo_distill.py --workdir DIR --config.optimizer.learning_rate=1e-3
 
-A value that is not allowed is refused before anything is written, with exit code 2 and the name of its field. Only an
-evaluator's type and own options are checked later, before the first step.
+A value that is not allowed is refused before anything is written, with exit code 2 and the name of its field.
 This command writes the page from the table in `rehyat_jax/training/fields.py`:
 
     python -m rehyat_jax.training.fields_page
