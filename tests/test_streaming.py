@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_runs import TINY, tiny_batch, tiny_model
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.errors import InputError
+from rehyat_jax.generation.generate import generate_latents, initial_noise
+from rehyat_jax.generation.streaming import stream_latents
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.models.wan.streaming import apply_part, check_streams, initial_states, part_positions
 from rehyat_jax.parallel.mesh import AXES, make_mesh
@@ -114,3 +117,16 @@ def test_parts_on_a_mesh(implementation):
 def test_blocks_that_need_the_complete_video_are_named(change, message):
     with pytest.raises(InputError, match=message):
         check_streams(TINY.replace(**{"hybrid_blocks": "all", **change}))
+
+
+@pytest.mark.parametrize(("guidance_scale", "sampler", "part_chunks"), [(3.0, "unipc", 1), (1.0, "euler", 2)])
+def test_a_streamed_video_is_that_of_one_pass(guidance_scale, sampler, part_chunks):
+    config = student(FORMS["several"])
+    graphdef, params = tiny_model(config)
+    model, batch = nnx.merge(graphdef, params), tiny_batch(frames=7)
+    noise, text = np.array(initial_noise(3, 2, (7, 4, 6, 4))), batch["text"]
+    options = dict(steps=4, guidance_scale=guidance_scale, flow_shift=3.0, sampler=sampler)
+    expected = generate_latents(model, text, 0.1 * text, jnp.asarray(noise), **options)
+    found = stream_latents(model, text, 0.1 * text, noise, part_chunks=part_chunks, **options)
+    np.testing.assert_allclose(found, expected, atol=5e-5, rtol=5e-5)
+    assert isinstance(found, np.ndarray)

@@ -160,15 +160,24 @@ def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, widt
 
 def _check_memory(advance: Any, graphdef: nnx.GraphDef, params: nnx.State, state: SolverState, *more: Any) -> None:
     """Compiles a step, whose first call reuses the program. Raises InputError if it does not fit into memory."""
-    sizes = advance.lower(graphdef, params, state, *more).compile().memory_analysis()
+    batch, *latents = state.latents.shape
+    check_step_memory(
+        advance.lower(graphdef, params, state, *more).compile(),
+        f"a step with {batch} videos, each of latents {'x'.join(map(str, latents))}",
+        "sample fewer or smaller videos at once",
+    )
+
+
+def check_step_memory(compiled: jax.stages.Compiled, what: str, remedy: str) -> None:
+    """Raises InputError if the arrays of a compiled step, except its arguments, do not fit into memory."""
+    sizes = compiled.memory_analysis()
     if sizes is None:
         return
-    batch, *latents = state.latents.shape
     mesh = jax.sharding.get_mesh()
     check_device_memory(
         sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-        f"a step with {batch} videos, each of latents {'x'.join(map(str, latents))}",
-        "sample fewer or smaller videos at once",
+        what,
+        remedy,
         devices=1 if mesh.empty else len(mesh.local_devices),
     )
 
