@@ -17,10 +17,10 @@ from tqdm import tqdm
 from rehyat_jax.attention.hybrid.state import HybridState
 from rehyat_jax.diffusion.samplers import Coefficients, Sampler, SolverState, coefficient_table, solver_step
 from rehyat_jax.diffusion.sigma_grid import wan_grid
-from rehyat_jax.generation.generate import check_step_memory
 from rehyat_jax.generation.guidance import guided_velocity
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.models.wan.streaming import PartPositions, apply_part, initial_states, part_positions
+from rehyat_jax.parallel.memory import check_step_memory
 
 Array = jax.Array
 
