@@ -40,6 +40,7 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
             [arguments.prompt] * options.batch,
             initial_noise(options.seed, options.batch, opened.latent_shape),
             negative_prompt=options.negative_prompt,
+            stream=options.stream,
             progress=True,
             **options.solver,
         )
@@ -93,6 +94,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--checkpoint", type=Path, required=True, help="model checkpoint, or PyTorch folder of either layout")
     option("--prompt", required=True, help="what to show")
     option("--out", type=Path, required=True, help="the .mp4 file; with --batch, a number is added to its name")
+    option(
+        "--stream",
+        action="store_true",
+        help="sample part by part: videos of any length in the same device memory, if all blocks are causal hybrid",
+    )
     SamplingOptions.add_to(parser)
     return parser.parse_args(argv)
 
