@@ -128,7 +128,8 @@ def check_field(cls: type, name: str, value: Any, source: str, shown_name: str) 
 
 def _refuse_value(name: str, hint: Any, value: Any, source: str) -> NoReturn:
     expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    limits = f" of at most {LARGEST:,}" if hint is int else ", finite" if hint is float else ""
+    expected = expected.replace(f"{Real.__module__}.{Real.__name__}", "float")
+    limits = f" of at most {LARGEST:,}" if hint is int else ", finite" if "float" in expected else ""
     raise InputError(f"{source}: field {name!r} should be {expected}{limits}, found {value!r}; correct it")
 
 

@@ -97,7 +97,7 @@ def _detect(source: Path, tensors: dict[str, StoredTensor], specs: Mapping[str, 
         for spec in specs.values()
         for layout in LAYOUTS
     }
-    for name in sorted(found):
+    for name in sorted(tensors):
         for spec in specs.values():
             for prefixes, owner in spec.foreign.items():
                 if name.startswith(prefixes):

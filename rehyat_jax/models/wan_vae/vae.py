@@ -100,6 +100,7 @@ def initial_decoder_state(graphdef: nnx.GraphDef, params: Params, batch: int, he
     return _initial_state(graphdef, params, "decode", (batch, 1, height, width, z_dim))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _initial_state(graphdef: nnx.GraphDef, params: Params, method: str, shape: tuple[int, ...]) -> StreamState:
     def caches(params: Params) -> list[jax.Array]:
         stream = Stream(jnp.array(True), None)
