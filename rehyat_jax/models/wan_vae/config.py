@@ -126,7 +126,10 @@ class WanVaeConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "WanVaeConfig":
         """Inverse of `to_dict`; lists become tuples. Raises TypeError on an unknown field."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
 
 
 WAN_VAE_PRESETS: dict[str, WanVaeConfig] = {"wan2.1": WanVaeConfig()}
