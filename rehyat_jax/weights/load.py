@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.models.wan_vae.vae import WanVae
 from rehyat_jax.parallel.sharding import check_divisible, param_specs, shardings
 from rehyat_jax.weights.model_checkpoint import (
     MODEL_FILE,
@@ -17,7 +18,7 @@ from rehyat_jax.weights.model_checkpoint import (
     open_model_checkpoint,
     restore_sharded,
 )
-from rehyat_jax.weights.models import spec_of
+from rehyat_jax.weights.models import VAES, spec_of
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 from rehyat_jax.weights.torch_config import CONFIG_FILE, SIDE_CAR
@@ -61,7 +62,30 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
       InputError: as in `load_params`.
       TypeError or ValueError: an option's name or value is unknown to `WanTransformer`.
     """
-    model = open_checkpoint(path)
+    return _load(path, open_checkpoint(path), options)
+
+
+def load_vae(path: str | Path, *, dtype: jnp.dtype = jnp.float32) -> WanVae:
+    """The VAE of Wan2.1; parameters are float32, on the default device or on every device of the mesh in use.
+
+    Args:
+      path: a diffusers VAE's folder (`config.json` and safetensors files), its safetensors file or index, a pipeline's
+        folder with such a folder `vae/`, or a safetensors file with the original names.
+      dtype: compute dtype.
+
+    Returns:
+      The VAE, with `encode` and `decode`.
+
+    Raises:
+      InputError: the checkpoint does not exist, is a PyTorch pickle, has another architecture, is incomplete, or is
+        damaged.
+    """
+    path = Path(path)
+    return WanVae(_load(path, open_torch_checkpoint(path, specs=VAES), {"dtype": dtype}))
+
+
+def _load(path: str | Path, model: StreamedModel, options: dict[str, Any]) -> Any:
+    """The module of an opened checkpoint, with its parameters."""
     make = spec_of(model.config).model
     abstract = nnx.eval_shape(lambda: make(model.config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)

@@ -1,14 +1,18 @@
-"""The table of the backbones whose checkpoints can be read, written and converted."""
+"""The tables of the models whose checkpoints can be read and written."""
 
 from typing import Any
 
 from rehyat_jax.weights.spec import ModelSpec
 from rehyat_jax.weights.wan.spec import WAN
+from rehyat_jax.weights.wan_vae.spec import WAN_VAE
 
 MODELS: dict[str, ModelSpec] = {spec.architecture: spec for spec in (WAN,)}
-"""Specs by the architecture that model.json names."""
+"""Backbones by the architecture that model.json names; commands convert them."""
+
+VAES: dict[str, ModelSpec] = {spec.architecture: spec for spec in (WAN_VAE,)}
+"""Autoencoders of the backbones' latents; only PyTorch checkpoints hold them."""
 
 
 def spec_of(config: Any) -> ModelSpec:
     """The spec of a configuration's class."""
-    return next(spec for spec in MODELS.values() if isinstance(config, spec.config))
+    return next(spec for spec in (MODELS | VAES).values() if isinstance(config, spec.config))

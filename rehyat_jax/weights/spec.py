@@ -38,25 +38,30 @@ InputError."""
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """One backbone; `weights.models.MODELS` is the table of them.
+    """One model; `weights.models` has the tables of them.
 
     Attributes:
       architecture: its name in model.json.
       description: description of the models that can be converted, for messages.
-      config: the frozen dataclass of its sizes and forms of attention, with `to_dict`, `from_dict`, `block_forms`,
-        `num_layers` and `width`.
+      part: its folder in a diffusers pipeline.
+      config: the frozen dataclass of its sizes, with `to_dict` and `from_dict`; a transformer's has its forms of
+        attention too, `block_forms`, `num_layers` and `width`.
       model: its module, constructed as model(config, rngs=..., **options).
       table: configuration -> the rows of its parameters, in the order of diffusers' state dict.
-      upstream: descriptions of config.json in both PyTorch layouts.
-      metadata: "codec" and "text_encoder" of published checkpoints.
+      upstream: descriptions of config.json in the PyTorch layouts that have one.
+      metadata: "codec" and "text_encoder" of a transformer's published checkpoints.
       smallest: any small configuration, which only provides the names of parameters.
-      infer: (shapes of the checkpoint, source for messages) -> the fields, and "width", that the shapes imply.
+      infer: (shapes of the checkpoint, source for messages) -> the fields, and a transformer's "width", that the
+        shapes imply.
       foreign: prefixes of tensor names -> the model that they belong to, which cannot be converted.
-      head_dim: head_dim of a checkpoint whose config.json does not state it.
+      unsupported: description of the models that `fixed` fields of config.json exclude, for messages.
+      head_dim: head_dim of a transformer's checkpoint whose config.json does not state it; None for other models,
+        which have no stacked blocks, heads or rehyat.json.
     """
 
     architecture: str
     description: str
+    part: str
     config: type
     model: Callable[..., Any]
     table: Callable[[Any], list[Row]]
@@ -65,4 +70,10 @@ class ModelSpec:
     smallest: Any
     infer: Callable[[ShapeOf, Any], dict[str, Inferred]]
     foreign: Mapping[tuple[str, ...], str]
-    head_dim: int
+    unsupported: str = ""
+    head_dim: int | None = None
+
+    @property
+    def is_transformer(self) -> bool:
+        """True if the model has stacked blocks of attention with heads, and may have rehyat.json."""
+        return self.head_dim is not None

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +24,24 @@ Progress = Callable[[int], object]
 """Called with the size in bytes of each tensor that was read or written."""
 
 
-def open_torch_checkpoint(source: Path, progress: Progress = lambda nbytes: None) -> StreamedModel:
+def open_torch_checkpoint(
+    source: Path, progress: Progress = lambda nbytes: None, specs: Mapping[str, ModelSpec] = MODELS
+) -> StreamedModel:
     """Checks names, shapes, dtypes and configuration of a PyTorch checkpoint; its values are read on demand.
 
     Args:
       source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
       progress: called with the size in bytes of each tensor that is read.
+      specs: the models that it may be of, all of the same part of a pipeline.
 
     Raises:
       InputError: the checkpoint does not belong to a known model, is incomplete, or is damaged. Tensors with NaN or
         infinity are found when they are read.
     """
-    folder, tensors = find_tensors(source)
-    spec, layout = _detect(source, tensors)
-    config, metadata = read_torch_config(spec, folder, _infer(spec, source, tensors, layout))
+    (part,) = {spec.part for spec in specs.values()}
+    folder, tensors = find_tensors(source, part)
+    spec, layout = _detect(source, tensors, specs)
+    config, metadata = read_torch_config(spec, folder, _infer(spec, source, tensors, layout), layout)
     table = spec.table(config)
     _check_tensors(spec, source, tensors, table, layout)
     params = {}
@@ -85,36 +89,36 @@ def _template(name: str) -> str:
     return re.sub(r"^blocks\.(0|[1-9]\d*)\.", "blocks.{block}.", name)
 
 
-def _detect(source: Path, tensors: dict[str, StoredTensor]) -> tuple[ModelSpec, Layout]:
+def _detect(source: Path, tensors: dict[str, StoredTensor], specs: Mapping[str, ModelSpec]) -> tuple[ModelSpec, Layout]:
     """The model and layout with the most matching names; names that all of them share do not count."""
     found = {_template(name) for name in tensors}
     names = {
         (spec.architecture, layout): {getattr(row, layout) for row in spec.table(spec.smallest)}
-        for spec in MODELS.values()
+        for spec in specs.values()
         for layout in LAYOUTS
     }
-    for name in sorted(found):
-        for spec in MODELS.values():
+    for name in sorted(tensors):
+        for spec in specs.values():
             for prefixes, owner in spec.foreign.items():
                 if name.startswith(prefixes):
                     raise InputError(
                         f"{source}: tensor {name} belongs to {owner}; only checkpoints of {spec.description} can be "
-                        f"converted"
+                        f"read"
                     )
     common = set.intersection(*names.values())
     counts = {key: len(found & known - common) for key, known in names.items()}
     best, *others = sorted(counts, key=counts.get, reverse=True)
     if others and counts[best] == counts[others[0]]:
-        known = ", ".join(spec.description for spec in MODELS.values())
+        known = ", ".join(spec.description for spec in specs.values())
         raise InputError(
             f"{source}: the tensors' names ({', '.join(sorted(tensors)[:3]) or 'none'}, ...) are those of neither "
-            f"diffusers nor the original code of {known}; give the transformer's checkpoint"
+            f"diffusers nor the original code of {known}; give its checkpoint"
         )
-    return MODELS[best[0]], best[1]
+    return specs[best[0]], best[1]
 
 
 def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layout: Layout) -> dict[str, Inferred]:
-    """The fields of the configuration, and "width", that tensors' names and shapes imply."""
+    """The fields of the configuration, and a transformer's "width", that tensors' names and shapes imply."""
     rows = {row.path: row for row in spec.table(spec.smallest)}
 
     def shape(path: str) -> tuple[tuple[int, ...], str]:
@@ -131,6 +135,8 @@ def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layo
         return row.transform.to_jax(np.broadcast_to(np.uint8(0), found)).shape, name
 
     inferred = spec.infer(shape, source)
+    if not spec.is_transformer:
+        return inferred
     blocks = {int(name.split(".")[1]) for name in tensors if _template(name) != name}
     for block in range(len(blocks)):
         if block not in blocks:
@@ -154,7 +160,7 @@ def _check_tensors(
     if extra := sorted(tensors.keys() - expected.keys()):
         raise InputError(
             f"{source}: tensor {extra[0]} is not part of {spec.description} ({len(extra)} such tensors); "
-            f"{_why_extra(extra[0])}"
+            f"{_why_extra(spec, extra[0])}"
         )
     for name, row in expected.items():
         if tensors[name].shape != row.torch_shape:
@@ -172,10 +178,10 @@ def _check_tensors(
                 )
 
 
-def _why_extra(name: str) -> str:
+def _why_extra(spec: ModelSpec, name: str) -> str:
     if "feature_map_" in name:
         return 'feature maps need the rehyat.json that was written next to them, with their blocks under "attention"'
-    return "remove it, or give the checkpoint of a text-to-video model"
+    return f"remove it, or give a checkpoint of {spec.description}"
 
 
 def _write_parameter(array: StreamedArray, row: Row, places: list[StoredTensor], progress: Progress) -> None:
