@@ -12,7 +12,8 @@ from tiny_runs import TINY, tiny_batch, tiny_model
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.errors import InputError
-from rehyat_jax.generation.generate import generate_latents, initial_noise
+from rehyat_jax.generation.generate import generate_latents
+from rehyat_jax.generation.noise import initial_noise
 from rehyat_jax.generation.streaming import stream_latents
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.models.wan.streaming import apply_part, check_streams, initial_states, part_positions

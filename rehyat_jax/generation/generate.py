@@ -115,22 +115,6 @@ def generate_latents(
     return state.latents
 
 
-def initial_noise(seed: int, videos: int | Sequence[int], latent_shape: Sequence[int]) -> Array:
-    """Standard normal float32 [B, T, H, W, C]; video i's noise depends on the seed, i and the shape only.
-
-    Args:
-      seed: from 0 to 2**32 - 1.
-      videos: the numbers i of B videos; or B, for the numbers from 0 to B - 1.
-      latent_shape: (T, H, W, C).
-    """
-
-    def draw(index: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        return jax.random.normal(key, tuple(latent_shape), jnp.float32)
-
-    return jax.vmap(draw)(jnp.arange(videos) if isinstance(videos, int) else jnp.array(videos))
-
-
 def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """(T, H, W, C) of the latents of a video that both the codec and the model can represent.
 

@@ -46,7 +46,7 @@ def stream_latents(
     Args:
       model: causal hybrid attention in every block.
       text, negative_text: embedded prompts [B, L, text_dim].
-      noise: [B, T, H, W, C] float32 in the host's memory, see `initial_noise`.
+      noise: [B, T, H, W, C] float32 in the host's memory, see `host_noise`.
       steps, guidance_scale, flow_shift, sampler: see `generate`.
       part_chunks: chunks of every block's form in a part. More of them read the weights less often, and need more
         memory.
