@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.modeling import WanTransformer
@@ -61,7 +60,20 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
       InputError: as in `load_params`.
       TypeError or ValueError: an option's name or value is unknown to `WanTransformer`.
     """
-    model = open_checkpoint(path)
+    return load_module(path, open_checkpoint(path), **options)
+
+
+def load_module(path: str | Path, model: StreamedModel, **options: Any) -> Any:
+    """The module of an opened checkpoint, placed as in `load_wan`. One parameter at a time is in the host's memory.
+
+    Args:
+      path: path of the checkpoint.
+      model: result of `open_checkpoint` or `open_torch_checkpoint`.
+      **options: keyword arguments of the module other than config and rngs. The module declares the parameters' dtype.
+
+    Raises:
+      InputError: the values are damaged, or the mesh does not divide a parameter.
+    """
     make = spec_of(model.config).model
     abstract = nnx.eval_shape(lambda: make(model.config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
@@ -72,13 +84,16 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
     if not jax.sharding.get_abstract_mesh().empty:
         specs = param_specs(state)
         check_divisible(nnx.to_pure_dict(state), specs, jax.sharding.get_mesh())
-        return nnx.merge(graphdef, load_sharded(path, model, shardings(specs)))
+        (dtype,) = {leaf.dtype for leaf in expected.values()}
+        return nnx.merge(graphdef, load_sharded(path, model, shardings(specs), dtype))
     params = {name: jnp.asarray(model.params[name].read(), leaf.dtype) for name, leaf in expected.items()}
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params, sep="."))
 
 
-def load_sharded(path: str | Path, model: StreamedModel, shardings: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's parameters as float32, sharded over the devices.
+def load_sharded(
+    path: str | Path, model: StreamedModel, shardings: dict[str, Any], dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """A checkpoint's parameters, sharded over the devices.
 
     A process reads from a model checkpoint only the parts that its devices hold. It reads PyTorch's files one parameter
     at a time.
@@ -88,6 +103,7 @@ def load_sharded(path: str | Path, model: StreamedModel, shardings: dict[str, An
       model: result of `open_checkpoint`.
       shardings: nested dict of the parameters' shardings; those of parameters that are not in the checkpoint are
         ignored.
+      dtype: dtype of the result.
 
     Raises:
       InputError: the values are damaged.
@@ -95,15 +111,15 @@ def load_sharded(path: str | Path, model: StreamedModel, shardings: dict[str, An
     wanted = traverse_util.flatten_dict(shardings, sep=".")
     wanted = {name: wanted[name] for name in model.params}
     if is_model_checkpoint(Path(path)):
-        params = restore_sharded(Path(path), wanted)
+        params = restore_sharded(Path(path), wanted, dtype)
     else:
-        params = {name: _place(model.params[name], sharding) for name, sharding in wanted.items()}
+        params = {name: _place(model.params[name], sharding, dtype) for name, sharding in wanted.items()}
     return traverse_util.unflatten_dict(params, sep=".")
 
 
-def _place(array: StreamedArray, sharding: jax.sharding.Sharding) -> jax.Array:
+def _place(array: StreamedArray, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
     values = array.read()
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: values[index].astype(np.float32))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: values[index].astype(dtype))
 
 
 def open_checkpoint(path: str | Path) -> StreamedModel:

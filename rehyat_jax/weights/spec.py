@@ -1,10 +1,11 @@
-"""Description of a model for reading, writing and converting its weights: everything that differs between backbones."""
+"""Description of a model for reading, writing and converting its weights: everything that differs between models."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rehyat_jax.weights.table import Layout, Row
+from rehyat_jax.weights.torch_folder import NAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +20,24 @@ class Inferred:
 class UpstreamConfig:
     """How one library's config.json describes the models that can be converted.
 
+    Without `fields`, the library has no config.json. What the tensors do not imply has its default then.
+
     Attributes:
       fields: the library's name of each field -> name in the configuration class, or "width".
       fixed: fields that must have one supported value, with that value.
       unsaid: fields of the configuration class that the file cannot store. The forms of attention and the fields
         implied by tensors' shapes are not listed.
+      marker: the field, one of `fixed`, that names the kind of model.
+      written: further fields that are written and not checked.
+      is_open: whether the file may have fields that are not listed here. They are ignored.
     """
 
-    fields: dict[str, str]
-    fixed: dict[str, Any]
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
     unsaid: tuple[str, ...] = ()
+    marker: str = "_class_name"
+    written: dict[str, Any] = dataclasses.field(default_factory=dict)
+    is_open: bool = False
 
 
 ShapeOf = Callable[[str], tuple[tuple[int, ...], str]]
@@ -38,7 +47,7 @@ InputError."""
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """One backbone; `weights.models.MODELS` is the table of them.
+    """One backbone or text encoder; `weights.models` has the tables of them.
 
     Attributes:
       architecture: its name in model.json.
@@ -52,7 +61,9 @@ class ModelSpec:
       smallest: any small configuration, which only provides the names of parameters.
       infer: (shapes of the checkpoint, source for messages) -> the fields, and "width", that the shapes imply.
       foreign: prefixes of tensor names -> the model that they belong to, which cannot be converted.
-      head_dim: head_dim of a checkpoint whose config.json does not state it.
+      head_dim: head_dim of a checkpoint whose config.json and tensors do not state it.
+      copies: names of tensors that some files store twice -> the name that is kept.
+      file_name: name of the files of weights that are written, without their suffix.
     """
 
     architecture: str
@@ -66,3 +77,5 @@ class ModelSpec:
     infer: Callable[[ShapeOf, Any], dict[str, Inferred]]
     foreign: Mapping[tuple[str, ...], str]
     head_dim: int
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    file_name: str = NAME

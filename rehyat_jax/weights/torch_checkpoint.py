@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from rehyat_jax.weights.models import MODELS, spec_of
 from rehyat_jax.weights.safetensors_file import StoredTensor, read_tensor, write_tensor
 from rehyat_jax.weights.spec import Inferred, ModelSpec
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
-from rehyat_jax.weights.table import LAYOUTS, Layout, Row, torch_names
-from rehyat_jax.weights.torch_config import read_torch_config, write_torch_config
+from rehyat_jax.weights.table import BLOCK, ENCODER_BLOCK, LAYOUTS, Layout, Row, torch_names
+from rehyat_jax.weights.torch_config import inferred_config, read_torch_config, write_torch_config
 from rehyat_jax.weights.torch_folder import create_files, find_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -23,21 +23,33 @@ MAX_SHARD_BYTES = 5 * 10**9
 Progress = Callable[[int], object]
 """Called with the size in bytes of each tensor that was read or written."""
 
+_BLOCK_NAMES = [
+    re.compile(re.escape(prefix).replace(r"\{block\}", r"(0|[1-9]\d*)")) for prefix in (BLOCK, ENCODER_BLOCK)
+]
 
-def open_torch_checkpoint(source: Path, progress: Progress = lambda nbytes: None) -> StreamedModel:
+
+def open_torch_checkpoint(
+    source: Path, progress: Progress = lambda nbytes: None, *, models: Mapping[str, ModelSpec] = MODELS
+) -> StreamedModel:
     """Checks names, shapes, dtypes and configuration of a PyTorch checkpoint; its values are read on demand.
 
     Args:
       source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
       progress: called with the size in bytes of each tensor that is read.
+      models: the models that are expected, one of the tables of `weights.models`.
 
     Raises:
-      InputError: the checkpoint does not belong to a known model, is incomplete, or is damaged. Tensors with NaN or
+      InputError: the checkpoint does not belong to one of the models, is incomplete, or is damaged. Tensors with NaN or
         infinity are found when they are read.
     """
     folder, tensors = find_tensors(source)
-    spec, layout = _detect(source, tensors)
-    config, metadata = read_torch_config(spec, folder, _infer(spec, source, tensors, layout))
+    spec, layout = _detect(source, tensors, models)
+    _remove_copies(spec, tensors)
+    inferred = _infer(spec, source, tensors, layout)
+    if spec.upstream[layout].fields:
+        config, metadata = read_torch_config(spec, folder, inferred)
+    else:
+        config, metadata = inferred_config(spec, source, inferred)
     table = spec.table(config)
     _check_tensors(spec, source, tensors, table, layout)
     params = {}
@@ -75,26 +87,47 @@ def write_torch_checkpoint(
         for name in row.names(layout):
             specs[name] = (model.params[row.path].dtype, row.torch_shape)
     order = torch_names(table, layout)
-    places = create_files(folder, {name: specs[name] for name in order}, max_shard_bytes=max_shard_bytes)
+    specs = {name: specs[name] for name in order}
+    places = create_files(folder, specs, max_shard_bytes=max_shard_bytes, name=spec.file_name)
     for row in table:
         _write_parameter(model.params[row.path], row, [places[name] for name in row.names(layout)], progress)
 
 
+def _block(name: str) -> re.Match | None:
+    """The prefix of the name of a block's tensor, with the block's index as its only group."""
+    return next(filter(None, (pattern.match(name) for pattern in _BLOCK_NAMES)), None)
+
+
 def _template(name: str) -> str:
     """A tensor's name with {block} in place of the block's index, as in the table."""
-    return re.sub(r"^blocks\.(0|[1-9]\d*)\.", "blocks.{block}.", name)
+    match = _block(name)
+    return f"{name[: match.start(1)]}{{block}}{name[match.end(1) :]}" if match else name
 
 
-def _detect(source: Path, tensors: dict[str, StoredTensor]) -> tuple[ModelSpec, Layout]:
+def _remove_copies(spec: ModelSpec, tensors: dict[str, StoredTensor]) -> None:
+    """Keeps one of the tensors that some files store twice. Raises InputError if their shapes differ."""
+    for copy, name in spec.copies.items():
+        if (tensor := tensors.pop(copy, None)) is None:
+            continue
+        if tensors.setdefault(name, tensor).shape != tensor.shape:
+            raise InputError(
+                f"{tensor.file}: tensor {copy} should be a copy of {name} with shape {list(tensors[name].shape)}, "
+                f"found {list(tensor.shape)}; the tensors belong to different checkpoints"
+            )
+
+
+def _detect(
+    source: Path, tensors: dict[str, StoredTensor], models: Mapping[str, ModelSpec]
+) -> tuple[ModelSpec, Layout]:
     """The model and layout with the most matching names; names that all of them share do not count."""
     found = {_template(name) for name in tensors}
     names = {
         (spec.architecture, layout): {getattr(row, layout) for row in spec.table(spec.smallest)}
-        for spec in MODELS.values()
+        for spec in models.values()
         for layout in LAYOUTS
     }
     for name in sorted(found):
-        for spec in MODELS.values():
+        for spec in models.values():
             for prefixes, owner in spec.foreign.items():
                 if name.startswith(prefixes):
                     raise InputError(
@@ -105,12 +138,12 @@ def _detect(source: Path, tensors: dict[str, StoredTensor]) -> tuple[ModelSpec, 
     counts = {key: len(found & known - common) for key, known in names.items()}
     best, *others = sorted(counts, key=counts.get, reverse=True)
     if others and counts[best] == counts[others[0]]:
-        known = ", ".join(spec.description for spec in MODELS.values())
+        known = ", ".join(spec.description for spec in models.values())
         raise InputError(
             f"{source}: the tensors' names ({', '.join(sorted(tensors)[:3]) or 'none'}, ...) are those of neither "
-            f"diffusers nor the original code of {known}; give the transformer's checkpoint"
+            f"diffusers nor the original code of {known}; give a checkpoint of that model"
         )
-    return MODELS[best[0]], best[1]
+    return models[best[0]], best[1]
 
 
 def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layout: Layout) -> dict[str, Inferred]:
@@ -131,14 +164,15 @@ def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layo
         return row.transform.to_jax(np.broadcast_to(np.uint8(0), found)).shape, name
 
     inferred = spec.infer(shape, source)
-    blocks = {int(name.split(".")[1]) for name in tensors if _template(name) != name}
+    blocks = {int(match[1]) for match in map(_block, tensors) if match}
     for block in range(len(blocks)):
         if block not in blocks:
             raise InputError(
                 f"{source}: there are tensors of {len(blocks)} blocks up to block {max(blocks)}, but none of block "
                 f"{block}; the checkpoint is incomplete, get it again"
             )
-    return inferred | {"num_layers": Inferred(len(blocks), f"blocks.{max(blocks)}.*")}
+    last = next(match[0] for match in map(_block, tensors) if match and int(match[1]) == max(blocks))
+    return inferred | {"num_layers": Inferred(len(blocks), f"{last}*")}
 
 
 def _check_tensors(
@@ -154,7 +188,7 @@ def _check_tensors(
     if extra := sorted(tensors.keys() - expected.keys()):
         raise InputError(
             f"{source}: tensor {extra[0]} is not part of {spec.description} ({len(extra)} such tensors); "
-            f"{_why_extra(extra[0])}"
+            f"{_why_extra(extra[0], spec)}"
         )
     for name, row in expected.items():
         if tensors[name].shape != row.torch_shape:
@@ -172,10 +206,10 @@ def _check_tensors(
                 )
 
 
-def _why_extra(name: str) -> str:
+def _why_extra(name: str, spec: ModelSpec) -> str:
     if "feature_map_" in name:
         return 'feature maps need the rehyat.json that was written next to them, with their blocks under "attention"'
-    return "remove it, or give the checkpoint of a text-to-video model"
+    return f"remove it, or give a checkpoint of {spec.description}"
 
 
 def _write_parameter(array: StreamedArray, row: Row, places: list[StoredTensor], progress: Progress) -> None:

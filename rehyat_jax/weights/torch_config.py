@@ -45,17 +45,37 @@ def read_torch_config(spec: ModelSpec, folder: Path, inferred: dict[str, Inferre
         extra, metadata, version = _read_side_car(spec, side_car, stated)
     fields = {name: found.value for name, found in inferred.items()} | stated | extra
     width = fields.pop("width")
-    fields |= _heads(spec, stated, width, config_file)
+    fields |= _heads(spec, fields, width, config_file)
     return config_from_json(spec.config, fields, str(side_car if extra else config_file), version), metadata
 
 
-def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, str], layout: Layout) -> None:
-    """Writes config.json in upstream's format and, if that cannot hold every field, rehyat.json."""
-    upstream, ours = spec.upstream[layout], {**config.to_dict(), "width": config.width}
-    described = {theirs: ours[name] for theirs, name in upstream.fields.items()}
-    write_json(folder / CONFIG_FILE, upstream.fixed | described)
+def inferred_config(spec: ModelSpec, source: Path, inferred: dict[str, Inferred]) -> tuple[Any, dict[str, str]]:
+    """`read_torch_config` for a layout without a config.json: what the shapes do not imply has its default."""
+    fields = {name: found.value for name, found in inferred.items()}
+    width = fields.pop("width")
+    fields |= _heads(spec, fields, width, source)
+    return config_from_json(spec.config, fields, str(source)), dict(spec.metadata)
 
+
+def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, str], layout: Layout) -> None:
+    """Writes config.json in upstream's format and, if that cannot hold every field, rehyat.json.
+
+    Raises:
+      InputError: the layout has no config.json, and a field that the tensors do not imply differs from its default.
+    """
+    upstream, ours = spec.upstream[layout], {**config.to_dict(), "width": config.width}
     usual = defaults(spec.config)
+    if not upstream.fields:
+        for name in upstream.unsaid:
+            if ours[name] != usual[name]:
+                raise InputError(
+                    f"{folder}: the {layout} layout of {spec.description} has {name} {usual[name]}, found "
+                    f"{ours[name]}; write another layout"
+                )
+        return
+    described = {theirs: ours[name] for theirs, name in upstream.fields.items()}
+    write_json(folder / CONFIG_FILE, upstream.fixed | upstream.written | described)
+
     extra = {name: ours[name] for name in upstream.unsaid if ours[name] != usual[name]}
     extra |= {name: ours[name] for name in FORM_FIELDS[2] if name in ours}
     extra |= {name: value for name, value in metadata.items() if value != spec.metadata[name]}
@@ -66,24 +86,25 @@ def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dic
 def _read_upstream(spec: ModelSpec, file: Path, inferred: dict[str, Inferred]) -> dict[str, Any]:
     """The fields of the configuration (and "width") that config.json states."""
     content = read_json_object(file)
-    classes = {upstream.fixed["_class_name"]: upstream for upstream in spec.upstream.values()}
-    name = content.get("_class_name")
+    files = [upstream for upstream in spec.upstream.values() if upstream.fields]
+    marker, classes = files[0].marker, {upstream.fixed[upstream.marker]: upstream for upstream in files}
+    name = content.get(marker)
     if not isinstance(name, str) or name not in classes:
         raise InputError(
-            f"{file}: _class_name should be one of {sorted(classes)}, found {name!r}; "
+            f"{file}: {marker} should be one of {sorted(classes)}, found {name!r}; "
             f"only checkpoints of {spec.description} can be converted"
         )
     upstream, stated = classes[name], {}
     width = inferred["width"]
     for name, value in content.items():
-        if name.startswith("_"):
+        if name.startswith("_") or (upstream.is_open and name not in upstream.fields and name not in upstream.fixed):
             continue
         require_known(name, [*upstream.fields, *upstream.fixed], str(file))
         if name in upstream.fixed:
             if value != upstream.fixed[name]:
                 raise InputError(
                     f"{file}: {name} should be {upstream.fixed[name]!r}, found {value!r}; only checkpoints of "
-                    f"{spec.description} can be converted, without image conditioning or other normalisation"
+                    f"{spec.description} can be converted, without other conditioning, normalisation or activation"
                 )
             continue
         ours = upstream.fields[name]
@@ -120,9 +141,9 @@ def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple
     return content, metadata, version
 
 
-def _heads(spec: ModelSpec, stated: dict[str, Any], width: int, file: Path) -> dict[str, int]:
-    """num_heads and head_dim; if neither is stated, head_dim is that of every published model."""
-    num_heads, head_dim = stated.get("num_heads"), stated.get("head_dim")
+def _heads(spec: ModelSpec, known: dict[str, Any], width: int, file: Path) -> dict[str, int]:
+    """num_heads and head_dim; if neither is known, head_dim is that of every published model."""
+    num_heads, head_dim = known.get("num_heads"), known.get("head_dim")
     if num_heads is None and head_dim is None:
         if width % spec.head_dim:
             raise InputError(

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def find_tensors(source: Path) -> tuple[Path, dict[str, StoredTensor]]:
     if file.suffix in PICKLES:
         raise InputError(
             f"{file}: is a PyTorch pickle by its name, expected safetensors; pickles can run any code when opened and "
-            f"are never read: get the safetensors version of the checkpoint"
+            f"are never read: {_safetensors_of(file)}"
         )
     if file.name.endswith(INDEX):
         return file.parent, _read_shards(file)
@@ -48,7 +49,7 @@ def find_tensors(source: Path) -> tuple[Path, dict[str, StoredTensor]]:
 
 
 def create_files(
-    folder: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], *, max_shard_bytes: int
+    folder: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], *, max_shard_bytes: int, name: str = NAME
 ) -> dict[str, StoredTensor]:
     """Creates one file for the tensors, or shards with an index, split and named like those of Hugging Face libraries.
 
@@ -56,27 +57,28 @@ def create_files(
       folder: existing directory.
       tensors: dtype and shape of each tensor by name, in the order of the state dict.
       max_shard_bytes: size of a shard above which a new one begins.
+      name: name of the files, without number and suffix.
 
     Returns:
       The place of each tensor; fill all of them with `write_tensor`.
     """
     shards, size = [{}], 0
-    for name, (dtype, shape) in tensors.items():
+    for tensor, (dtype, shape) in tensors.items():
         nbytes = math.prod(shape) * dtype.itemsize
         if size and size + nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = (dtype, shape)
+        shards[-1][tensor] = (dtype, shape)
         size += nbytes
     if len(shards) == 1:
-        return create_file(folder / f"{NAME}.safetensors", shards[0])
+        return create_file(folder / f"{name}.safetensors", shards[0])
 
     placed = {}
     for number, shard in enumerate(shards, start=1):
-        placed |= create_file(folder / f"{NAME}-{number:05d}-of-{len(shards):05d}.safetensors", shard)
+        placed |= create_file(folder / f"{name}-{number:05d}-of-{len(shards):05d}.safetensors", shard)
     total_size = sum(tensor.nbytes for tensor in placed.values())
-    weight_map = {name: tensor.file.name for name, tensor in placed.items()}
-    write_json(folder / f"{NAME}{INDEX}", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    weight_map = {tensor.name: tensor.file.name for tensor in placed.values()}
+    write_json(folder / f"{name}{INDEX}", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     return placed
 
 
@@ -107,9 +109,21 @@ def _file_in_folder(folder: Path) -> Path:
     if pickles:
         raise InputError(
             f"{folder}: expected safetensors, found only PyTorch pickles ({', '.join(pickles[:5])}); pickles can run "
-            f"any code when opened and are never read: get the safetensors version of the checkpoint"
+            f"any code when opened and are never read: {_safetensors_of(folder / pickles[0])}"
         )
     raise InputError(f"{folder}: has no safetensors file, no index of shards and no transformer/; give another folder")
+
+
+def _safetensors_of(pickle: Path) -> str:
+    """The remedy for a pickle, with the command that makes a safetensors file of it."""
+    made = pickle.with_suffix(".safetensors")
+    code = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "tensors = torch.load(sys.argv[1], map_location='cpu', mmap=True, weights_only=True); "
+        "save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, sys.argv[2], {'format': 'pt'})"
+    )
+    command = f'python -c "{code}" {shlex.quote(str(pickle))} {shlex.quote(str(made))}'
+    return f"get the safetensors version of the checkpoint, or make it with PyTorch and safetensors:\n{command}"
 
 
 def _read_shards(index_file: Path) -> dict[str, StoredTensor]:

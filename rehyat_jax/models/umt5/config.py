@@ -48,7 +48,9 @@ class UMT5Config:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "UMT5Config":
-        """Inverse of `to_dict`. Raises TypeError on an unknown field."""
+        """Inverse of `to_dict`. Raises ValueError on an unknown field."""
+        if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(f"field {unknown[0]!r} is not one of a umT5 encoder; remove it")
         return cls(**fields)
 
 

@@ -169,7 +169,9 @@ class UMT5Encoder(nnx.Module):
         # A batch that does not divide the mesh is computed by every device.
         batch = BATCH if ids.shape[0] % math.prod(map(axis_size, BATCH)) == 0 else None
         place = lambda x: constrain(x, (batch, None, None))
-        x = place(self.token_embedding[...][ids].astype(jnp.float32))
+        # NaN for an unknown id, which would otherwise be the last one.
+        x = self.token_embedding[...].at[ids].get(mode="fill", fill_value=jnp.nan)
+        x = place(x.astype(jnp.float32))
         buckets = jnp.asarray(relative_position_buckets(ids.shape[1], config.num_buckets, config.max_distance))
 
         block_def, block_params = nnx.split(self.blocks)
@@ -179,7 +181,7 @@ class UMT5Encoder(nnx.Module):
             return place(block(x, buckets, mask)), None
 
         x, _ = jax.lax.scan(run_block, x, block_params)
-        return jnp.where(mask[..., None], self.final_norm(x), 0).astype(self.dtype)
+        return place(jnp.where(mask[..., None], self.final_norm(x), 0).astype(self.dtype))
 
 
 def apply_encoder(graphdef: nnx.GraphDef) -> Callable[[dict[str, Any], jax.Array, jax.Array], jax.Array]:
