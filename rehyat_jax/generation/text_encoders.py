@@ -22,7 +22,10 @@ class TextEncoder(Protocol):
     text_dim: int
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """B prompts -> [B, length, text_dim] float32. Raises InputError for a prompt that is too long."""
+        """B prompts -> [B, length, text_dim] float32.
+
+        A prompt that is too long raises InputError, or is cut with a warning.
+        """
 
 
 class WordVectors:
