@@ -45,6 +45,7 @@ UP_TO_DATE = {
     "safetensors": "0.8.0",
     "sentencepiece": "0.2.3",
     "tensorboard": "2.21.0",
+    "tensorstore": "0.1.86",
     "tokenizers": "0.23.3",
     "torch": "2.11.0+cu130",
     "tqdm": "4.70.1",
