@@ -78,12 +78,11 @@ class Tokenizer:
         ids, mask, cut = np.full((len(prompts), length), PAD, np.int32), np.zeros((len(prompts), length), bool), {}
         for row, prompt in enumerate(prompts):
             tokens = self._encode(clean(checked_text(prompt)))
-            if len(tokens) >= length:
-                cut[prompt] = len(tokens) + 1
+            if (count := len(tokens) + 1) > length:
+                cut[prompt] = count
             tokens = [*tokens[: length - 1], END]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-        # A prompt that fills the row exactly is complete.
-        return Tokens(ids, mask, {prompt: count for prompt, count in cut.items() if count > length})
+        return Tokens(ids, mask, cut)
 
 
 def clean(text: str) -> str:
