@@ -15,7 +15,8 @@ from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, write_video
 from rehyat_jax.files.write import check_place
-from rehyat_jax.generation.generate import generate, initial_noise
+from rehyat_jax.generation.generate import generate
+from rehyat_jax.generation.noise import host_noise, initial_noise
 from rehyat_jax.generation.options import SamplingOptions, open_model
 
 WATCHABLE_HEIGHT = 240
@@ -32,14 +33,17 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     files = output_files(arguments.out, options.batch)
     opened = open_model(arguments.checkpoint, options)
     check_output(files)
+    draw = host_noise if options.stream else initial_noise
+    noise = draw(options.seed, options.batch, opened.latent_shape)
     with opened.on_mesh():
         videos = generate(
             opened.load(),
             opened.codec,
             opened.text_encoder,
             [arguments.prompt] * options.batch,
-            initial_noise(options.seed, options.batch, opened.latent_shape),
+            noise,
             negative_prompt=options.negative_prompt,
+            stream=options.stream,
             progress=True,
             **options.solver,
         )
@@ -93,6 +97,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--checkpoint", type=Path, required=True, help="model checkpoint, or PyTorch folder of either layout")
     option("--prompt", required=True, help="what to show")
     option("--out", type=Path, required=True, help="the .mp4 file; with --batch, a number is added to its name")
+    option(
+        "--stream",
+        action="store_true",
+        help="sample part by part: videos of any length in the same device memory, if all blocks are causal hybrid",
+    )
     SamplingOptions.add_to(parser)
     return parser.parse_args(argv)
 

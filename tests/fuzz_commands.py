@@ -270,7 +270,7 @@ def make_case(draw: random.Random, inputs: Path, folder: Path) -> Case:
                 file
                 for path in command.inputs
                 for file in ([folder / path] if (folder / path).is_file() else (folder / path).rglob("*"))
-                if file.is_file() and not file.is_symlink()
+                if file.is_file() and not file.is_symlink() and file.stat().st_size < LARGEST_FILE
             )
             if files:
                 file = draw.choice(files)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 TINY = dict(
     patch_size=(1, 2, 2),
@@ -34,3 +34,16 @@ def save_wan(model: WanTransformer3DModel, folder: Path) -> Path:
     """Writes the model as diffusers does and returns the folder."""
     model.save_pretrained(folder)
     return folder
+
+
+TINY_VAE = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+
+
+def random_wan_vae(seed: int = 0) -> AutoencoderKLWan:
+    """A tiny diffusers VAE of Wan2.1; norms and biases are perturbed too."""
+    torch.manual_seed(seed)
+    model = AutoencoderKLWan(**TINY_VAE).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model

@@ -10,8 +10,9 @@ from rehyat_jax.diffusion.samplers import sample
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.errors import InputError
 from rehyat_jax.generation.codecs import SpaceToDepth
-from rehyat_jax.generation.generate import generate, generate_latents, initial_noise, latent_shape
+from rehyat_jax.generation.generate import generate, generate_latents, latent_shape
 from rehyat_jax.generation.guidance import guided_velocity
+from rehyat_jax.generation.noise import initial_noise
 from rehyat_jax.generation.text_encoders import WordVectors
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer

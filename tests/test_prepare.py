@@ -23,7 +23,8 @@ from rehyat_jax.demo.digits import DigitVideos
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.video import UnreadableVideo, frame_size, read_clip, write_mp4
 from rehyat_jax.generation.codecs import SpaceToDepth
-from rehyat_jax.generation.generate import generate_latents, initial_noise
+from rehyat_jax.generation.generate import generate_latents
+from rehyat_jax.generation.noise import initial_noise
 from rehyat_jax.generation.text_encoders import WordVectors
 from rehyat_jax.preparation import units
 from rehyat_jax.preparation.captions import captioned_videos

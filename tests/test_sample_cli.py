@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from rehyat_jax import sample
+from rehyat_jax.attention.features.config import FeatureMapConfig
+from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.files import video
 from rehyat_jax.files.video import NoFfmpeg, read_mp4
-from rehyat_jax.generation import generate
 from rehyat_jax.generation import options as sampling_options
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
@@ -24,8 +25,8 @@ from rehyat_jax.weights import save_model
 CONFIG = WanConfig(num_heads=1, head_dim=12, ffn_dim=16, num_layers=1, text_dim=64, text_length=8, freq_dim=16)
 
 
-def save_random_model(path, *, codec="space_to_depth", text_encoder="word_vectors", scale=0.3):
-    _, shapes = nnx.split(nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0))))
+def save_random_model(path, *, config=CONFIG, codec="space_to_depth", text_encoder="word_vectors", scale=0.3):
+    _, shapes = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(1)
 
     def random(node):
@@ -33,7 +34,7 @@ def save_random_model(path, *, codec="space_to_depth", text_encoder="word_vector
             return {name: random(child) for name, child in node.items()}
         return scale * rng.normal(size=node.shape).astype(np.float32)
 
-    save_model(path, CONFIG, random(nnx.to_pure_dict(shapes)), codec=codec, text_encoder=text_encoder)
+    save_model(path, config, random(nnx.to_pure_dict(shapes)), codec=codec, text_encoder=text_encoder)
     return path
 
 
@@ -103,6 +104,20 @@ def test_a_video_cut_over_devices_is_the_same(checkpoint, tmp_path):
     assert main([*arguments(checkpoint, tmp_path / "eight.mp4"), "--mesh", "data=2", "context=4"]) == 0
     # A grey level for another order of summation before the encoder.
     assert np.abs(pixels(tmp_path / "one.mp4") - pixels(tmp_path / "eight.mp4")).max() <= 1
+
+
+def test_a_streamed_video_is_the_same(tmp_path):
+    form = HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=FeatureMapConfig(features=16))
+    model = save_random_model(tmp_path / "model", config=CONFIG.replace(hybrid_blocks="all", hybrid=form))
+    assert main(arguments(model, tmp_path / "whole.mp4", frames=7)) == 0
+    assert main([*arguments(model, tmp_path / "parts.mp4", frames=7), "--stream"]) == 0
+    # A grey level for another order of summation before the encoder.
+    assert np.abs(pixels(tmp_path / "whole.mp4") - pixels(tmp_path / "parts.mp4")).max() <= 1
+
+
+def test_a_model_that_needs_the_complete_video_cannot_stream(checkpoint, tmp_path, capsys):
+    assert main([*arguments(checkpoint, tmp_path / "parts.mp4"), "--stream"]) == 2
+    assert "blocks 0: expected causal hybrid attention in every block, found softmax" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -226,13 +241,13 @@ def test_a_disk_that_fills_up_is_reported(checkpoint, tmp_path, capsys, monkeypa
 @pytest.fixture
 def needed(monkeypatch):
     """The bytes that each check of memory finds to be needed: the least, and then those of the compiled step."""
-    found = []
+    found, check_memory = [], memory.check_device_memory
 
     def check(needed, *more, **options):
         found.append(needed)
-        memory.check_device_memory(needed, *more, **options)
+        check_memory(needed, *more, **options)
 
-    for module in (sampling_options, generate):
+    for module in (sampling_options, memory):
         monkeypatch.setattr(module, "check_device_memory", check)
     return found
 

@@ -18,7 +18,12 @@ from rehyat_jax.attention.features.inline import InlineFeatures
 from rehyat_jax.attention.hybrid.api import STABILIZERS
 from rehyat_jax.attention.hybrid.calibration import linear_mass_log_scale
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
-from rehyat_jax.attention.on_mesh import hybrid_attention_on_mesh, softmax_attention_on_mesh
+from rehyat_jax.attention.hybrid.state import HybridState
+from rehyat_jax.attention.on_mesh import (
+    hybrid_attention_on_mesh,
+    hybrid_attention_part_on_mesh,
+    softmax_attention_on_mesh,
+)
 
 Features = tuple[InlineFeatures, InlineFeatures] | None
 """phi_query and phi_key; None for a form without feature maps."""
@@ -124,6 +129,36 @@ class Form(abc.ABC):
           implementation: see `hybrid_attention`.
         """
 
+    @property
+    def streams(self) -> bool:
+        """True if the attention of a video can be computed part by part; see `attend_part`."""
+        return False
+
+    def zero_state(self, batch: int, sizes: Sizes, dtype: jax.typing.DTypeLike) -> HybridState:
+        """The state before the first part of a video of `batch` examples."""
+        raise NotImplementedError(f"{self.label} attention has no state")
+
+    def attend_part(
+        self,
+        inputs: AttentionInputs,
+        features: Features,
+        state: HybridState,
+        *,
+        is_last: bool,
+        implementation: str | None,
+    ) -> tuple[jax.Array, HybridState]:
+        """`attend` for the frames that follow those in `state`.
+
+        Args:
+          inputs, features, implementation: see `attend`. Unless `is_last`, the part has complete chunks.
+          state: state after the parts before.
+          is_last: True for the last part of a video, which may end within a chunk.
+
+        Returns:
+          (attention [B, N, H, d], state after this part; unchanged after the last one).
+        """
+        raise NotImplementedError(f"{self.label} attention cannot be computed in parts")
+
     @abc.abstractmethod
     def flops(self, sizes: Sizes) -> FormFlops:
         """Operations of one block's attention."""
@@ -198,6 +233,43 @@ class HybridConfig(Form):
             inputs.value,
             *features,
             num_frames=inputs.num_frames,
+            tokens_per_frame=inputs.tokens_per_frame,
+            implementation=implementation,
+            **self._arguments,
+        )
+
+    @property
+    def streams(self) -> bool:
+        return self.causal
+
+    def zero_state(self, batch: int, sizes: Sizes, dtype: jax.typing.DTypeLike) -> HybridState:
+        return HybridState.zeros(
+            batch,
+            sizes.num_heads,
+            sizes.head_dim,
+            self.feature_map.features,
+            tokens_per_frame=sizes.tokens_per_frame,
+            overlap_frames=self.overlap_frames,
+            dtype=dtype,
+        )
+
+    def attend_part(
+        self,
+        inputs: AttentionInputs,
+        features: Features,
+        state: HybridState,
+        *,
+        is_last: bool,
+        implementation: str | None,
+    ) -> tuple[jax.Array, HybridState]:
+        assert features is not None
+        return hybrid_attention_part_on_mesh(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *features,
+            state,
+            is_last=is_last,
             tokens_per_frame=inputs.tokens_per_frame,
             implementation=implementation,
             **self._arguments,

@@ -5,6 +5,8 @@ video that is sharded along time is padded to complete chunks (`context_parallel
 padding, and the attention of padding is zero.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,12 +17,21 @@ from rehyat_jax.attention import softmax_attention
 from rehyat_jax.attention.features.inline import InlineFeatures, identity
 from rehyat_jax.attention.hybrid.api import hybrid_attention
 from rehyat_jax.attention.hybrid.context_parallel import hybrid_attention_in_parts
+from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
 
 CONTEXT = "context"
 TOKENS = PartitionSpec(BATCH, CONTEXT, "tensor", None)
 _TEXT = PartitionSpec(BATCH, None, "tensor", None)
 _PER_HEAD = PartitionSpec("tensor")
+_SUMS = PartitionSpec(BATCH, "tensor")
+_STATE = HybridState(
+    past=LinearState(_SUMS, _SUMS),
+    overlap=LinearState(_SUMS, _SUMS),
+    overlap_key=_TEXT,
+    overlap_value=_TEXT,
+    chunks=PartitionSpec(),
+)
 
 
 def hybrid_attention_on_mesh(
@@ -42,29 +53,72 @@ def hybrid_attention_on_mesh(
     """
     if not is_cut():
         return hybrid_attention(query, key, value, phi_query, phi_key, implementation=implementation, **form)
-    features = [
-        phi if isinstance(phi, InlineFeatures) else InlineFeatures(phi, (), identity) for phi in (phi_query, phi_key)
-    ]
-    sources = [None if phi.of_own_tokens else phi.source for phi in features]
 
-    def part(query, key, value, sources, weights):
-        tokens = (query, key, value)
-        phis = [
-            InlineFeatures(source, matrices, phi.function).bound(x)
-            for x, source, matrices, phi in zip(tokens, sources, weights, features, strict=False)
-        ]
+    def part(tokens, phis):
         if axis_size(CONTEXT) == 1:
             return hybrid_attention(*tokens, *phis, implementation=implementation, **form)
         return hybrid_attention_in_parts(
             *tokens, *phis, axis=CONTEXT, num_frames=num_frames, implementation=implementation, **form
         )
 
+    return _on_every_device(part, (query, key, value), (phi_query, phi_key), TOKENS)
+
+
+def hybrid_attention_part_on_mesh(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: jax.Array | InlineFeatures,
+    phi_key: jax.Array | InlineFeatures,
+    state: HybridState,
+    *,
+    is_last: bool,
+    implementation: str | None = None,
+    **form: Any,
+) -> tuple[jax.Array, HybridState]:
+    """`hybrid_attention` of the frames that follow those in `state`, over the mesh in use.
+
+    Args:
+      state: state after the frames before. It has no `form`, so that blocks of several forms can be scanned.
+      is_last: True for the last part of a video, which may end within a chunk.
+      **form: as in `hybrid_attention_on_mesh`.
+
+    Returns:
+      (attention [B, N, H, d], state after these frames; unchanged after the last part).
+
+    The mesh must not shard videos along time.
+    """
+
+    def part(tokens, phis, state):
+        options = dict(initial_state=state, implementation=implementation, **form)
+        if is_last:
+            return hybrid_attention(*tokens, *phis, **options), state
+        y, state = hybrid_attention(*tokens, *phis, return_state=True, **options)
+        return y, dataclasses.replace(state, form=None)
+
+    if not is_cut():
+        return part((query, key, value), (phi_query, phi_key), state)
+    return _on_every_device(part, (query, key, value), (phi_query, phi_key), (TOKENS, _STATE), state)
+
+
+def _on_every_device(part: Callable, tokens: tuple, phis: tuple, results: Any, *state: HybridState) -> Any:
+    """part(tokens, phis, *state) of every device's own examples and heads."""
+    features = [phi if isinstance(phi, InlineFeatures) else InlineFeatures(phi, (), identity) for phi in phis]
+    sources = [None if phi.of_own_tokens else phi.source for phi in features]
+
+    def run(tokens, sources, weights, *state):
+        bound = [
+            InlineFeatures(source, matrices, phi.function).bound(x)
+            for x, source, matrices, phi in zip(tokens, sources, weights, features, strict=False)
+        ]
+        return part(tokens, bound, *state)
+
     return jax.shard_map(
-        part,
-        in_specs=(TOKENS, TOKENS, TOKENS, TOKENS, _PER_HEAD),
-        out_specs=TOKENS,
+        run,
+        in_specs=(TOKENS, TOKENS, _PER_HEAD, *(_STATE for _ in state)),
+        out_specs=results,
         check_vma=False,
-    )(query, key, value, sources, [phi.weights for phi in features])
+    )(tokens, sources, [phi.weights for phi in features], *state)
 
 
 def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array, *, num_tokens: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """Measures the compilation of a step's gradient: python -m rehyat_jax.benchmarks.compile_time [--preset NAME].
 
-Blocks are scanned, so 30 layers should compile as fast as 3. Weights and inputs are abstract: nothing is allocated.
+Blocks are scanned, so 30 layers should compile as fast as 3. Each form of attention is compiled once, however many
+blocks have it. Weights and inputs are abstract: nothing is allocated.
 """
 
 import time
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.cli import CommandParser
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
@@ -34,14 +36,21 @@ def main() -> None:
     arguments = parser.parse_args()
     preset = WAN_PRESETS[arguments.preset]
 
+    fastest = lambda config: min(seconds_to_compile(config) for _ in range(arguments.repeats))
+
     print(f"{arguments.preset}, gradient of all parameters; {describe_environment()}\n")
     print("| blocks | 3 layers, s | 30 layers, s | ratio |\n|---|---|---|---|")
     for name, hybrid_blocks in (("softmax", ()), ("two hybrid", (0, 2)), ("all hybrid", "all")):
-        seconds = []
-        for num_layers in (3, 30):
-            config = preset.replace(num_layers=num_layers, hybrid_blocks=hybrid_blocks)
-            seconds.append(min(seconds_to_compile(config) for _ in range(arguments.repeats)))
-        print(f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {seconds[1] / seconds[0]:.2f} |", flush=True)
+        few, many = (fastest(preset.replace(num_layers=layers, hybrid_blocks=hybrid_blocks)) for layers in (3, 30))
+        print(f"| {name} | {few:.2f} | {many:.2f} | {many / few:.2f} |", flush=True)
+
+    print("\n| forms of attention in 30 layers | s | ratio to one form |\n|---|---|---|")
+    one = None
+    for count in (1, 2, 3, 4):
+        forms = tuple(HybridConfig(chunk_frames=1 + layer % count) for layer in range(30))
+        seconds = fastest(preset.replace(num_layers=30, hybrid_blocks="all", hybrid=forms))
+        one = one or seconds
+        print(f"| {count} | {seconds:.2f} | {seconds / one:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

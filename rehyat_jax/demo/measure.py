@@ -14,7 +14,8 @@ from rehyat_jax.data.pipeline import batches
 from rehyat_jax.demo.digits import CAPTIONS, DigitVideos
 from rehyat_jax.evaluation.attention_error import attention_errors, relative_error
 from rehyat_jax.generation.codecs import SpaceToDepth
-from rehyat_jax.generation.generate import generate, initial_noise
+from rehyat_jax.generation.generate import generate
+from rehyat_jax.generation.noise import initial_noise
 from rehyat_jax.generation.text_encoders import WordVectors
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh

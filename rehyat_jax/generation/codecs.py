@@ -101,9 +101,8 @@ def get_codec(name: str) -> Codec:
         return SpaceToDepth()
     if name == "wan_vae":
         raise InputError(
-            'codec "wan_vae" is not available yet in this version of rehyat_jax: the transformer can be converted, '
-            "trained on latents encoded elsewhere and sampled to latents, but not decoded to video; only "
-            '"space_to_depth" can decode'
+            'codec "wan_vae" is not available yet in this command: the transformer can be converted, trained on '
+            "latents that were encoded elsewhere, and sampled to latents; rehyat_jax.load_vae decodes these"
         )
     known = closest(name, ("space_to_depth", "wan_vae"))
     raise InputError(f"unknown codec {name!r}; the known ones, closest first: {', '.join(known)}")

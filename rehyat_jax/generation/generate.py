@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
@@ -21,10 +22,11 @@ from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.errors import InputError
 from rehyat_jax.generation.codecs import Codec
 from rehyat_jax.generation.guidance import guided_velocity
+from rehyat_jax.generation.streaming import stream_latents
 from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
-from rehyat_jax.parallel.memory import check_device_memory
+from rehyat_jax.parallel.memory import check_step_memory
 
 Array = jax.Array
 
@@ -41,6 +43,7 @@ def generate(
     guidance_scale: float = 5.0,
     flow_shift: float = 5.0,
     sampler: Sampler = "unipc",
+    stream: bool = False,
     progress: bool = False,
 ) -> Array:
     """One video for every prompt. The defaults are Wan2.1's for text to video.
@@ -57,25 +60,18 @@ def generate(
       guidance_scale: 1 turns guidance off, and `negative_prompt` with it.
       flow_shift: see `rehyat_jax.diffusion.flow.shift_sigma`.
       sampler: "unipc" or "euler".
-      progress: show the steps' rate and remaining time.
+      stream: keep only a part of the video on the device, see `stream_latents`. For videos of any length.
+      progress: show the rate and the remaining time.
 
     Returns:
       [B, frames, height, width, 3] float32 in [0, 1].
     """
     text = jnp.asarray(text_encoder(prompts))
     negative_text = jnp.asarray(text_encoder([negative_prompt] * len(prompts)))
-    latents = generate_latents(
-        model,
-        text,
-        negative_text,
-        noise,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        flow_shift=flow_shift,
-        sampler=sampler,
-        progress=progress,
-    )
-    return codec.decode(latents)
+    solver = dict(steps=steps, guidance_scale=guidance_scale, flow_shift=flow_shift, sampler=sampler, progress=progress)
+    if stream:
+        return codec.decode(stream_latents(model, text, negative_text, np.asarray(noise), **solver))
+    return codec.decode(generate_latents(model, text, negative_text, noise, **solver))
 
 
 def generate_latents(
@@ -119,22 +115,6 @@ def generate_latents(
     return state.latents
 
 
-def initial_noise(seed: int, videos: int | Sequence[int], latent_shape: Sequence[int]) -> Array:
-    """Standard normal float32 [B, T, H, W, C]; video i's noise depends on the seed, i and the shape only.
-
-    Args:
-      seed: from 0 to 2**32 - 1.
-      videos: the numbers i of B videos; or B, for the numbers from 0 to B - 1.
-      latent_shape: (T, H, W, C).
-    """
-
-    def draw(index: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        return jax.random.normal(key, tuple(latent_shape), jnp.float32)
-
-    return jax.vmap(draw)(jnp.arange(videos) if isinstance(videos, int) else jnp.array(videos))
-
-
 def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """(T, H, W, C) of the latents of a video that both the codec and the model can represent.
 
@@ -160,16 +140,11 @@ def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, widt
 
 def _check_memory(advance: Any, graphdef: nnx.GraphDef, params: nnx.State, state: SolverState, *more: Any) -> None:
     """Compiles a step, whose first call reuses the program. Raises InputError if it does not fit into memory."""
-    sizes = advance.lower(graphdef, params, state, *more).compile().memory_analysis()
-    if sizes is None:
-        return
     batch, *latents = state.latents.shape
-    mesh = jax.sharding.get_mesh()
-    check_device_memory(
-        sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+    check_step_memory(
+        advance.lower(graphdef, params, state, *more).compile(),
         f"a step with {batch} videos, each of latents {'x'.join(map(str, latents))}",
         "sample fewer or smaller videos at once",
-        devices=1 if mesh.empty else len(mesh.local_devices),
     )
 
 

@@ -18,6 +18,7 @@ from rehyat_jax.generation.codecs import Codec, get_codec
 from rehyat_jax.generation.generate import latent_shape
 from rehyat_jax.generation.text_encoders import TextEncoder, get_text_encoder
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.models.wan.streaming import check_streams
 from rehyat_jax.parallel.memory import check_device_memory
 from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
 from rehyat_jax.weights import load_wan, read_model_metadata
@@ -35,6 +36,7 @@ class SamplingOptions:
       frames, height, width: size of the videos, height and width in pixels; None for the codec's default.
       batch: number of videos that are sampled at once.
       dtype: compute dtype of the transformer.
+      stream: keep only a part of the video on the device; see `rehyat_jax.generation.streaming`.
       mesh: sizes of mesh axes; empty for one device.
     """
 
@@ -49,6 +51,7 @@ class SamplingOptions:
     width: int | None = None
     batch: int = 1
     dtype: str = "float32"
+    stream: bool = False
     mesh: tuple[tuple[str, int], ...] = ()
 
     @classmethod
@@ -63,7 +66,7 @@ class SamplingOptions:
         option("--guidance-scale", type=number(float, 0, 1000), help="1 turns guidance off" + default)
         option("--flow-shift", type=number(float, 0.001, 1000), help="above 1, more steps near noise" + default)
         option("--sampler", choices=get_args(Sampler), help="solver of the flow" + default)
-        option("--frames", type=number(int, 1, 10_000), help="of the video (default: the codec's)")
+        option("--frames", type=number(int, 1, 1_000_000), help="of the video (default: the codec's)")
         option("--height", type=number(int, 1, 10_000), help="in pixels (default: the codec's)")
         option("--width", type=number(int, 1, 10_000), help="in pixels (default: the codec's)")
         option("--batch", type=number(int, 1, 10_000), help="videos, each from its own noise" + default)
@@ -133,8 +136,12 @@ def open_model(checkpoint: Path, options: SamplingOptions) -> OpenedModel:
         check_heads(mesh, config.num_heads)
     devices = 1 if mesh is None else mesh.size
     itemsize = jnp.dtype(options.dtype).itemsize
+    on_device, pixels = shape, math.prod(size)
+    if options.stream:
+        check_streams(config)
+        on_device, pixels = (min(shape[0], config.block_forms.chunk_frames), *shape[1:]), 0
     check_device_memory(
-        _least_bytes(config, shape, options.batch, evaluated, math.prod(size), itemsize) // devices,
+        _least_bytes(config, on_device, options.batch, evaluated, pixels, itemsize) // devices,
         f"--batch {options.batch} --frames {size[0]} --height {size[1]} --width {size[2]}",
         "choose fewer or smaller videos",
         devices=devices,

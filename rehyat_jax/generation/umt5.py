@@ -43,7 +43,7 @@ def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "
     source = _source(Path(path))
     folder = source if source.is_dir() else source.parent
     tokenizer = find_tokenizer(folder)
-    model = open_torch_checkpoint(source, models=TEXT_ENCODERS)
+    model = open_torch_checkpoint(source, specs=TEXT_ENCODERS)
     if tokenizer and tokenizer.size > model.config.vocab_size:
         raise InputError(
             f"{tokenizer.file}: has {tokenizer.size} tokens, expected at most the {model.config.vocab_size} of "

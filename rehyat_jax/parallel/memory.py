@@ -56,6 +56,20 @@ def check_device_memory(needed: int, what: str, remedy: str, *, devices: int = 1
     _check(total, device_bytes(device), what, f"of memory of {device.device_kind}", remedy)
 
 
+def check_step_memory(compiled: jax.stages.Compiled, what: str, remedy: str) -> None:
+    """Raises InputError if the arrays of a compiled step, except its arguments, do not fit into memory."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return
+    mesh = jax.sharding.get_mesh()
+    check_device_memory(
+        sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        what,
+        remedy,
+        devices=1 if mesh.empty else len(mesh.local_devices),
+    )
+
+
 def _check(needed: int, free: int | None, what: str, place: str, remedy: str) -> None:
     if free is not None and needed > free:
         raise InputError(

@@ -10,7 +10,8 @@ from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
 from rehyat_jax.files.regular import check_regular_file
-from rehyat_jax.generation.generate import generate_latents, initial_noise
+from rehyat_jax.generation.generate import generate_latents
+from rehyat_jax.generation.noise import initial_noise
 from rehyat_jax.generation.options import SamplingOptions, open_model
 from rehyat_jax.preparation.captions import LARGEST_LIST
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from rehyat_jax.attention.form import FORM_FIELDS, FORMS, HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import closest
+from rehyat_jax.models.wan_vae.config import Real
 
 CURRENT = max(FORM_FIELDS)
 """The format version that is written."""
@@ -127,12 +128,16 @@ def check_field(cls: type, name: str, value: Any, source: str, shown_name: str) 
 
 def _refuse_value(name: str, hint: Any, value: Any, source: str) -> NoReturn:
     expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    limits = f" of at most {LARGEST:,}" if hint is int else ", finite" if hint is float else ""
+    expected = expected.replace(f"{Real.__module__}.{Real.__name__}", "float")
+    limits = f" of at most {LARGEST:,}" if hint is int else ", finite" if "float" in expected else ""
     raise InputError(f"{source}: field {name!r} should be {expected}{limits}, found {value!r}; correct it")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """True if a JSON value has the annotated type. Numbers must be finite and not negative, integers <= LARGEST."""
+    """True if a JSON value has the annotated type.
+
+    Numbers must be finite and, but for `Real`, not negative. Integers must be <= LARGEST.
+    """
     arguments = typing.get_args(hint)
     match typing.get_origin(hint) or hint:
         case typing.Literal:
@@ -142,6 +147,8 @@ def _fits(value: Any, hint: Any) -> bool:
         case builtin if builtin is tuple:
             is_sequence = isinstance(value, list | tuple) and (arguments[-1] is ... or len(value) == len(arguments))
             return is_sequence and all(_fits(item, arguments[0]) for item in value)
+        case real if real is Real:
+            return type(value) in (int, float) and math.isfinite(value)
         case builtin if builtin is float:
             return type(value) in (int, float) and 0 <= value < math.inf
         case builtin if builtin is int:

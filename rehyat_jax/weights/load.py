@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.models.wan_vae.vae import WanVae
 from rehyat_jax.parallel.sharding import check_divisible, param_specs, shardings
 from rehyat_jax.weights.model_checkpoint import (
     MODEL_FILE,
@@ -16,7 +17,7 @@ from rehyat_jax.weights.model_checkpoint import (
     open_model_checkpoint,
     restore_sharded,
 )
-from rehyat_jax.weights.models import spec_of
+from rehyat_jax.weights.models import VAES, spec_of
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 from rehyat_jax.weights.torch_config import CONFIG_FILE, SIDE_CAR
@@ -61,6 +62,25 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
       TypeError or ValueError: an option's name or value is unknown to `WanTransformer`.
     """
     return load_module(path, open_checkpoint(path), **options)
+
+
+def load_vae(path: str | Path, *, dtype: jnp.dtype = jnp.float32) -> WanVae:
+    """The VAE of Wan2.1; parameters are float32, on the default device or on every device of the mesh in use.
+
+    Args:
+      path: a diffusers VAE's folder (`config.json` and safetensors files), its safetensors file or index, a pipeline's
+        folder with such a folder `vae/`, or a safetensors file with the original names.
+      dtype: compute dtype.
+
+    Returns:
+      The VAE, with `encode` and `decode`.
+
+    Raises:
+      InputError: the checkpoint does not exist, is a PyTorch pickle, has another architecture, is incomplete, or is
+        damaged.
+    """
+    path = Path(path)
+    return WanVae(load_module(path, open_torch_checkpoint(path, specs=VAES), dtype=dtype))
 
 
 def load_module(path: str | Path, model: StreamedModel, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -204,12 +205,23 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[int, np.dtype, tupl
     return begin, dtype, shape
 
 
+def pickle_remedy(file: Path) -> str:
+    """The end of a message about a PyTorch pickle: the command that writes its tensors as safetensors."""
+    code = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "tensors = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+        "save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, sys.argv[2])"
+    )
+    paths = f"{shlex.quote(str(file))} {shlex.quote(str(file.with_suffix('.safetensors')))}"
+    return f'get the safetensors version of the checkpoint, or make one: python -c "{code}" {paths}'
+
+
 def _refuse(file: Path, start: bytes, reason: str) -> NoReturn:
     # torch.save writes a zip archive; a bare pickle begins with 0x80 and a protocol number.
     if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
         raise InputError(
             f"{file}: is a PyTorch pickle, expected safetensors; pickles can run any code when opened and are never "
-            f"read: get the safetensors version of the checkpoint"
+            f"read: {pickle_remedy(file)}"
         )
     raise InputError(
         f"{file}: is not a safetensors file: {reason}; the file is truncated or of another kind, get it again"

@@ -1,4 +1,4 @@
-"""Description of a model for reading, writing and converting its weights: everything that differs between models."""
+"""Description of a model for reading, writing and converting its weights: everything that differs between backbones."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,8 +20,6 @@ class Inferred:
 class UpstreamConfig:
     """How one library's config.json describes the models that can be converted.
 
-    Without `fields`, the library has no config.json. What the tensors do not imply has its default then.
-
     Attributes:
       fields: the library's name of each field -> name in the configuration class, or "width".
       fixed: fields that must have one supported value, with that value.
@@ -32,8 +30,8 @@ class UpstreamConfig:
       is_open: whether the file may have fields that are not listed here. They are ignored.
     """
 
-    fields: dict[str, str] = dataclasses.field(default_factory=dict)
-    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fields: dict[str, str]
+    fixed: dict[str, Any]
     unsaid: tuple[str, ...] = ()
     marker: str = "_class_name"
     written: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,27 +45,33 @@ InputError."""
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """One backbone or text encoder; `weights.models` has the tables of them.
+    """One model; `weights.models` has the tables of them.
 
     Attributes:
       architecture: its name in model.json.
       description: description of the models that can be converted, for messages.
-      config: the frozen dataclass of its sizes and forms of attention, with `to_dict`, `from_dict`, `block_forms`,
-        `num_layers` and `width`.
+      part: its folder in a diffusers pipeline.
+      config: the frozen dataclass of its sizes, with `to_dict` and `from_dict`; a transformer's has its forms of
+        attention too, `block_forms`, `num_layers` and `width`.
       model: its module, constructed as model(config, rngs=..., **options).
       table: configuration -> the rows of its parameters, in the order of diffusers' state dict.
-      upstream: descriptions of config.json in both PyTorch layouts.
-      metadata: "codec" and "text_encoder" of published checkpoints.
+      upstream: descriptions of config.json in the PyTorch layouts that have one.
+      metadata: "codec" and "text_encoder" of a transformer's published checkpoints.
       smallest: any small configuration, which only provides the names of parameters.
-      infer: (shapes of the checkpoint, source for messages) -> the fields, and "width", that the shapes imply.
+      infer: (shapes of the checkpoint, source for messages) -> the fields, and a transformer's "width", that the
+        shapes imply.
       foreign: prefixes of tensor names -> the model that they belong to, which cannot be converted.
-      head_dim: head_dim of a checkpoint whose config.json and tensors do not state it.
+      unsupported: description of the models that `fixed` fields of config.json exclude, for messages.
+      head_dim: head_dim of a transformer's checkpoint whose config.json and tensors do not state it; None for other
+        models, which have no stacked blocks, heads or rehyat.json.
+      defaulted: fields that have their defaults in the layouts without a config.json, because no tensor implies them.
       copies: names of tensors that some files store twice -> the name that is kept.
       file_name: name of the files of weights that are written, without their suffix.
     """
 
     architecture: str
     description: str
+    part: str
     config: type
     model: Callable[..., Any]
     table: Callable[[Any], list[Row]]
@@ -76,6 +80,13 @@ class ModelSpec:
     smallest: Any
     infer: Callable[[ShapeOf, Any], dict[str, Inferred]]
     foreign: Mapping[tuple[str, ...], str]
-    head_dim: int
+    unsupported: str = ""
+    head_dim: int | None = None
+    defaulted: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     file_name: str = NAME
+
+    @property
+    def is_transformer(self) -> bool:
+        """True if the model has stacked blocks of attention with heads, and may have rehyat.json."""
+        return self.head_dim is not None

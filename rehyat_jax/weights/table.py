@@ -37,6 +37,12 @@ LINEAR = Transform(np.transpose, np.transpose)
 """[out, in] in PyTorch, [in, out] here."""
 CONVOLUTION = Transform(lambda array: array.transpose(2, 3, 4, 1, 0), lambda array: array.transpose(4, 3, 0, 1, 2))
 """[out, in, frames, height, width] in PyTorch, [frames, height, width, in, out] here."""
+FRAME_CONVOLUTION = Transform(lambda array: array.transpose(2, 3, 1, 0), lambda array: array.transpose(3, 2, 0, 1))
+"""[out, in, height, width] in PyTorch, [height, width, in, out] here."""
+FRAME_SCALE = Transform(lambda array: array[:, 0, 0], lambda array: array[:, None, None])
+"""[channels, 1, 1] in PyTorch, [channels] here."""
+VIDEO_SCALE = Transform(lambda array: array[:, 0, 0, 0], lambda array: array[:, None, None, None])
+"""[channels, 1, 1, 1] in PyTorch, [channels] here."""
 MODULATION = Transform(lambda array: array[0], lambda array: array[None])
 """[1, parts, width] in PyTorch, [parts, width] here."""
 

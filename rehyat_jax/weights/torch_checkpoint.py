@@ -14,7 +14,7 @@ from rehyat_jax.weights.safetensors_file import StoredTensor, read_tensor, write
 from rehyat_jax.weights.spec import Inferred, ModelSpec
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.table import BLOCK, ENCODER_BLOCK, LAYOUTS, Layout, Row, torch_names
-from rehyat_jax.weights.torch_config import inferred_config, read_torch_config, write_torch_config
+from rehyat_jax.weights.torch_config import read_torch_config, write_torch_config
 from rehyat_jax.weights.torch_folder import create_files, find_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -29,27 +29,24 @@ _BLOCK_NAMES = [
 
 
 def open_torch_checkpoint(
-    source: Path, progress: Progress = lambda nbytes: None, *, models: Mapping[str, ModelSpec] = MODELS
+    source: Path, progress: Progress = lambda nbytes: None, specs: Mapping[str, ModelSpec] = MODELS
 ) -> StreamedModel:
     """Checks names, shapes, dtypes and configuration of a PyTorch checkpoint; its values are read on demand.
 
     Args:
       source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
       progress: called with the size in bytes of each tensor that is read.
-      models: the models that are expected, one of the tables of `weights.models`.
+      specs: the models that it may be of, all of the same part of a pipeline.
 
     Raises:
-      InputError: the checkpoint does not belong to one of the models, is incomplete, or is damaged. Tensors with NaN or
+      InputError: the checkpoint does not belong to a known model, is incomplete, or is damaged. Tensors with NaN or
         infinity are found when they are read.
     """
-    folder, tensors = find_tensors(source)
-    spec, layout = _detect(source, tensors, models)
+    (part,) = {spec.part for spec in specs.values()}
+    folder, tensors = find_tensors(source, part)
+    spec, layout = _detect(source, tensors, specs)
     _remove_copies(spec, tensors)
-    inferred = _infer(spec, source, tensors, layout)
-    if spec.upstream[layout].fields:
-        config, metadata = read_torch_config(spec, folder, inferred)
-    else:
-        config, metadata = inferred_config(spec, source, inferred)
+    config, metadata = read_torch_config(spec, folder, _infer(spec, source, tensors, layout), layout)
     table = spec.table(config)
     _check_tensors(spec, source, tensors, table, layout)
     params = {}
@@ -116,38 +113,36 @@ def _remove_copies(spec: ModelSpec, tensors: dict[str, StoredTensor]) -> None:
             )
 
 
-def _detect(
-    source: Path, tensors: dict[str, StoredTensor], models: Mapping[str, ModelSpec]
-) -> tuple[ModelSpec, Layout]:
+def _detect(source: Path, tensors: dict[str, StoredTensor], specs: Mapping[str, ModelSpec]) -> tuple[ModelSpec, Layout]:
     """The model and layout with the most matching names; names that all of them share do not count."""
     found = {_template(name) for name in tensors}
     names = {
         (spec.architecture, layout): {getattr(row, layout) for row in spec.table(spec.smallest)}
-        for spec in models.values()
+        for spec in specs.values()
         for layout in LAYOUTS
     }
-    for name in sorted(found):
-        for spec in models.values():
+    for name in sorted(tensors):
+        for spec in specs.values():
             for prefixes, owner in spec.foreign.items():
                 if name.startswith(prefixes):
                     raise InputError(
                         f"{source}: tensor {name} belongs to {owner}; only checkpoints of {spec.description} can be "
-                        f"converted"
+                        f"read"
                     )
     common = set.intersection(*names.values())
     counts = {key: len(found & known - common) for key, known in names.items()}
     best, *others = sorted(counts, key=counts.get, reverse=True)
     if others and counts[best] == counts[others[0]]:
-        known = ", ".join(spec.description for spec in models.values())
+        known = ", ".join(spec.description for spec in specs.values())
         raise InputError(
             f"{source}: the tensors' names ({', '.join(sorted(tensors)[:3]) or 'none'}, ...) are those of neither "
-            f"diffusers nor the original code of {known}; give a checkpoint of that model"
+            f"diffusers nor the original code of {known}; give its checkpoint"
         )
-    return models[best[0]], best[1]
+    return specs[best[0]], best[1]
 
 
 def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layout: Layout) -> dict[str, Inferred]:
-    """The fields of the configuration, and "width", that tensors' names and shapes imply."""
+    """The fields of the configuration, and a transformer's "width", that tensors' names and shapes imply."""
     rows = {row.path: row for row in spec.table(spec.smallest)}
 
     def shape(path: str) -> tuple[tuple[int, ...], str]:
@@ -164,6 +159,8 @@ def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layo
         return row.transform.to_jax(np.broadcast_to(np.uint8(0), found)).shape, name
 
     inferred = spec.infer(shape, source)
+    if not spec.is_transformer:
+        return inferred
     blocks = {int(match[1]) for match in map(_block, tensors) if match}
     for block in range(len(blocks)):
         if block not in blocks:
@@ -188,7 +185,7 @@ def _check_tensors(
     if extra := sorted(tensors.keys() - expected.keys()):
         raise InputError(
             f"{source}: tensor {extra[0]} is not part of {spec.description} ({len(extra)} such tensors); "
-            f"{_why_extra(extra[0], spec)}"
+            f"{_why_extra(spec, extra[0])}"
         )
     for name, row in expected.items():
         if tensors[name].shape != row.torch_shape:
@@ -206,7 +203,7 @@ def _check_tensors(
                 )
 
 
-def _why_extra(name: str, spec: ModelSpec) -> str:
+def _why_extra(spec: ModelSpec, name: str) -> str:
     if "feature_map_" in name:
         return 'feature maps need the rehyat.json that was written next to them, with their blocks under "attention"'
     return f"remove it, or give a checkpoint of {spec.description}"

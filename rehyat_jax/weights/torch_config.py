@@ -24,55 +24,54 @@ from rehyat_jax.weights.table import Layout
 CONFIG_FILE, SIDE_CAR = "config.json", "rehyat.json"
 
 
-def read_torch_config(spec: ModelSpec, folder: Path, inferred: dict[str, Inferred]) -> tuple[Any, dict[str, str]]:
+def read_torch_config(
+    spec: ModelSpec, folder: Path, inferred: dict[str, Inferred], layout: Layout
+) -> tuple[Any, dict[str, str]]:
     """The configuration of a PyTorch checkpoint, from its files and its tensors' shapes.
 
     Args:
       spec: spec of the model.
       folder: folder that may hold config.json and rehyat.json.
-      inferred: values that the shapes imply, by name of the configuration's field, and "width".
+      inferred: values that the shapes imply, by name of the configuration's field, and a transformer's "width".
+      layout: layout of the tensors. The folder's files describe other models if this layout has no config.json.
 
     Returns:
-      (config, metadata with "codec" and "text_encoder").
+      (config, metadata with "codec" and "text_encoder" of a transformer).
 
     Raises:
       InputError: a file is malformed, describes another architecture, or contradicts the tensors' shapes.
     """
     config_file, side_car = folder / CONFIG_FILE, folder / SIDE_CAR
-    stated = _read_upstream(spec, config_file, inferred) if config_file.exists() else {}
+    is_described = layout in spec.upstream and config_file.exists()
+    stated = _read_upstream(spec, config_file, inferred) if is_described else {}
     extra, metadata, version = {}, dict(spec.metadata), CURRENT
-    if side_car.exists():
+    if spec.is_transformer and side_car.exists():
         extra, metadata, version = _read_side_car(spec, side_car, stated)
     fields = {name: found.value for name, found in inferred.items()} | stated | extra
-    width = fields.pop("width")
-    fields |= _heads(spec, fields, width, config_file)
+    if spec.head_dim is not None:
+        width = fields.pop("width")
+        fields |= _heads(spec.head_dim, fields, width, config_file)
     return config_from_json(spec.config, fields, str(side_car if extra else config_file), version), metadata
 
 
-def inferred_config(spec: ModelSpec, source: Path, inferred: dict[str, Inferred]) -> tuple[Any, dict[str, str]]:
-    """`read_torch_config` for a layout without a config.json: what the shapes do not imply has its default."""
-    fields = {name: found.value for name, found in inferred.items()}
-    width = fields.pop("width")
-    fields |= _heads(spec, fields, width, source)
-    return config_from_json(spec.config, fields, str(source)), dict(spec.metadata)
-
-
 def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, str], layout: Layout) -> None:
-    """Writes config.json in upstream's format and, if that cannot hold every field, rehyat.json.
+    """Writes config.json in upstream's format, if the layout has one, and rehyat.json for fields it cannot hold.
 
     Raises:
       InputError: the layout has no config.json, and a field that the tensors do not imply differs from its default.
     """
-    upstream, ours = spec.upstream[layout], {**config.to_dict(), "width": config.width}
-    usual = defaults(spec.config)
-    if not upstream.fields:
-        for name in upstream.unsaid:
+    ours, usual = config.to_dict(), defaults(spec.config)
+    if layout not in spec.upstream:
+        for name in spec.defaulted:
             if ours[name] != usual[name]:
                 raise InputError(
                     f"{folder}: the {layout} layout of {spec.description} has {name} {usual[name]}, found "
                     f"{ours[name]}; write another layout"
                 )
         return
+    upstream = spec.upstream[layout]
+    if spec.is_transformer:
+        ours["width"] = config.width
     described = {theirs: ours[name] for theirs, name in upstream.fields.items()}
     write_json(folder / CONFIG_FILE, upstream.fixed | upstream.written | described)
 
@@ -84,27 +83,27 @@ def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dic
 
 
 def _read_upstream(spec: ModelSpec, file: Path, inferred: dict[str, Inferred]) -> dict[str, Any]:
-    """The fields of the configuration (and "width") that config.json states."""
+    """The fields of the configuration (and a transformer's "width") that config.json states."""
     content = read_json_object(file)
-    files = [upstream for upstream in spec.upstream.values() if upstream.fields]
-    marker, classes = files[0].marker, {upstream.fixed[upstream.marker]: upstream for upstream in files}
+    (marker,) = {upstream.marker for upstream in spec.upstream.values()}
+    classes = {upstream.fixed[marker]: upstream for upstream in spec.upstream.values()}
     name = content.get(marker)
     if not isinstance(name, str) or name not in classes:
         raise InputError(
             f"{file}: {marker} should be one of {sorted(classes)}, found {name!r}; "
-            f"only checkpoints of {spec.description} can be converted"
+            f"only checkpoints of {spec.description} can be read"
         )
     upstream, stated = classes[name], {}
-    width = inferred["width"]
     for name, value in content.items():
         if name.startswith("_") or (upstream.is_open and name not in upstream.fields and name not in upstream.fixed):
             continue
         require_known(name, [*upstream.fields, *upstream.fixed], str(file))
         if name in upstream.fixed:
             if value != upstream.fixed[name]:
+                without = f", without {spec.unsupported}" if spec.unsupported else ""
                 raise InputError(
                     f"{file}: {name} should be {upstream.fixed[name]!r}, found {value!r}; only checkpoints of "
-                    f"{spec.description} can be converted, without other conditioning, normalisation or activation"
+                    f"{spec.description} can be read{without}"
                 )
             continue
         ours = upstream.fields[name]
@@ -113,11 +112,8 @@ def _read_upstream(spec: ModelSpec, file: Path, inferred: dict[str, Inferred]) -
                 f"{file}: {name} should be {inferred[ours].value!r} by the shape of {inferred[ours].tensor}, "
                 f"found {value!r}; config.json and the tensors belong to different checkpoints"
             )
-        if ours in ("num_heads", "head_dim") and (type(value) is not int or value < 1 or width.value % value):
-            raise InputError(
-                f"{file}: {name} should divide the width {width.value} of {width.tensor}, found {value!r}; "
-                f"config.json and the tensors belong to different checkpoints"
-            )
+        if ours in ("num_heads", "head_dim"):
+            _check_divides(inferred["width"], name, value, file)
         if ours != "width":
             check_field(spec.config, ours, value, str(file), name)
         stated[ours] = value
@@ -141,16 +137,24 @@ def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple
     return content, metadata, version
 
 
-def _heads(spec: ModelSpec, known: dict[str, Any], width: int, file: Path) -> dict[str, int]:
+def _check_divides(width: Inferred, name: str, value: Any, file: Path) -> None:
+    if type(value) is not int or value < 1 or width.value % value:
+        raise InputError(
+            f"{file}: {name} should divide the width {width.value} of {width.tensor}, found {value!r}; "
+            f"config.json and the tensors belong to different checkpoints"
+        )
+
+
+def _heads(usual_head_dim: int, known: dict[str, Any], width: int, file: Path) -> dict[str, int]:
     """num_heads and head_dim; if neither is known, head_dim is that of every published model."""
     num_heads, head_dim = known.get("num_heads"), known.get("head_dim")
     if num_heads is None and head_dim is None:
-        if width % spec.head_dim:
+        if width % usual_head_dim:
             raise InputError(
                 f"{file}: is needed for the number of heads, because the width {width} is not a multiple of the usual "
-                f"head_dim {spec.head_dim}; add the checkpoint's config.json"
+                f"head_dim {usual_head_dim}; add the checkpoint's config.json"
             )
-        head_dim = spec.head_dim
+        head_dim = usual_head_dim
     num_heads, head_dim = num_heads or width // head_dim, head_dim or width // num_heads
     if num_heads * head_dim != width:
         raise InputError(

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.files.regular import check_regular_file
-from rehyat_jax.weights.safetensors_file import StoredTensor, create_file, read_header
+from rehyat_jax.weights.safetensors_file import StoredTensor, create_file, pickle_remedy, read_header
 
 NAME = "diffusion_pytorch_model"
 """Name of the weights in Wan's and diffusers' repositories."""
@@ -19,11 +18,12 @@ INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
-def find_tensors(source: Path) -> tuple[Path, dict[str, StoredTensor]]:
+def find_tensors(source: Path, part: str = "transformer") -> tuple[Path, dict[str, StoredTensor]]:
     """The tensors of a checkpoint by name; no values are read.
 
     Args:
-      source: a safetensors file, an index of shards, a folder with either, or a pipeline's folder with `transformer/`.
+      source: a safetensors file, an index of shards, a folder with either, or a pipeline's folder with a folder `part`.
+      part: the model's folder in a diffusers pipeline.
 
     Returns:
       (the folder of the files, the tensors).
@@ -32,14 +32,14 @@ def find_tensors(source: Path) -> tuple[Path, dict[str, StoredTensor]]:
       InputError: the checkpoint does not exist, a shard is missing, the index is wrong, or a file is damaged or a
         pickle.
     """
-    file = _file_in_folder(source) if source.is_dir() else source
+    file = _file_in_folder(source, part) if source.is_dir() else source
     if not file.exists():
         raise InputError(f"{file}: does not exist; give a safetensors file or a folder with one")
     check_regular_file(file)
     if file.suffix in PICKLES:
         raise InputError(
             f"{file}: is a PyTorch pickle by its name, expected safetensors; pickles can run any code when opened and "
-            f"are never read: {_safetensors_of(file)}"
+            f"are never read: {pickle_remedy(file)}"
         )
     if file.name.endswith(INDEX):
         return file.parent, _read_shards(file)
@@ -82,17 +82,17 @@ def create_files(
     return placed
 
 
-def _file_in_folder(folder: Path) -> Path:
+def _file_in_folder(folder: Path, part: str) -> Path:
     """The index or the single file of the weights in a folder."""
     if (folder / "model.json").exists():
         raise InputError(f"{folder}: is a model checkpoint of rehyat_jax already; to-torch converts it to PyTorch")
-    if (folder / "transformer_2").is_dir():
+    if (folder / f"{part}_2").is_dir():
         raise InputError(
             f"{folder}: is a pipeline of two transformers (Wan2.2's two experts), expected one; "
-            f"give {folder / 'transformer'} or {folder / 'transformer_2'}"
+            f"give {folder / part} or {folder / f'{part}_2'}"
         )
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
+    if (folder / part).is_dir():
+        folder = folder / part
     for name in (f"{NAME}{INDEX}", f"{NAME}.safetensors"):
         if (folder / name).exists():
             return folder / name
@@ -109,21 +109,9 @@ def _file_in_folder(folder: Path) -> Path:
     if pickles:
         raise InputError(
             f"{folder}: expected safetensors, found only PyTorch pickles ({', '.join(pickles[:5])}); pickles can run "
-            f"any code when opened and are never read: {_safetensors_of(folder / pickles[0])}"
+            f"any code when opened and are never read: {pickle_remedy(folder / pickles[0])}"
         )
-    raise InputError(f"{folder}: has no safetensors file, no index of shards and no transformer/; give another folder")
-
-
-def _safetensors_of(pickle: Path) -> str:
-    """The remedy for a pickle, with the command that makes a safetensors file of it."""
-    made = pickle.with_suffix(".safetensors")
-    code = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "tensors = torch.load(sys.argv[1], map_location='cpu', mmap=True, weights_only=True); "
-        "save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, sys.argv[2], {'format': 'pt'})"
-    )
-    command = f'python -c "{code}" {shlex.quote(str(pickle))} {shlex.quote(str(made))}'
-    return f"get the safetensors version of the checkpoint, or make it with PyTorch and safetensors:\n{command}"
+    raise InputError(f"{folder}: has no safetensors file, no index of shards and no {part}/; give another folder")
 
 
 def _read_shards(index_file: Path) -> dict[str, StoredTensor]:

@@ -326,7 +326,14 @@ class WanTransformer(nnx.Module):
         return velocity
 
     def forward(
-        self, latents: jax.Array, timestep: jax.Array, text: jax.Array, attend: Attend, per_block: Any
+        self,
+        latents: jax.Array,
+        timestep: jax.Array,
+        text: jax.Array,
+        attend: Attend,
+        per_block: Any,
+        *,
+        frames: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
         """`__call__` with another self-attention.
 
@@ -334,6 +341,7 @@ class WanTransformer(nnx.Module):
           latents, timestep, text: see `__call__`.
           attend: self-attention of every block.
           per_block: pytree of arrays with a leading layer axis; a block's slice is attend's second argument.
+          frames: `frame_table` of the positions of the frames of patches; by default they begin at 0.
 
         Returns:
           (velocity, attend's auxiliary outputs stacked on a leading layer axis).
@@ -348,12 +356,11 @@ class WanTransformer(nnx.Module):
         patches = self.patch_embedding(latents)
         num_frames, *_ = grid = patches.shape[1:4]
         # If a video is sharded along time, all devices hold the same number of complete chunks, of every form.
-        frames = padded_frames(num_frames, config.block_forms.chunk_frames, axis_size("context"))
-        grid = (frames, *grid[1:])
+        grid = (padded_frames(num_frames, config.block_forms.chunk_frames, axis_size("context")), *grid[1:])
         patches = jnp.pad(patches, [(0, 0), (0, grid[0] - num_frames), (0, 0), (0, 0), (0, 0)])
-        rope = rope_table(grid, config.head_dim)
+        rope = rope_table(grid, config.head_dim, frames=frames)
         x = constrain(rearrange(patches, "b t h w d -> b (t h w) d"), RESIDUAL)
-        frames = (grid[1] * grid[2], num_frames)
+        sizes = (grid[1] * grid[2], num_frames)
 
         block_def, block_params = nnx.split(self.blocks)
 
@@ -361,7 +368,7 @@ class WanTransformer(nnx.Module):
             params, arguments = layer
             x = checkpoint_name(x, _BLOCK_INPUT)
             block = nnx.merge(block_def, gathered(params, self.dtype))
-            return block(x, text, time_modulation, rope, frames, lambda inputs: attend(inputs, arguments))
+            return block(x, text, time_modulation, rope, sizes, lambda inputs: attend(inputs, arguments))
 
         if self.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.

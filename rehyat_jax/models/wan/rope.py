@@ -21,33 +21,50 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
+THETA = 10000.0
+"""Base of the geometric frequencies."""
+
+
+def axis_table(positions: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of one axis, each float32 [positions, dim], each pair's value twice.
+
+    Angles are computed in float64: at position 1000 a float32 angle is already off by 3e-5.
+    """
+    frequencies = THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    angles = np.outer(np.asarray(positions, np.float64), frequencies).repeat(2, axis=-1)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def frame_table(positions: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """`axis_table` of the temporal axis: what `rope_table` needs of the positions of a video's frames."""
+    return axis_table(positions, axis_dims(head_dim)[0])
+
+
 def rope_table(
-    grid: tuple[int, int, int], head_dim: int, *, first_frame: int = 0, theta: float = 10000.0
+    grid: tuple[int, int, int], head_dim: int, *, frames: tuple[jax.Array, jax.Array] | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines for the tokens of one video.
 
     Args:
       grid: tokens along (frames, height, width).
       head_dim: d.
-      first_frame: temporal position of the first latent frame, for videos that are produced piece by piece.
-      theta: base of the geometric frequencies.
+      frames: `frame_table` of the frames' positions, for a part of a video; by default they begin at 0.
 
     Returns:
-      (cos, sin), each float32 [frames * height * width, d], tokens frame-major, each pair's value twice. Angles are
-      computed in float64: at position 1000 a float32 angle is already off by 3e-5. A compiled program assembles them
-      from one small table for every axis; constants for 161 frames at 480p would add a quarter of a gigabyte.
+      (cos, sin), each float32 [frames * height * width, d], tokens frame-major, each pair's value twice. A compiled
+      program assembles them from one small table for every axis; constants for 161 frames at 480p would add a quarter
+      of a gigabyte.
     """
-    cosines, sines = [], []
-    for axis, (size, dim) in enumerate(zip(grid, axis_dims(head_dim), strict=True)):
-        positions = np.arange(size, dtype=np.float64) + (first_frame if axis == 0 else 0)
-        frequencies = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-        angles = np.outer(positions, frequencies).repeat(2, axis=-1)
-        shape = [1, 1, 1, dim]
-        shape[axis] = size
-        for columns, values in ((cosines, np.cos(angles)), (sines, np.sin(angles))):
-            values = jnp.asarray(values.astype(np.float32).reshape(shape))
-            columns.append(jnp.broadcast_to(values, (*grid, dim)))
-    return tuple(jnp.concatenate(columns, axis=-1).reshape(-1, head_dim) for columns in (cosines, sines))
+    tables = [axis_table(np.arange(size), dim) for size, dim in zip(grid, axis_dims(head_dim), strict=True)]
+    if frames is not None:
+        tables[0] = frames
+    columns: tuple[list, list] = ([], [])
+    for axis, table in enumerate(tables):
+        for values, whole in zip(table, columns, strict=True):
+            shape = [1, 1, 1, values.shape[-1]]
+            shape[axis] = grid[axis]
+            whole.append(jnp.broadcast_to(jnp.asarray(values).reshape(shape), (*grid, shape[-1])))
+    return tuple(jnp.concatenate(whole, axis=-1).reshape(-1, head_dim) for whole in columns)
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -44,10 +44,9 @@ UPSTREAM: dict[Layout, UpstreamConfig] = {
         },
         is_open=True,
     ),
-    "original": UpstreamConfig(unsaid=("eps", "max_distance")),
 }
-"""The values are those of google/umt5-xxl. Each version of transformers adds fields. The original code has its sizes
-in its source.
+"""The values are those of google/umt5-xxl. Each version of transformers adds fields. The original code has no file: its
+sizes are in its source.
 """
 
 
@@ -76,6 +75,7 @@ def _infer(shape: ShapeOf, source: Any) -> dict[str, Inferred]:
 UMT5 = ModelSpec(
     architecture="umt5",
     description="the umT5 text encoder",
+    part="text_encoder",
     config=UMT5Config,
     model=UMT5Encoder,
     table=umt5_table,
@@ -84,7 +84,9 @@ UMT5 = ModelSpec(
     smallest=UMT5Config(vocab_size=1, model_dim=1, num_heads=1, head_dim=1, ffn_dim=1, num_layers=1),
     infer=_infer,
     foreign={("decoder.block.", "lm_head."): "a umT5 with a decoder"},
+    unsupported="another activation",
     head_dim=64,
+    defaulted=("eps", "max_distance"),
     copies={"encoder.embed_tokens.weight": "shared.weight"},
     file_name="model",
 )

@@ -82,6 +82,7 @@ def _infer(shape: ShapeOf, source: Any) -> dict[str, Inferred]:
 WAN = ModelSpec(
     architecture="wan",
     description="Wan's text-to-video transformer",
+    part="transformer",
     config=WanConfig,
     model=WanTransformer,
     table=wan_table,
@@ -90,5 +91,6 @@ WAN = ModelSpec(
     smallest=WanConfig(num_heads=1, head_dim=1, ffn_dim=1, num_layers=1),
     infer=_infer,
     foreign={("img_emb.", "condition_embedder.image_embedder."): "an image-to-video model"},
+    unsupported="image conditioning or other normalisation",
     head_dim=128,
 )

@@ -1,0 +1,105 @@
+"""The frames before those at hand, which the VAE's convolutions in time need: of a complete clip, or of a stream.
+
+The VAE's modules are written once. They are given an object with these three methods, which take a convolution and
+its input [B, T, H, W, C]:
+
+- `causal`: a convolution over every frame and the two frames before it;
+- `doubled`: twice as many frames, from a convolution with twice as many channels;
+- `halved`: half as many frames, from a convolution with stride 2.
+
+The first frame of a clip is special: `doubled` and `halved` copy it, and `doubled` convolves the later frames as if
+there were zeros before them.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+WINDOW = 3
+"""Frames that a convolution in time sees."""
+
+
+class TimeConvolution(Protocol):
+    """A convolution of `WINDOW` frames: [B, before + T, H, W, C] -> [B, T or T / 2, H, W, C']."""
+
+    def __call__(self, x: jax.Array, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
+        """The convolution of `x`, with frames of zeros before it, at every `time_stride`-th frame."""
+
+
+class Frames(Protocol):
+    """See the module's docstring."""
+
+    def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        """[B, T, H, W, C] -> [B, T, H, W, C']."""
+
+    def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        """[B, T, H, W, C] -> [B, 2T, H, W, C], or 2T - 1 frames of a complete clip."""
+
+    def halved(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        """[B, 2T, H, W, C], or 2T - 1 frames of a complete clip -> [B, T, H, W, C]."""
+
+
+class WholeClip:
+    """All frames of a clip at once; nothing is cached."""
+
+    def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        return convolution(x, zeros_before=WINDOW - 1)
+
+    def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        if x.shape[1] == 1:
+            return x
+        later = convolution(x[:, 1:], zeros_before=WINDOW - 1)
+        return jnp.concatenate([x[:, :1], _channels_to_frames(later)], axis=1)
+
+    def halved(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        if x.shape[1] == 1:
+            return x
+        return jnp.concatenate([x[:, :1], convolution(x, time_stride=2)], axis=1)
+
+
+class Stream:
+    """One step of a stream: one latent frame, and as many frames as it stands for.
+
+    The first latent frame stands for one frame, the others for several. To give all steps the same shapes, the first
+    frame of a clip is the last frame of its step. The frames before it in that step are padding. Every convolution in
+    time sees zeros in their place, as it does at the beginning of a complete clip. So one traced program serves all
+    steps.
+
+    Args:
+      first: bool [], true in the first step of a clip.
+      caches: `after` of the step before; None for zeros, whose shapes then follow from the inputs.
+
+    Attributes:
+      after: the last input frames of every convolution in time, in the order of the calls.
+    """
+
+    def __init__(self, first: jax.Array, caches: Sequence[jax.Array] | None):
+        self.after: list[jax.Array] = []
+        self._first = first
+        self._caches = None if caches is None else iter(caches)
+
+    def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        is_frame = jnp.arange(x.shape[1]) == x.shape[1] - 1
+        x = jnp.where((is_frame | ~self._first)[:, None, None, None], x, 0) if x.shape[1] > 1 else x
+        return convolution(self._with_past(x, WINDOW - 1))
+
+    def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        later = convolution(self._with_past(jnp.where(self._first, 0, x), WINDOW - 1))
+        return jnp.where(self._first, jnp.repeat(x, 2, axis=1), _channels_to_frames(later))
+
+    def halved(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
+        return jnp.where(self._first, x[:, 1::2], convolution(self._with_past(x, 1), time_stride=2))
+
+    def _with_past(self, x: jax.Array, frames: int) -> jax.Array:
+        """`x` after the last `frames` frames of the steps before; caches those of this step."""
+        past = jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype) if self._caches is None else next(self._caches)
+        window = jnp.concatenate([past, x], axis=1)
+        self.after.append(window[:, -frames:])
+        return window
+
+
+def _channels_to_frames(x: jax.Array) -> jax.Array:
+    return rearrange(x, "b t h w (two c) -> b (t two) h w c", two=2)
