@@ -10,6 +10,7 @@ from rehyat_jax.attention import (
     softmax_attention,
 )
 from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.generation.umt5 import load_text_encoder
 from rehyat_jax.models.student import make_student
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
@@ -32,6 +33,7 @@ __all__ = [
     "hybrid_attention",
     "hybrid_attention_weights",
     "interpreted_tpu",
+    "load_text_encoder",
     "load_vae",
     "load_wan",
     "make_student",

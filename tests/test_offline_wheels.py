@@ -33,6 +33,7 @@ UP_TO_DATE = {
     "einops": "0.8.2",
     "etils": "1.15.0",
     "flax": "0.12.10",
+    "ftfy": "6.3.1",
     "grain": "0.2.18",
     "imageio-ffmpeg": "0.6.0",
     "jax": "0.11.2",
@@ -42,7 +43,10 @@ UP_TO_DATE = {
     "optax": "0.2.8",
     "orbax-checkpoint": "0.12.8",
     "safetensors": "0.8.0",
+    "sentencepiece": "0.2.3",
     "tensorboard": "2.21.0",
+    "tensorstore": "0.1.86",
+    "tokenizers": "0.23.3",
     "torch": "2.11.0+cu130",
     "tqdm": "4.70.1",
 }

@@ -22,7 +22,10 @@ class TextEncoder(Protocol):
     text_dim: int
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """B prompts -> [B, length, text_dim] float32. Raises InputError for a prompt that is too long."""
+        """B prompts -> [B, length, text_dim] float32.
+
+        A prompt that is too long raises InputError, or is cut with a warning.
+        """
 
 
 class WordVectors:
@@ -71,8 +74,8 @@ def get_text_encoder(name: str) -> TextEncoder:
         return WordVectors()
     if name == "umt5":
         raise InputError(
-            'text encoder "umt5" is not available yet in this version of rehyat_jax; only "word_vectors" is, so encode '
-            "prompts elsewhere and give the embeddings to the programming interface"
+            'text encoder "umt5" is not available yet in the commands of rehyat_jax; only "word_vectors" is, so encode '
+            "prompts with rehyat_jax.load_text_encoder and give the embeddings to the programming interface"
         )
     known = closest(name, ("word_vectors", "umt5"))
     raise InputError(f"unknown text encoder {name!r}; the known ones, closest first: {', '.join(known)}")

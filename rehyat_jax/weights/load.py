@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.modeling import WanTransformer
@@ -62,7 +61,7 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
       InputError: as in `load_params`.
       TypeError or ValueError: an option's name or value is unknown to `WanTransformer`.
     """
-    return _load(path, open_checkpoint(path), options)
+    return load_module(path, open_checkpoint(path), **options)
 
 
 def load_vae(path: str | Path, *, dtype: jnp.dtype = jnp.float32) -> WanVae:
@@ -81,11 +80,20 @@ def load_vae(path: str | Path, *, dtype: jnp.dtype = jnp.float32) -> WanVae:
         damaged.
     """
     path = Path(path)
-    return WanVae(_load(path, open_torch_checkpoint(path, specs=VAES), {"dtype": dtype}))
+    return WanVae(load_module(path, open_torch_checkpoint(path, specs=VAES), dtype=dtype))
 
 
-def _load(path: str | Path, model: StreamedModel, options: dict[str, Any]) -> Any:
-    """The module of an opened checkpoint, with its parameters."""
+def load_module(path: str | Path, model: StreamedModel, **options: Any) -> Any:
+    """The module of an opened checkpoint, placed as in `load_wan`. One parameter at a time is in the host's memory.
+
+    Args:
+      path: path of the checkpoint.
+      model: result of `open_checkpoint` or `open_torch_checkpoint`.
+      **options: keyword arguments of the module other than config and rngs. The module declares the parameters' dtype.
+
+    Raises:
+      InputError: the values are damaged, or the mesh does not divide a parameter.
+    """
     make = spec_of(model.config).model
     abstract = nnx.eval_shape(lambda: make(model.config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
@@ -96,13 +104,16 @@ def _load(path: str | Path, model: StreamedModel, options: dict[str, Any]) -> An
     if not jax.sharding.get_abstract_mesh().empty:
         specs = param_specs(state)
         check_divisible(nnx.to_pure_dict(state), specs, jax.sharding.get_mesh())
-        return nnx.merge(graphdef, load_sharded(path, model, shardings(specs)))
+        (dtype,) = {leaf.dtype for leaf in expected.values()}
+        return nnx.merge(graphdef, load_sharded(path, model, shardings(specs), dtype))
     params = {name: jnp.asarray(model.params[name].read(), leaf.dtype) for name, leaf in expected.items()}
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params, sep="."))
 
 
-def load_sharded(path: str | Path, model: StreamedModel, shardings: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's parameters as float32, sharded over the devices.
+def load_sharded(
+    path: str | Path, model: StreamedModel, shardings: dict[str, Any], dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """A checkpoint's parameters, sharded over the devices.
 
     A process reads from a model checkpoint only the parts that its devices hold. It reads PyTorch's files one parameter
     at a time.
@@ -112,6 +123,7 @@ def load_sharded(path: str | Path, model: StreamedModel, shardings: dict[str, An
       model: result of `open_checkpoint`.
       shardings: nested dict of the parameters' shardings; those of parameters that are not in the checkpoint are
         ignored.
+      dtype: dtype of the result.
 
     Raises:
       InputError: the values are damaged.
@@ -119,15 +131,15 @@ def load_sharded(path: str | Path, model: StreamedModel, shardings: dict[str, An
     wanted = traverse_util.flatten_dict(shardings, sep=".")
     wanted = {name: wanted[name] for name in model.params}
     if is_model_checkpoint(Path(path)):
-        params = restore_sharded(Path(path), wanted)
+        params = restore_sharded(Path(path), wanted, dtype)
     else:
-        params = {name: _place(model.params[name], sharding) for name, sharding in wanted.items()}
+        params = {name: _place(model.params[name], sharding, dtype) for name, sharding in wanted.items()}
     return traverse_util.unflatten_dict(params, sep=".")
 
 
-def _place(array: StreamedArray, sharding: jax.sharding.Sharding) -> jax.Array:
+def _place(array: StreamedArray, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
     values = array.read()
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: values[index].astype(np.float32))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: values[index].astype(dtype))
 
 
 def open_checkpoint(path: str | Path) -> StreamedModel:

@@ -141,9 +141,9 @@ def open_model_checkpoint(path: Path) -> StreamedModel:
     return StreamedModel(config, metadata, params)
 
 
-def restore_sharded(path: Path, shardings: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
-    """Parameters of a model checkpoint by path, as float32 on the devices of `shardings`. Raises InputError."""
-    return restore_arrays(path.absolute() / PARAMS, shardings, np.float32)
+def restore_sharded(path: Path, shardings: dict[str, jax.sharding.Sharding], dtype: np.dtype) -> dict[str, jax.Array]:
+    """Parameters of a model checkpoint by path, as `dtype` on the devices of `shardings`. Raises InputError."""
+    return restore_arrays(path.absolute() / PARAMS, shardings, dtype)
 
 
 def check_params(params: dict[str, Any], config: Any) -> None:

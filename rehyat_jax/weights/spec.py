@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rehyat_jax.weights.table import Layout, Row
+from rehyat_jax.weights.torch_folder import NAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,17 @@ class UpstreamConfig:
       fixed: fields that must have one supported value, with that value.
       unsaid: fields of the configuration class that the file cannot store. The forms of attention and the fields
         implied by tensors' shapes are not listed.
+      marker: the field, one of `fixed`, that names the kind of model.
+      written: further fields that are written and not checked.
+      is_open: whether the file may have fields that are not listed here. They are ignored.
     """
 
     fields: dict[str, str]
     fixed: dict[str, Any]
     unsaid: tuple[str, ...] = ()
+    marker: str = "_class_name"
+    written: dict[str, Any] = dataclasses.field(default_factory=dict)
+    is_open: bool = False
 
 
 ShapeOf = Callable[[str], tuple[tuple[int, ...], str]]
@@ -55,8 +62,11 @@ class ModelSpec:
         shapes imply.
       foreign: prefixes of tensor names -> the model that they belong to, which cannot be converted.
       unsupported: description of the models that `fixed` fields of config.json exclude, for messages.
-      head_dim: head_dim of a transformer's checkpoint whose config.json does not state it; None for other models,
-        which have no stacked blocks, heads or rehyat.json.
+      head_dim: head_dim of a transformer's checkpoint whose config.json and tensors do not state it; None for other
+        models, which have no stacked blocks, heads or rehyat.json.
+      defaulted: fields that have their defaults in the layouts without a config.json, because no tensor implies them.
+      copies: names of tensors that some files store twice -> the name that is kept.
+      file_name: name of the files of weights that are written, without their suffix.
     """
 
     architecture: str
@@ -72,6 +82,9 @@ class ModelSpec:
     foreign: Mapping[tuple[str, ...], str]
     unsupported: str = ""
     head_dim: int | None = None
+    defaulted: tuple[str, ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    file_name: str = NAME
 
     @property
     def is_transformer(self) -> bool:

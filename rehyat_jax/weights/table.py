@@ -14,12 +14,14 @@ import numpy as np
 from rehyat_jax.attention.form import BlockForms
 
 Layout = Literal["diffusers", "original"]
-"""The PyTorch library whose names are used."""
+"""The PyTorch library whose names are used: the parts of diffusers' pipelines, or the original code. The text encoder
+of diffusers' pipelines is a model of transformers.
+"""
 
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "original")
 
-BLOCK = "blocks.{block}."
-"""Prefix of the PyTorch names of block parameters."""
+BLOCK, ENCODER_BLOCK = "blocks.{block}.", "encoder.block.{block}."
+"""Prefixes of the PyTorch names of block parameters: of Wan's models, and of encoders in transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +120,15 @@ def feature_map_rows(forms: BlockForms, num_heads: int, head_dim: int) -> list[R
     return rows
 
 
-def in_blocks(row: Row, prefix: str, blocks: tuple[int, ...]) -> Row:
-    """Turns the row of one block into the stacked row of several blocks; `prefix` is prepended to its path."""
+def in_blocks(row: Row, prefix: str, blocks: tuple[int, ...], *, diffusers: str = BLOCK) -> Row:
+    """Turns the row of one block into the stacked row of several blocks.
+
+    Args:
+      row: row of one block.
+      prefix: prepended to its path.
+      blocks: indices of the blocks.
+      diffusers: prepended to its name in diffusers or transformers, one of the prefixes above.
+    """
     return dataclasses.replace(
-        row, path=prefix + row.path, diffusers=BLOCK + row.diffusers, original=BLOCK + row.original, blocks=blocks
+        row, path=prefix + row.path, diffusers=diffusers + row.diffusers, original=BLOCK + row.original, blocks=blocks
     )

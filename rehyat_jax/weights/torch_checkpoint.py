@@ -13,7 +13,7 @@ from rehyat_jax.weights.models import MODELS, spec_of
 from rehyat_jax.weights.safetensors_file import StoredTensor, read_tensor, write_tensor
 from rehyat_jax.weights.spec import Inferred, ModelSpec
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
-from rehyat_jax.weights.table import LAYOUTS, Layout, Row, torch_names
+from rehyat_jax.weights.table import BLOCK, ENCODER_BLOCK, LAYOUTS, Layout, Row, torch_names
 from rehyat_jax.weights.torch_config import read_torch_config, write_torch_config
 from rehyat_jax.weights.torch_folder import create_files, find_tensors
 
@@ -22,6 +22,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 Progress = Callable[[int], object]
 """Called with the size in bytes of each tensor that was read or written."""
+
+_BLOCK_NAMES = [
+    re.compile(re.escape(prefix).replace(r"\{block\}", r"(0|[1-9]\d*)")) for prefix in (BLOCK, ENCODER_BLOCK)
+]
 
 
 def open_torch_checkpoint(
@@ -41,6 +45,7 @@ def open_torch_checkpoint(
     (part,) = {spec.part for spec in specs.values()}
     folder, tensors = find_tensors(source, part)
     spec, layout = _detect(source, tensors, specs)
+    _remove_copies(spec, tensors)
     config, metadata = read_torch_config(spec, folder, _infer(spec, source, tensors, layout), layout)
     table = spec.table(config)
     _check_tensors(spec, source, tensors, table, layout)
@@ -79,14 +84,33 @@ def write_torch_checkpoint(
         for name in row.names(layout):
             specs[name] = (model.params[row.path].dtype, row.torch_shape)
     order = torch_names(table, layout)
-    places = create_files(folder, {name: specs[name] for name in order}, max_shard_bytes=max_shard_bytes)
+    specs = {name: specs[name] for name in order}
+    places = create_files(folder, specs, max_shard_bytes=max_shard_bytes, name=spec.file_name)
     for row in table:
         _write_parameter(model.params[row.path], row, [places[name] for name in row.names(layout)], progress)
 
 
+def _block(name: str) -> re.Match | None:
+    """The prefix of the name of a block's tensor, with the block's index as its only group."""
+    return next(filter(None, (pattern.match(name) for pattern in _BLOCK_NAMES)), None)
+
+
 def _template(name: str) -> str:
     """A tensor's name with {block} in place of the block's index, as in the table."""
-    return re.sub(r"^blocks\.(0|[1-9]\d*)\.", "blocks.{block}.", name)
+    match = _block(name)
+    return f"{name[: match.start(1)]}{{block}}{name[match.end(1) :]}" if match else name
+
+
+def _remove_copies(spec: ModelSpec, tensors: dict[str, StoredTensor]) -> None:
+    """Keeps one of the tensors that some files store twice. Raises InputError if their shapes differ."""
+    for copy, name in spec.copies.items():
+        if (tensor := tensors.pop(copy, None)) is None:
+            continue
+        if tensors.setdefault(name, tensor).shape != tensor.shape:
+            raise InputError(
+                f"{tensor.file}: tensor {copy} should be a copy of {name} with shape {list(tensors[name].shape)}, "
+                f"found {list(tensor.shape)}; the tensors belong to different checkpoints"
+            )
 
 
 def _detect(source: Path, tensors: dict[str, StoredTensor], specs: Mapping[str, ModelSpec]) -> tuple[ModelSpec, Layout]:
@@ -137,14 +161,15 @@ def _infer(spec: ModelSpec, source: Path, tensors: dict[str, StoredTensor], layo
     inferred = spec.infer(shape, source)
     if not spec.is_transformer:
         return inferred
-    blocks = {int(name.split(".")[1]) for name in tensors if _template(name) != name}
+    blocks = {int(match[1]) for match in map(_block, tensors) if match}
     for block in range(len(blocks)):
         if block not in blocks:
             raise InputError(
                 f"{source}: there are tensors of {len(blocks)} blocks up to block {max(blocks)}, but none of block "
                 f"{block}; the checkpoint is incomplete, get it again"
             )
-    return inferred | {"num_layers": Inferred(len(blocks), f"blocks.{max(blocks)}.*")}
+    last = next(match[0] for match in map(_block, tensors) if match and int(match[1]) == max(blocks))
+    return inferred | {"num_layers": Inferred(len(blocks), f"{last}*")}
 
 
 def _check_tensors(

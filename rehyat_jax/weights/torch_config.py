@@ -49,21 +49,32 @@ def read_torch_config(
         extra, metadata, version = _read_side_car(spec, side_car, stated)
     fields = {name: found.value for name, found in inferred.items()} | stated | extra
     if spec.head_dim is not None:
-        fields |= _heads(spec.head_dim, stated, fields.pop("width"), config_file)
+        width = fields.pop("width")
+        fields |= _heads(spec.head_dim, fields, width, config_file)
     return config_from_json(spec.config, fields, str(side_car if extra else config_file), version), metadata
 
 
 def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, str], layout: Layout) -> None:
-    """Writes config.json in upstream's format, if the layout has one, and rehyat.json for fields it cannot hold."""
+    """Writes config.json in upstream's format, if the layout has one, and rehyat.json for fields it cannot hold.
+
+    Raises:
+      InputError: the layout has no config.json, and a field that the tensors do not imply differs from its default.
+    """
+    ours, usual = config.to_dict(), defaults(spec.config)
     if layout not in spec.upstream:
+        for name in spec.defaulted:
+            if ours[name] != usual[name]:
+                raise InputError(
+                    f"{folder}: the {layout} layout of {spec.description} has {name} {usual[name]}, found "
+                    f"{ours[name]}; write another layout"
+                )
         return
-    upstream, ours = spec.upstream[layout], config.to_dict()
+    upstream = spec.upstream[layout]
     if spec.is_transformer:
         ours["width"] = config.width
     described = {theirs: ours[name] for theirs, name in upstream.fields.items()}
-    write_json(folder / CONFIG_FILE, upstream.fixed | described)
+    write_json(folder / CONFIG_FILE, upstream.fixed | upstream.written | described)
 
-    usual = defaults(spec.config)
     extra = {name: ours[name] for name in upstream.unsaid if ours[name] != usual[name]}
     extra |= {name: ours[name] for name in FORM_FIELDS[2] if name in ours}
     extra |= {name: value for name, value in metadata.items() if value != spec.metadata[name]}
@@ -74,16 +85,17 @@ def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dic
 def _read_upstream(spec: ModelSpec, file: Path, inferred: dict[str, Inferred]) -> dict[str, Any]:
     """The fields of the configuration (and a transformer's "width") that config.json states."""
     content = read_json_object(file)
-    classes = {upstream.fixed["_class_name"]: upstream for upstream in spec.upstream.values()}
-    name = content.get("_class_name")
+    (marker,) = {upstream.marker for upstream in spec.upstream.values()}
+    classes = {upstream.fixed[marker]: upstream for upstream in spec.upstream.values()}
+    name = content.get(marker)
     if not isinstance(name, str) or name not in classes:
         raise InputError(
-            f"{file}: _class_name should be one of {sorted(classes)}, found {name!r}; "
+            f"{file}: {marker} should be one of {sorted(classes)}, found {name!r}; "
             f"only checkpoints of {spec.description} can be read"
         )
     upstream, stated = classes[name], {}
     for name, value in content.items():
-        if name.startswith("_"):
+        if name.startswith("_") or (upstream.is_open and name not in upstream.fields and name not in upstream.fixed):
             continue
         require_known(name, [*upstream.fields, *upstream.fixed], str(file))
         if name in upstream.fixed:
@@ -133,9 +145,9 @@ def _check_divides(width: Inferred, name: str, value: Any, file: Path) -> None:
         )
 
 
-def _heads(usual_head_dim: int, stated: dict[str, Any], width: int, file: Path) -> dict[str, int]:
-    """num_heads and head_dim; if neither is stated, head_dim is that of every published model."""
-    num_heads, head_dim = stated.get("num_heads"), stated.get("head_dim")
+def _heads(usual_head_dim: int, known: dict[str, Any], width: int, file: Path) -> dict[str, int]:
+    """num_heads and head_dim; if neither is known, head_dim is that of every published model."""
+    num_heads, head_dim = known.get("num_heads"), known.get("head_dim")
     if num_heads is None and head_dim is None:
         if width % usual_head_dim:
             raise InputError(

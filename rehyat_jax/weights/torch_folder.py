@@ -49,7 +49,7 @@ def find_tensors(source: Path, part: str = "transformer") -> tuple[Path, dict[st
 
 
 def create_files(
-    folder: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], *, max_shard_bytes: int
+    folder: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], *, max_shard_bytes: int, name: str = NAME
 ) -> dict[str, StoredTensor]:
     """Creates one file for the tensors, or shards with an index, split and named like those of Hugging Face libraries.
 
@@ -57,27 +57,28 @@ def create_files(
       folder: existing directory.
       tensors: dtype and shape of each tensor by name, in the order of the state dict.
       max_shard_bytes: size of a shard above which a new one begins.
+      name: name of the files, without number and suffix.
 
     Returns:
       The place of each tensor; fill all of them with `write_tensor`.
     """
     shards, size = [{}], 0
-    for name, (dtype, shape) in tensors.items():
+    for tensor, (dtype, shape) in tensors.items():
         nbytes = math.prod(shape) * dtype.itemsize
         if size and size + nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = (dtype, shape)
+        shards[-1][tensor] = (dtype, shape)
         size += nbytes
     if len(shards) == 1:
-        return create_file(folder / f"{NAME}.safetensors", shards[0])
+        return create_file(folder / f"{name}.safetensors", shards[0])
 
     placed = {}
     for number, shard in enumerate(shards, start=1):
-        placed |= create_file(folder / f"{NAME}-{number:05d}-of-{len(shards):05d}.safetensors", shard)
+        placed |= create_file(folder / f"{name}-{number:05d}-of-{len(shards):05d}.safetensors", shard)
     total_size = sum(tensor.nbytes for tensor in placed.values())
-    weight_map = {name: tensor.file.name for name, tensor in placed.items()}
-    write_json(folder / f"{NAME}{INDEX}", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    weight_map = {tensor.name: tensor.file.name for tensor in placed.values()}
+    write_json(folder / f"{name}{INDEX}", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     return placed
 
 
