@@ -122,7 +122,7 @@ def test_config_of_a_pytorch_checkpoint(folder, data, layout):
         content = json.loads((folder / name).read_text())
         (folder / name).write_bytes(data.draw(damaged_json_text(content)))
     with only_input_errors("config.json", SIDE_CAR):
-        config, metadata = read_torch_config(SPEC, folder, INFERRED)
+        config, metadata = read_torch_config(SPEC, folder, INFERRED, layout)
         assert config.width == WAN.width and all(isinstance(value, str) for value in metadata.values())
 
 
