@@ -106,13 +106,16 @@ def test_a_video_cut_over_devices_is_the_same(checkpoint, tmp_path):
     assert np.abs(pixels(tmp_path / "one.mp4") - pixels(tmp_path / "eight.mp4")).max() <= 1
 
 
-def test_a_streamed_video_is_the_same(tmp_path):
+def test_a_streamed_video_is_the_same(tmp_path, capsys):
     form = HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=FeatureMapConfig(features=16))
     model = save_random_model(tmp_path / "model", config=CONFIG.replace(hybrid_blocks="all", hybrid=form))
     assert main(arguments(model, tmp_path / "whole.mp4", frames=7)) == 0
     assert main([*arguments(model, tmp_path / "parts.mp4", frames=7), "--stream"]) == 0
     # A grey level for another order of summation before the encoder.
     assert np.abs(pixels(tmp_path / "whole.mp4") - pixels(tmp_path / "parts.mp4")).max() <= 1
+    capsys.readouterr()
+    assert main([*arguments(model, tmp_path / "sharded.mp4"), "--stream", "--mesh", "data=2", "context=4"]) == 2
+    assert "--mesh context=4 --stream: expected context=1" in capsys.readouterr().err
 
 
 def test_a_model_that_needs_the_complete_video_cannot_stream(checkpoint, tmp_path, capsys):

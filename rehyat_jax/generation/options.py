@@ -139,6 +139,11 @@ def open_model(checkpoint: Path, options: SamplingOptions) -> OpenedModel:
     on_device, pixels = shape, math.prod(size)
     if options.stream:
         check_streams(config)
+        if (devices := dict(options.mesh).get("context", 1)) != 1:
+            raise InputError(
+                f"--mesh context={devices} --stream: expected context=1, because the parts of a video follow one "
+                f"another in time; shard along data or tensor, or sample without --stream"
+            )
         on_device, pixels = (min(shape[0], config.block_forms.chunk_frames), *shape[1:]), 0
     check_device_memory(
         _least_bytes(config, on_device, options.batch, evaluated, pixels, itemsize) // devices,
