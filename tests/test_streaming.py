@@ -12,8 +12,9 @@ from tiny_runs import TINY, tiny_batch, tiny_model
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.errors import InputError
+from rehyat_jax.generation import streaming
 from rehyat_jax.generation.generate import generate_latents
-from rehyat_jax.generation.noise import initial_noise
+from rehyat_jax.generation.noise import host_noise, initial_noise
 from rehyat_jax.generation.streaming import stream_latents
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.models.wan.streaming import apply_part, check_streams, initial_states, part_positions
@@ -131,3 +132,16 @@ def test_a_streamed_video_is_that_of_one_pass(guidance_scale, sampler, part_chun
     found = stream_latents(model, text, 0.1 * text, noise, part_chunks=part_chunks, **options)
     np.testing.assert_allclose(found, expected, atol=5e-5, rtol=5e-5)
     assert isinstance(found, np.ndarray)
+
+
+def test_a_longer_video_runs_the_same_programs(monkeypatch):
+    # The same programs on arrays of the same shapes take the same memory.
+    traced = []
+    monkeypatch.setattr(streaming, "apply_part", lambda *a, **k: traced.append(k) or apply_part(*a, **k))
+    config = student(FORMS["one"])
+    graphdef, params = tiny_model(config)
+    text = tiny_batch()["text"]
+    for frames in (5, 21):
+        noise = host_noise(0, 2, (frames, 4, 8, 4))
+        stream_latents(nnx.merge(graphdef, params), text, text, noise, steps=1, guidance_scale=2.0, flow_shift=3.0)
+        assert traced == [{"is_last": False}, {"is_last": True}]

@@ -62,14 +62,18 @@ def stream_latents(
     graphdef, params = nnx.split(model)
     config = model.config
     videos, frames, height, width, _ = noise.shape
-    part_frames = part_chunks * config.block_forms.chunk_frames
+    patch_frames = config.patch_size[0]
+    part_frames = part_chunks * config.block_forms.chunk_frames * patch_frames
     is_guided = guidance_scale != 1
     conditions = (text, negative_text, np.float32(guidance_scale)) if is_guided else (text,)
     tokens = height // config.patch_size[1] * (width // config.patch_size[2])
     begin_states = functools.partial(initial_states, config, videos * (1 + is_guided), tokens, model.dtype)
 
     parts = [slice(begin, min(begin + part_frames, frames)) for begin in range(0, frames, part_frames)]
-    positions = [part_positions(p.start, p.stop - p.start, config.head_dim, longest=longest) for p in parts]
+    positions = [
+        part_positions(p.start // patch_frames, (p.stop - p.start) // patch_frames, config.head_dim, longest=longest)
+        for p in parts
+    ]
     table = coefficient_table(wan_grid(steps, flow_shift), sampler, noise.dtype)
     # The solver's history of the complete video, in the host's memory.
     history = SolverState(noise.copy(), *(np.zeros_like(noise) for _ in range(3)))
