@@ -45,7 +45,7 @@ class Tokenizer:
     Names of special tokens in a prompt, such as "</s>", are those tokens if the file is a tokenizer.json, as upstream.
 
     Args:
-      file: a tokenizer.json (read by the package tokenizers) or a sentencepiece model, told apart by the suffix.
+      file: a tokenizer.json, which the package tokenizers reads, or a sentencepiece model. The suffix decides.
 
     Attributes:
       file: the file.

@@ -97,8 +97,8 @@ class PartPositions(NamedTuple):
 
     Attributes:
       frames: `frame_table` of the positions of the part's frames, each [T, d'], d' the temporal part of a head.
-      overlap: the rotation from the positions that the overlap's keys have in the state to those that they have beside
-        this part, each [1, d'].
+      overlap: the rotation of the overlap's keys, from their positions in the state to their positions relative to
+        this part's frames; each [1, d'].
     """
 
     frames: tuple[np.ndarray, np.ndarray]

@@ -24,7 +24,7 @@ Params = dict[str, Any]
 
 
 class StreamState(NamedTuple):
-    """What a stream carries from step to step; a tree of arrays, which may cross `jax.jit` and `lax.scan`.
+    """The state of a stream between two steps: a tree of arrays, for `jax.jit` and `lax.scan`.
 
     Attributes:
       first: bool [], true before the first step of a clip.
