@@ -32,6 +32,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("source", metavar="SRC", type=Path, help=source)
         command.add_argument("destination", metavar="DST", type=Path, help="directory to write")
         command.add_argument("--force", action="store_true", help="replace an earlier conversion at DST")
+    from_torch.add_argument(
+        "--models", help="pipeline with the VAE and text encoder, which `sample` will use: folder or Hub name"
+    )
     to_torch.add_argument("--layout", choices=LAYOUTS, required=True, help="whose tensor names and config.json")
     return parser.parse_args(argv)
 
@@ -40,7 +43,7 @@ def convert(arguments: argparse.Namespace) -> None:
     """Runs the chosen conversion and prints a summary of the written checkpoint. Raises InputError."""
     source, destination, force = arguments.source, arguments.destination, arguments.force
     if arguments.command == "from-torch":
-        model = convert_from_torch(source, destination, replace=force)
+        model = convert_from_torch(source, destination, models=arguments.models, replace=force)
     else:
         model = convert_to_torch(source, destination, arguments.layout, replace=force)
     print_message(f"{destination}: {len(model.params)} parameters, {model.nbytes / 1e9:.2f} GB", result=True)

@@ -177,7 +177,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
 
     # -------------------------------------------------------------------------------------------------------- result
     with reported_write_errors(workdir / "model"):
-        save_model(workdir / "model", model.config, result(), codec=model.codec, text_encoder=model.text_encoder)
+        names = dict(codec=model.codec, text_encoder=model.text_encoder, models=model.models)
+        save_model(workdir / "model", model.config, result(), **names)
     return workdir / "model"
 
 

@@ -16,15 +16,17 @@ from diffusers import WanTransformer3DModel
 from flax import nnx, traverse_util
 from oracles import random_wan
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rehyat_jax.attention import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
-from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.weights import load_params, load_wan, read_model_metadata, save_model
 from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
+from rehyat_jax.weights.load import module_bytes
 from rehyat_jax.weights.model_checkpoint import write_model_checkpoint
 from rehyat_jax.weights.replacing import MARK
 from rehyat_jax.weights.safetensors_file import read_header, read_tensor
@@ -329,6 +331,67 @@ def test_loaded_model_has_the_checkpoint_in_float32_and_the_given_options(tmp_pa
         model = load_wan(path, dtype=jax.numpy.bfloat16, remat="block")
         assert (model.dtype, model.remat) == (jax.numpy.bfloat16, "block")
         assert_same_trees(nnx.to_pure_dict(nnx.state(model)), expected)
+
+
+def test_weights_in_the_compute_dtype_take_half_the_memory_and_give_the_same_outputs(tmp_path):
+    random = lambda leaf: (0.3 * np.random.default_rng(leaf.size).normal(size=leaf.shape)).astype(np.float32)
+    names = dict(codec="wan_vae", text_encoder="umt5")
+    save_model(tmp_path / "model", STUDENT, jax.tree.map(random, random_params(STUDENT)), **names)
+    convert_to_torch(tmp_path / "model", tmp_path / "torch", "original")
+    bf16 = jax.numpy.bfloat16
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(1, 5, 4, 4, 16)), np.array([500]), rng.normal(size=(1, 8, 24))
+    inputs = [array.astype(np.float32) for array in inputs]
+    # float32: the timestep path, modulation, norms, feature maps and the head, as in upstream's bfloat16 models.
+    exact = {
+        *("time_embedding.linear_1", "time_embedding.linear_2", "time_projection", "head.projection", "head"),
+        *("blocks", "blocks.cross_attention_norm", "feature_maps"),
+        *(f"blocks.{kind}_attention.{side}_norm" for kind in ("self", "cross") for side in ("query", "key")),
+    }
+    is_exact = lambda name: name.split(".")[0] == "feature_maps" or name.rpartition(".")[0] in exact
+    mesh = make_mesh({"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, jax.devices()[:4])
+    for path in (tmp_path / "model", tmp_path / "torch"):
+        models = [load_wan(path, dtype=bf16), load_wan(path, dtype=bf16, param_dtype=bf16)]
+        with jax.set_mesh(mesh):
+            sharded = load_wan(path, dtype=bf16, param_dtype=bf16)
+        full, half, parts = (
+            traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model)), sep=".") for model in (*models, sharded)
+        )
+        for name, leaf in half.items():
+            assert leaf.dtype == parts[name].dtype == (np.float32 if is_exact(name) else bf16), name
+            np.testing.assert_array_equal(leaf, full[name].astype(leaf.dtype), err_msg=name)
+            np.testing.assert_array_equal(leaf, parts[name], err_msg=name)
+        # Every product that rounds its parameters finds them rounded: the same operations on the same numbers.
+        outputs = [jax.jit(apply_model(nnx.graphdef(model)))(nnx.state(model), *inputs) for model in models]
+        np.testing.assert_array_equal(*outputs)
+    # The tiny timestep path and head are a larger part of it than in a published model.
+    table = {row.path: int(np.prod(row.stacked_shape)) for row in wan_table(WAN_PRESETS["t2v-1.3B"])}
+    size = sum(count * (4 if is_exact(name) else 2) for name, count in table.items())
+    assert size == module_bytes(WAN_PRESETS["t2v-1.3B"], dtype=bf16, param_dtype=bf16) < 0.53 * 4 * sum(table.values())
+
+
+def test_the_place_of_the_vae_and_text_encoder_is_carried_along(tmp_path, diffusers_folder):
+    place = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers@main"
+    convert_from_torch(diffusers_folder, tmp_path / "model", models=place)
+    for layout in ("diffusers", "original"):
+        convert_to_torch(tmp_path / "model", tmp_path / f"as {layout}", layout)
+        convert_from_torch(tmp_path / f"as {layout}", tmp_path / f"from {layout}")
+        assert read_model_metadata(tmp_path / f"from {layout}")[1]["models"] == place
+    assert "models" not in read_model_metadata(diffusers_folder)[1]
+
+
+def test_quantised_files_are_refused_by_name(tmp_path):
+    save_file({"blocks.0.ffn.0.weight": torch.zeros(2, 2, dtype=torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "wan-Q4_K_M.gguf").touch()
+    for path, problem in (
+        (tmp_path / "a.safetensors", r"tensor blocks.0.ffn.0.weight has dtype F8_E4M3 \(fp8"),
+        (tmp_path / "a.gguf", "is a GGUF file, expected safetensors; its weights are quantised; get the safetensors"),
+        (tmp_path / "folder", "found only GGUF files \\(wan-Q4_K_M.gguf\\); its weights are quantised"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            load_wan(path)
 
 
 def test_unknown_option_of_a_loaded_model_is_refused(tmp_path):

@@ -1,7 +1,7 @@
 """The umT5 text encoder with its tokenizer, from the folders in which Wan is published."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from rehyat_jax.models.umt5.modeling import UMT5Encoder, apply_encoder
 from rehyat_jax.weights.load import load_module
 from rehyat_jax.weights.models import TEXT_ENCODERS
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
+from rehyat_jax.weights.umt5.spec import UMT5
 
 
-def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "UMT5TextEncoder":
+def load_text_encoder(
+    path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16, progress: Callable[[int], object] = lambda nbytes: None
+) -> "UMT5TextEncoder":
     """Wan's text encoder; parameters are on the default device or sharded on the mesh in use (`jax.set_mesh`).
 
     Tensors may have the names of transformers' `UMT5EncoderModel` or of Wan's original `T5Encoder`. One parameter at a
@@ -35,12 +38,13 @@ def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "
         The tokenizer's file, `tokenizer.json` or `spiece.model`, is in the same folder, in `tokenizer/` next to it or
         in `google/umt5-xxl/` in it. It is needed for prompts only.
       dtype: dtype of the parameters and of the computation.
+      progress: called with the number of bytes of each parameter that was read.
 
     Raises:
       InputError: the checkpoint or the tokenizer does not exist, is another model's, is incomplete, or is damaged; or
         the mesh does not divide a parameter.
     """
-    source = _source(Path(path))
+    source = UMT5.find(Path(path))
     folder = source if source.is_dir() else source.parent
     tokenizer = find_tokenizer(folder)
     model = open_torch_checkpoint(source, specs=TEXT_ENCODERS)
@@ -49,18 +53,7 @@ def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "
             f"{tokenizer.file}: has {tokenizer.size} tokens, expected at most the {model.config.vocab_size} of "
             f"{source}; give the tokenizer that belongs to the encoder"
         )
-    return UMT5TextEncoder(load_module(source, model, dtype=dtype), tokenizer, folder)
-
-
-def _source(path: Path) -> Path:
-    """The text encoder's own folder or file."""
-    if (path / "text_encoder").is_dir():
-        return path / "text_encoder"
-    # The folder of an original repository holds the transformer too.
-    for suffix in ("safetensors", "pth"):
-        if len(files := sorted(path.glob(f"models_t5_*.{suffix}"))) == 1:
-            return files[0]
-    return path
+    return UMT5TextEncoder(load_module(source, model, progress=progress, dtype=dtype), tokenizer, folder)
 
 
 class UMT5TextEncoder:

@@ -43,6 +43,7 @@ def linear(
     kernel_init: nnx.Initializer = nnx.initializers.xavier_uniform(),  # noqa: B008
     bias_init: nnx.Initializer = nnx.initializers.zeros,
     dtype: jnp.dtype | None = None,
+    param_dtype: jnp.dtype = jnp.float32,
     precision: jax.lax.Precision | None = None,
     rngs: nnx.Rngs,
 ) -> Linear:
@@ -50,6 +51,7 @@ def linear(
 
     Args:
       dtype: in which it computes; None is that of its input.
+      param_dtype: dtype of its parameters.
     """
     # Along fsdp, what is small is whole everywhere.
     bias_axes = (None if axes[1] == "fsdp" else axes[1],)
@@ -59,6 +61,7 @@ def linear(
         kernel_init=kernel_init,
         bias_init=bias_init,
         dtype=dtype,
+        param_dtype=param_dtype,
         precision=precision,
         rngs=rngs,
         kernel_metadata={"axes": axes},

@@ -100,7 +100,8 @@ def make_student(
         config = teacher.config.replace(hybrid_blocks=tuple(of_block), hybrid=tuple(of_block.values()))
     else:
         config = teacher.config.replace(hybrid_blocks="all", hybrid=forms)
-    options = {name: getattr(teacher, name) for name in ("dtype", "scan_layers", "remat", "attention_implementation")}
+    names = ("dtype", "param_dtype", "scan_layers", "remat", "attention_implementation")
+    options = {name: getattr(teacher, name) for name in names}
     structure = nnx.graphdef(nnx.eval_shape(lambda: type(teacher)(config, rngs=nnx.Rngs(0), **options)))
     params = nnx.to_pure_dict(nnx.state(teacher))
     sizes = dict(num_heads=config.num_heads, head_dim=config.head_dim)

@@ -23,7 +23,7 @@ from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
-from rehyat_jax.weights.model_checkpoint import METADATA
+from rehyat_jax.weights.model_checkpoint import METADATA, MODELS_PLACE
 
 
 class InitialModel(NamedTuple):
@@ -36,6 +36,7 @@ class InitialModel(NamedTuple):
       specs: the PartitionSpec of each parameter.
       fresh_feature_maps: whether the feature maps were just initialised and need calibration.
       codec, text_encoder: names of the models that compute its latents and text embeddings.
+      models: the place of their weights, if the checkpoint says it.
     """
 
     model_def: nnx.GraphDef
@@ -45,6 +46,7 @@ class InitialModel(NamedTuple):
     fresh_feature_maps: bool
     codec: str
     text_encoder: str
+    models: str | None
 
 
 def open_data(config: ml_collections.ConfigDict) -> Source:
@@ -146,10 +148,11 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     Raises:
       InputError: the checkpoint cannot be read, or does not fit the configuration.
     """
-    checkpoint = None
+    checkpoint, models = None, None
     if STAGES[config.stage].starts_from_model:
         checkpoint = open_checkpoint(config.init_from)
         loaded, codec, text_encoder = checkpoint.config, *(checkpoint.metadata[name] for name in METADATA)
+        models = checkpoint.metadata.get(MODELS_PLACE)
     else:
         loaded = WAN_PRESETS[config.preset]
         source = open_data(config)
@@ -162,11 +165,11 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     fresh_feature_maps = bool(wan.block_forms.stacks) and not loaded.hybrid_blocks
     if not with_values:
         params = abstract_arrays(abstract, placed)
-        return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
+        return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
     if checkpoint is None:
         create = lambda: nnx.to_pure_dict(nnx.state(build_model(wan, config, nnx.Rngs(params=key))))
         params = jax.jit(create, out_shardings=placed)()
-        return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
+        return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
 
     _, _, loaded_specs = abstract_model(loaded, config)
     params = load_sharded(config.init_from, checkpoint, shardings(loaded_specs))
@@ -175,7 +178,7 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
         create = lambda _: nnx.to_pure_dict(nnx.state(_feature_maps(wan, key)))
         make = create if fresh_feature_maps else lambda maps: chosen_maps(wan, loaded, maps)
         params["feature_maps"] = jax.jit(make, out_shardings=placed["feature_maps"])(loaded_maps)
-    return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder)
+    return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
 
 
 def _feature_maps(wan: WanConfig, key: jax.Array) -> nnx.Module:

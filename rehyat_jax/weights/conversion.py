@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from rehyat_jax.files.new_directory import new_directory
 from rehyat_jax.files.write import reported_write_errors
-from rehyat_jax.weights.model_checkpoint import open_model_checkpoint, write_model_checkpoint
+from rehyat_jax.weights.model_checkpoint import MODELS_PLACE, open_model_checkpoint, write_model_checkpoint
 from rehyat_jax.weights.orbax_params import check_path
 from rehyat_jax.weights.replacing import LOADER_FILE, MARK, check_force
 from rehyat_jax.weights.streamed import StreamedModel
@@ -17,12 +17,15 @@ from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, open_torch_chec
 LOADER = importlib.resources.files("rehyat_jax.pytorch") / LOADER_FILE
 
 
-def convert_from_torch(source: Path, destination: Path, *, replace: bool = False) -> StreamedModel:
+def convert_from_torch(
+    source: Path, destination: Path, *, models: str | None = None, replace: bool = False
+) -> StreamedModel:
     """Writes a PyTorch checkpoint in either layout as a model checkpoint; shows progress on stderr.
 
     Args:
       source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
       destination: the model checkpoint to write; its parent must exist.
+      models: folder or Hub name of the pipeline with the VAE and text encoder, to be named in the checkpoint.
       replace: whether to replace an earlier conversion at the destination.
 
     Returns:
@@ -36,6 +39,8 @@ def convert_from_torch(source: Path, destination: Path, *, replace: bool = False
     destination = _checked(source, destination, replace=replace)
     with _progress_bar() as bar:
         model = open_torch_checkpoint(source, bar.update)
+        if models:
+            model = model._replace(metadata=model.metadata | {MODELS_PLACE: models})
         bar.total = model.nbytes
         with reported_write_errors(destination), new_directory(destination, replace=replace) as directory:
             write_model_checkpoint(directory, model)

@@ -1,10 +1,12 @@
 """Loads models from any kind of checkpoint into memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.modeling import WanTransformer
@@ -22,6 +24,7 @@ from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 from rehyat_jax.weights.torch_config import CONFIG_FILE, SIDE_CAR
 from rehyat_jax.weights.torch_folder import find_tensors
+from rehyat_jax.weights.wan_vae.spec import WAN_VAE
 
 TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files in which Orbax notes when it wrote a checkpoint."""
@@ -55,7 +58,7 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
 
     Args:
       path: path of a checkpoint, as for `load_params`.
-      **options: keyword arguments of `WanTransformer` other than config and rngs.
+      **options: keyword arguments of `WanTransformer` other than config and rngs, and of `load_module`.
 
     Raises:
       InputError: as in `load_params`.
@@ -64,13 +67,19 @@ def load_wan(path: str | Path, **options: Any) -> WanTransformer:
     return load_module(path, open_checkpoint(path), **options)
 
 
-def load_vae(path: str | Path, *, dtype: jnp.dtype = jnp.float32) -> WanVae:
+def load_vae(
+    path: str | Path, *, dtype: jnp.dtype = jnp.float32, progress: Callable[[int], object] = lambda nbytes: None
+) -> WanVae:
     """The VAE of Wan2.1; parameters are float32, on the default device or on every device of the mesh in use.
 
     Args:
-      path: a diffusers VAE's folder (`config.json` and safetensors files), its safetensors file or index, a pipeline's
-        folder with such a folder `vae/`, or a safetensors file with the original names.
+      path: one of
+        - a diffusers VAE's folder, with `config.json` and safetensors files;
+        - a safetensors file, or an index of shards, with diffusers' names or the original ones;
+        - a diffusers pipeline's folder, with such a folder `vae/`;
+        - the folder of one of Wan's original repositories, with `Wan2.1_VAE.safetensors`.
       dtype: compute dtype.
+      progress: called with the number of bytes of each parameter that was read.
 
     Returns:
       The VAE, with `encode` and `decode`.
@@ -79,39 +88,63 @@ def load_vae(path: str | Path, *, dtype: jnp.dtype = jnp.float32) -> WanVae:
       InputError: the checkpoint does not exist, is a PyTorch pickle, has another architecture, is incomplete, or is
         damaged.
     """
-    path = Path(path)
-    return WanVae(load_module(path, open_torch_checkpoint(path, specs=VAES), dtype=dtype))
+    path = WAN_VAE.find(Path(path))
+    return WanVae(load_module(path, open_torch_checkpoint(path, specs=VAES), progress=progress, dtype=dtype))
 
 
-def load_module(path: str | Path, model: StreamedModel, **options: Any) -> Any:
+def load_module(
+    path: str | Path, model: StreamedModel, *, progress: Callable[[int], object] = lambda nbytes: None, **options: Any
+) -> Any:
     """The module of an opened checkpoint, placed as in `load_wan`. One parameter at a time is in the host's memory.
 
     Args:
       path: path of the checkpoint.
       model: result of `open_checkpoint` or `open_torch_checkpoint`.
-      **options: keyword arguments of the module other than config and rngs. The module declares the parameters' dtype.
+      progress: called with the number of bytes of each parameter that was read.
+      **options: keyword arguments of the module other than config and rngs. The module declares the parameters' dtypes.
 
     Raises:
       InputError: the values are damaged, or the mesh does not divide a parameter.
     """
-    make = spec_of(model.config).model
-    abstract = nnx.eval_shape(lambda: make(model.config, rngs=nnx.Rngs(0), **options))
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = nnx.split(abstract_module(model.config, **options))
     expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
     shapes = lambda arrays: {(name, array.shape) for name, array in arrays.items()}
     if different := shapes(expected) ^ shapes(model.params):
-        raise ValueError(f"{path}: expected {make.__name__}'s parameters, these differ: {sorted(different)}")
+        raise ValueError(f"{path}: expected other parameters for {model.config}, these differ: {sorted(different)}")
     if not jax.sharding.get_abstract_mesh().empty:
         specs = param_specs(state)
         check_divisible(nnx.to_pure_dict(state), specs, jax.sharding.get_mesh())
-        (dtype,) = {leaf.dtype for leaf in expected.values()}
-        return nnx.merge(graphdef, load_sharded(path, model, shardings(specs), dtype))
-    params = {name: jnp.asarray(model.params[name].read(), leaf.dtype) for name, leaf in expected.items()}
+        dtypes = {name: leaf.dtype for name, leaf in expected.items()}
+        return nnx.merge(graphdef, load_sharded(path, model, shardings(specs), dtypes, progress))
+    params = {}
+    for name, leaf in expected.items():
+        params[name] = jnp.asarray(model.params[name].read(), leaf.dtype)
+        progress(model.params[name].nbytes)
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params, sep="."))
 
 
+def abstract_module(config: Any, **options: Any) -> Any:
+    """The module of a configuration with shapes in place of parameters.
+
+    Args:
+      config: configuration of any model in `weights.models`.
+      **options: keyword arguments of the module other than config and rngs.
+    """
+    return nnx.eval_shape(lambda: spec_of(config).model(config, rngs=nnx.Rngs(0), **options))
+
+
+def module_bytes(config: Any, **options: Any) -> int:
+    """Bytes of the parameters of `abstract_module`."""
+    leaves = jax.tree.leaves(nnx.state(abstract_module(config, **options)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def load_sharded(
-    path: str | Path, model: StreamedModel, shardings: dict[str, Any], dtype: Any = jnp.float32
+    path: str | Path,
+    model: StreamedModel,
+    shardings: dict[str, Any],
+    dtypes: dict[str, Any] | None = None,
+    progress: Callable[[int], object] = lambda nbytes: None,
 ) -> dict[str, Any]:
     """A checkpoint's parameters, sharded over the devices.
 
@@ -123,17 +156,23 @@ def load_sharded(
       model: result of `open_checkpoint`.
       shardings: nested dict of the parameters' shardings; those of parameters that are not in the checkpoint are
         ignored.
-      dtype: dtype of the result.
+      dtypes: dtype of every parameter by its path; None for float32.
+      progress: called with the number of bytes of parameters that were read.
 
     Raises:
       InputError: the values are damaged.
     """
     wanted = traverse_util.flatten_dict(shardings, sep=".")
     wanted = {name: wanted[name] for name in model.params}
+    dtypes = dtypes or dict.fromkeys(wanted, np.dtype(np.float32))
+    params = {}
     if is_model_checkpoint(Path(path)):
-        params = restore_sharded(Path(path), wanted, dtype)
+        params = restore_sharded(Path(path), wanted, dtypes)
+        progress(model.nbytes)
     else:
-        params = {name: _place(model.params[name], sharding, dtype) for name, sharding in wanted.items()}
+        for name, sharding in wanted.items():
+            params[name] = _place(model.params[name], sharding, dtypes[name])
+            progress(model.params[name].nbytes)
     return traverse_util.unflatten_dict(params, sep=".")
 
 

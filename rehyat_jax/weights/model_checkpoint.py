@@ -1,6 +1,7 @@
 """Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint.
 
-model.json has format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form instead of "attention".
+model.json names the model's codec and text encoder. It may also have "models", the folder or Hub name of the pipeline
+whose VAE and text encoder these are. It has format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form instead of "attention".
 """
 
 import functools
@@ -23,6 +24,10 @@ from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 MODEL_FILE = "model.json"
 PARAMS = "params"
 METADATA = ("codec", "text_encoder")
+"""Fields that every model.json has."""
+
+MODELS_PLACE = "models"
+"""The field that it may have."""
 
 
 def is_model_checkpoint(path: Path) -> bool:
@@ -47,7 +52,15 @@ def foreign_entries(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if not is_own.get(entry.name, lambda entry: False)(entry))
 
 
-def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: str, text_encoder: str) -> None:
+def save_model(
+    path: str | Path,
+    config: Any,
+    params: dict[str, Any],
+    *,
+    codec: str,
+    text_encoder: str,
+    models: str | None = None,
+) -> None:
     """Writes a model checkpoint, complete or not at all; replaces a model checkpoint that is already there.
 
     Args:
@@ -58,6 +71,7 @@ def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: 
         all of them see.
       codec: name of the codec between the model's latents and videos.
       text_encoder: name of the encoder of its prompts.
+      models: folder or Hub name of the pipeline that has the weights of both, if that is known.
 
     Raises:
       ValueError: the parameters do not match the configuration.
@@ -67,7 +81,7 @@ def save_model(path: str | Path, config: Any, params: dict[str, Any], *, codec: 
     check_params(params, config)
     check_replaceable(path)
     arrays = traverse_util.flatten_dict(params, sep=".")
-    metadata = {"codec": codec, "text_encoder": text_encoder}
+    metadata = {"codec": codec, "text_encoder": text_encoder} | ({MODELS_PLACE: models} if models else {})
     if jax.process_count() > 1:
         with new_shared_directory(path, replace=True) as directory:
             save_arrays(directory / PARAMS, arrays)
@@ -99,14 +113,14 @@ def _write_description(directory: Path, config: Any, metadata: dict[str, str]) -
 
 
 def read_model_description(path: Path) -> tuple[Any, dict[str, str]]:
-    """(config, metadata with "codec" and "text_encoder") of a model checkpoint. Raises InputError."""
+    """(config, metadata with "codec", "text_encoder" and maybe "models") of a model checkpoint. Raises InputError."""
     if not is_model_checkpoint(path):
         raise InputError(f"{path}: is not a model checkpoint (it has no {MODEL_FILE}); give the directory of one")
     file = path / MODEL_FILE
     content = read_json_object(file)
     fields = ("format_version", "architecture", "config", *METADATA)
     for name in content:
-        require_known(name, fields, str(file))
+        require_known(name, (*fields, MODELS_PLACE), str(file))
     for name in fields:
         if name not in content:
             raise InputError(
@@ -119,11 +133,12 @@ def read_model_description(path: Path) -> tuple[Any, dict[str, str]]:
             f"{file}: architecture should be one of {tuple(MODELS)}, found {architecture!r}; another version of "
             f"rehyat_jax wrote it"
         )
-    for name in METADATA:
+    metadata = {name: content[name] for name in (*METADATA, MODELS_PLACE) if name in content}
+    for name in metadata:
         if not isinstance(content[name], str):
             raise InputError(f"{file}: {name} should be a name, found {content[name]!r}; correct it")
     config = config_from_json(MODELS[architecture].config, content["config"], f"{file}: config", version)
-    return config, {name: content[name] for name in METADATA}
+    return config, metadata
 
 
 def open_model_checkpoint(path: Path) -> StreamedModel:
@@ -141,9 +156,11 @@ def open_model_checkpoint(path: Path) -> StreamedModel:
     return StreamedModel(config, metadata, params)
 
 
-def restore_sharded(path: Path, shardings: dict[str, jax.sharding.Sharding], dtype: np.dtype) -> dict[str, jax.Array]:
-    """Parameters of a model checkpoint by path, as `dtype` on the devices of `shardings`. Raises InputError."""
-    return restore_arrays(path.absolute() / PARAMS, shardings, dtype)
+def restore_sharded(
+    path: Path, shardings: dict[str, jax.sharding.Sharding], dtypes: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """Parameters of a model checkpoint by path, in `dtypes` on the devices of `shardings`. Raises InputError."""
+    return restore_arrays(path.absolute() / PARAMS, shardings, dtypes)
 
 
 def check_params(params: dict[str, Any], config: Any) -> None:

@@ -175,16 +175,16 @@ def _check_array(folder: Path) -> None:
 
 
 def restore_arrays(
-    directory: Path, shardings: dict[str, jax.sharding.Sharding], dtype: np.dtype
+    directory: Path, shardings: dict[str, jax.sharding.Sharding], dtypes: dict[str, Any]
 ) -> dict[str, jax.Array]:
-    """The saved arrays by path, cast to `dtype`. Each process reads only the parts that its devices hold.
+    """The saved arrays by path, cast to their dtype in `dtypes`. Each process reads only the parts that its devices hold.
 
     Raises:
       InputError: the saved arrays are damaged.
     """
     unflatten = functools.partial(traverse_util.unflatten_dict, sep=".")
     restore_args = {
-        path: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, dtype=dtype)
+        path: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, dtype=dtypes[path])
         for path, sharding in shardings.items()
     }
     args = ocp.args.PyTreeRestore(

@@ -28,6 +28,8 @@ MAX_HEADER_BYTES = 100_000_000
 """Limit of the reference implementation; a larger header length indicates another kind of file."""
 
 
+GGUF_REMEDY = "its weights are quantised; get the safetensors version in bfloat16, float16 or float32"
+
 MAX_AXES, MAX_ENTRIES = 16, 2**48
 """Limits above any weights: a tensor that exceeds them is damaged."""
 
@@ -190,9 +192,10 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[int, np.dtype, tupl
             f"the header is damaged, get the file again"
         )
     if entry["dtype"] not in DTYPES:
+        eight_bits = " (fp8, 8-bit floating point)" if entry["dtype"].startswith("F8_") else ""
         raise InputError(
-            f"{file}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}; "
-            f"convert the checkpoint to one of these first"
+            f"{file}: tensor {name} has dtype {entry['dtype']}{eight_bits}, expected one of {', '.join(DTYPES)}; "
+            f"convert the checkpoint to one of these first, or get a version in one of them"
         )
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
@@ -223,6 +226,8 @@ def _refuse(file: Path, start: bytes, reason: str) -> NoReturn:
             f"{file}: is a PyTorch pickle, expected safetensors; pickles can run any code when opened and are never "
             f"read: {pickle_remedy(file)}"
         )
+    if start.startswith(b"GGUF"):
+        raise InputError(f"{file}: is a GGUF file, expected safetensors; {GGUF_REMEDY}")
     raise InputError(
         f"{file}: is not a safetensors file: {reason}; the file is truncated or of another kind, get it again"
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rehyat_jax.weights.table import Layout, Row
@@ -67,6 +68,8 @@ class ModelSpec:
       defaulted: fields that have their defaults in the layouts without a config.json, because no tensor implies them.
       copies: names of tensors that some files store twice -> the name that is kept.
       file_name: name of the files of weights that are written, without their suffix.
+      original_file: pattern of the name of its file, without suffix, in Wan's original repositories, if that differs from
+        the transformer's.
     """
 
     architecture: str
@@ -85,8 +88,18 @@ class ModelSpec:
     defaulted: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     file_name: str = NAME
+    original_file: str = ""
 
     @property
     def is_transformer(self) -> bool:
         """True if the model has stacked blocks of attention with heads, and may have rehyat.json."""
         return self.head_dim is not None
+
+    def find(self, path: Path) -> Path:
+        """The model's own folder or file in a diffusers pipeline or an original repository; else the path itself."""
+        if (path / self.part).is_dir():
+            return path / self.part
+        for suffix in ("safetensors", "pth") if self.original_file else ():
+            if len(files := sorted(path.glob(f"{self.original_file}.{suffix}"))) == 1:
+                return files[0]
+        return path

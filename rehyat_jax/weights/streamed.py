@@ -33,7 +33,7 @@ class StreamedModel(NamedTuple):
 
     Attributes:
       config: architecture, an instance of one of the classes in `weights.models.MODELS`.
-      metadata: names of the model's "codec" and "text_encoder".
+      metadata: names of the model's "codec" and "text_encoder", and maybe "models", the place of their weights.
       params: arrays of the parameter tree by path, keys joined by dots.
     """
 

@@ -36,7 +36,7 @@ def read_torch_config(
       layout: layout of the tensors. The folder's files describe other models if this layout has no config.json.
 
     Returns:
-      (config, metadata with "codec" and "text_encoder" of a transformer).
+      (config, metadata with "codec", "text_encoder" and maybe "models" of a transformer).
 
     Raises:
       InputError: a file is malformed, describes another architecture, or contradicts the tensors' shapes.
@@ -77,7 +77,7 @@ def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dic
 
     extra = {name: ours[name] for name in upstream.unsaid if ours[name] != usual[name]}
     extra |= {name: ours[name] for name in FORM_FIELDS[2] if name in ours}
-    extra |= {name: value for name, value in metadata.items() if value != spec.metadata[name]}
+    extra |= {name: value for name, value in metadata.items() if value != spec.metadata.get(name)}
     if extra:
         write_json(folder / SIDE_CAR, {"format_version": CURRENT, **extra})
 
@@ -126,8 +126,10 @@ def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple
     version = check_version(content.pop("format_version", 1), str(file))
     unsaid = {name for upstream in spec.upstream.values() for name in upstream.unsaid}
     for name in content:
-        require_known(name, [*sorted(unsaid), *FORM_FIELDS[version], *spec.metadata], str(file))
+        require_known(name, [*sorted(unsaid), *FORM_FIELDS[version], *spec.metadata, "models"], str(file))
     metadata = {name: content.pop(name, default) for name, default in spec.metadata.items()}
+    if "models" in content:
+        metadata["models"] = content.pop("models")
     for name, value in metadata.items():
         if not isinstance(value, str):
             raise InputError(f"{file}: {name} should be a name, found {value!r}; correct it")

@@ -9,7 +9,7 @@ import numpy as np
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.files.regular import check_regular_file
-from rehyat_jax.weights.safetensors_file import StoredTensor, create_file, pickle_remedy, read_header
+from rehyat_jax.weights.safetensors_file import GGUF_REMEDY, StoredTensor, create_file, pickle_remedy, read_header
 
 NAME = "diffusion_pytorch_model"
 """Name of the weights in Wan's and diffusers' repositories."""
@@ -110,6 +110,10 @@ def _file_in_folder(folder: Path, part: str) -> Path:
         raise InputError(
             f"{folder}: expected safetensors, found only PyTorch pickles ({', '.join(pickles[:5])}); pickles can run "
             f"any code when opened and are never read: {pickle_remedy(folder / pickles[0])}"
+        )
+    if gguf := sorted(file.name for file in folder.iterdir() if file.suffix == ".gguf"):
+        raise InputError(
+            f"{folder}: expected safetensors, found only GGUF files ({', '.join(gguf[:5])}); {GGUF_REMEDY}"
         )
     raise InputError(f"{folder}: has no safetensors file, no index of shards and no {part}/; give another folder")
 

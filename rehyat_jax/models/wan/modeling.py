@@ -103,9 +103,9 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections and query-key norms shared by self-attention and cross-attention."""
 
-    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: jnp.dtype):
         width = config.width
-        options = dict(dtype=dtype, rngs=rngs)
+        options = dict(rngs=rngs, **dtypes)
         self.query, self.key, self.value = (linear(width, width, ("fsdp", "tensor"), **options) for _ in range(3))
         self.output = linear(width, width, ("tensor", "fsdp"), **options)
         self.query_norm = RMSNorm(width, eps=config.eps)
@@ -141,8 +141,8 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Two linear layers around a tanh-GELU."""
 
-    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        options = dict(dtype=dtype, rngs=rngs)
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: jnp.dtype):
+        options = dict(rngs=rngs, **dtypes)
         self.up = linear(config.width, config.ffn_dim, ("fsdp", "tensor"), **options)
         self.down = linear(config.ffn_dim, config.width, ("tensor", "fsdp"), **options)
 
@@ -154,13 +154,13 @@ class FeedForward(nnx.Module):
 class WanBlock(nnx.Module):
     """Modulated self-attention, cross-attention to the text, modulated feed-forward."""
 
-    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: jnp.dtype):
         # Zero, as in adaLN-zero: a block starts as the identity. Checkpoints overwrite it.
         self.modulation = nnx.Param(jnp.zeros((6, config.width)))
-        self.self_attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.cross_attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attention = Attention(config, rngs=rngs, **dtypes)
+        self.cross_attention = Attention(config, rngs=rngs, **dtypes)
         self.cross_attention_norm = nnx.LayerNorm(config.width, epsilon=config.eps, dtype=jnp.float32, rngs=rngs)
-        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.feed_forward = FeedForward(config, rngs=rngs, **dtypes)
         self.eps = config.eps
 
     def __call__(
@@ -220,11 +220,11 @@ class Embedder(nnx.Module):
 class PatchEmbedding(nnx.Module):
     """Convolution with kernel = stride = patch_size, as one matrix product over patches."""
 
-    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
         shape = (*config.patch_size, config.in_channels, config.width)
         init = nnx.initializers.xavier_uniform(in_axis=(0, 1, 2, 3), out_axis=4)
-        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(config.width))
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(config.width, param_dtype))
         self.dtype = dtype
 
     def __call__(self, latents: jax.Array) -> jax.Array:
@@ -264,7 +264,10 @@ class WanTransformer(nnx.Module):
     Args:
       config: architecture, including which blocks are hybrid.
       rngs: initialisation of the parameters (`rngs.params`).
-      dtype: compute dtype; parameters stay float32.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters of products that run in the compute dtype: float32 for training. For
+        inference, the compute dtype gives the same outputs, because those products round their parameters to it. The
+        timestep path, modulation, norms, feature maps and the head stay float32.
       scan_layers: scan the blocks (compile time independent of depth) or unroll them in Python.
       remat: name in `REMAT_POLICIES`.
       attention_implementation: passed to `hybrid_attention` for hybrid blocks; None picks the best.
@@ -278,6 +281,7 @@ class WanTransformer(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
         scan_layers: bool = True,
         remat: str = "none",
         attention_implementation: str | None = None,
@@ -290,18 +294,19 @@ class WanTransformer(nnx.Module):
             )
         self.config = config
         self.dtype = dtype
+        self.param_dtype = param_dtype
         self.scan_layers = scan_layers
         self.remat = remat
         self.attention_implementation = attention_implementation
 
         width = config.width
-        exact = jax.lax.Precision.HIGHEST
-        self.patch_embedding = PatchEmbedding(config, dtype=dtype, rngs=rngs)
-        self.text_embedding = Embedder(config.text_dim, width, nnx.gelu, dtype=dtype, rngs=rngs)
+        exact, dtypes = jax.lax.Precision.HIGHEST, dict(dtype=dtype, param_dtype=param_dtype)
+        self.patch_embedding = PatchEmbedding(config, rngs=rngs, **dtypes)
+        self.text_embedding = Embedder(config.text_dim, width, nnx.gelu, rngs=rngs, **dtypes)
         self.time_embedding = Embedder(config.freq_dim, width, nnx.silu, precision=exact, rngs=rngs)
         zeros = nnx.initializers.zeros
         self.time_projection = linear(width, 6 * width, ("fsdp", None), kernel_init=zeros, precision=exact, rngs=rngs)
-        self.blocks = stacked(lambda r: WanBlock(config, dtype=dtype, rngs=r), config.num_layers, rngs)
+        self.blocks = stacked(lambda r: WanBlock(config, rngs=r, **dtypes), config.num_layers, rngs)
         self.head = Head(config, rngs=rngs)
         sizes = dict(num_heads=config.num_heads, head_dim=config.head_dim)
         if (feature_maps := make_feature_maps(config.block_forms, **sizes, rngs=rngs)) is not None:

@@ -89,4 +89,5 @@ UMT5 = ModelSpec(
     defaulted=("eps", "max_distance"),
     copies={"encoder.embed_tokens.weight": "shared.weight"},
     file_name="model",
+    original_file="models_t5_*",
 )

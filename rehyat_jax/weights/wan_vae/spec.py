@@ -59,4 +59,5 @@ WAN_VAE = ModelSpec(
         ("blocks.", "patch_embedding."): "a transformer",
         ("encoder.downsamples.0.downsamples.", "encoder.down_blocks.0.resnets."): "the VAE of Wan2.2's TI2V-5B",
     },
+    original_file="Wan*_VAE",
 )
