@@ -21,11 +21,12 @@ from pip._vendor.packaging.version import InvalidVersion, Version
 
 ROOT = Path(__file__).parent.parent
 
-NEVER = ("torch", "triton", "jax", "jaxlib", "jax-cuda*", "nvidia-*", "libtpu", "imageio-ffmpeg")
+NEVER = ("torch", "triton", "jax", "jaxlib", "jax-cuda*", "nvidia-*", "libtpu", "imageio-ffmpeg", "av")
 """Packages that are too large, or that must suit the machine's driver."""
 
 LACKED = (
     "array-record",
+    "av",
     "diffusers",
     "grain",
     "imageio-ffmpeg",

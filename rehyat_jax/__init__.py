@@ -10,6 +10,8 @@ from rehyat_jax.attention import (
     softmax_attention,
 )
 from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.generation.options import SamplingOptions
+from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.umt5 import load_text_encoder
 from rehyat_jax.models.student import make_student
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
@@ -25,6 +27,8 @@ __all__ = [
     "FeatureMapConfig",
     "HybridConfig",
     "HybridState",
+    "Pipeline",
+    "SamplingOptions",
     "WanConfig",
     "WanTransformer",
     "WanVae",

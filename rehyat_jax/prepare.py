@@ -59,6 +59,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
     option("--unit", type=count, default=size, help=f"{what} of a shard, done again if stopped within" + default)
     if command == TRAJECTORIES:
         option("--prompts", type=Path, required=True, help="text file, one prompt a line")
+        models = "with the text encoder: folder of Wan2.1, or its Hub name (default: what MODEL names)"
+        option("--models", metavar="PIPELINE", help=models)
         option("--noises", type=count, default=1, help="trajectories of each prompt" + default)
         option("--keep", type=count, default=8, help="examples of each trajectory" + default)
         SamplingOptions.add_to(parser)
@@ -89,7 +91,7 @@ def run(command: str, arguments: argparse.Namespace) -> str:
     places = arguments.source, arguments.destination
     common = dict(dtype=arguments.store, unit=arguments.unit, hosts=Hosts(arguments.host, arguments.num_hosts))
     if command == TRAJECTORIES:
-        options = dict(prompts=arguments.prompts, noises=arguments.noises, keep=arguments.keep)
+        options = dict(models=arguments.models, prompts=arguments.prompts, noises=arguments.noises, keep=arguments.keep)
         return prepare_trajectories(*places, SamplingOptions.from_arguments(arguments), **options, **common)
     names = dict(codec=arguments.codec, text_encoder=arguments.text_encoder)
     if command == LATENTS:

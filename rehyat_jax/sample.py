@@ -1,115 +1,253 @@
-"""Samples videos: python -m rehyat_jax.sample --checkpoint DIR --prompt TEXT --out FILE.mp4 [options].
+"""Samples videos from prompts.
 
-The checkpoint, a model checkpoint or a PyTorch folder, names its codec and text encoder. Defaults are those of Wan2.1
-text to video: 50 UniPC steps, flow shift 5, guidance 5, and the size for which the codec's models were made. Without an
-ffmpeg program, the frames are written to FILE.npy.
+  python -m rehyat_jax.sample --models PIPELINE --prompt TEXT --out FILE.mp4 [options]
+  python -m rehyat_jax.sample --models PIPELINE --prompts FILE --out FOLDER [options]
+  python -m rehyat_jax.sample --models PIPELINE --latents FILE.safetensors --out FILE.mp4
+  python -m rehyat_jax.sample --show FILE.mp4
+
+PIPELINE is a folder of Wan2.1 or its name on the Hugging Face Hub. With --checkpoint, the transformer is a model
+checkpoint or a PyTorch folder, such as a student's; it may name its pipeline itself. Defaults are those of Wan2.1 text
+to video. The file of a video has all settings in its comment, which --show prints. A stopped command with --prompts
+skips the finished videos when it is run again. docs/sampling.md has the details.
 """
 
 import argparse
+import json
 import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, write_video
+from rehyat_jax.files.shown import shown
+from rehyat_jax.files.temporary import remove_leftovers
+from rehyat_jax.files.video_writer import read_settings
 from rehyat_jax.files.write import check_place
-from rehyat_jax.generation.generate import generate
-from rehyat_jax.generation.noise import host_noise, initial_noise
-from rehyat_jax.generation.options import SamplingOptions, open_model
+from rehyat_jax.generation.latents_file import read_latents, write_latents
+from rehyat_jax.generation.options import SamplingOptions, number
+from rehyat_jax.generation.pipeline import Pipeline
+from rehyat_jax.generation.text_encoders import read_prompts
+from rehyat_jax.generation.video_files import SHEET_FRAMES, has_encoder, write_videos
 
-WATCHABLE_HEIGHT = 240
-"""Largest height, in pixels, to which smaller videos are enlarged by an integer factor."""
+ROUND = 256
+"""Most videos whose prompts are encoded together: 2 GB of umT5's embeddings, if all are different."""
+
+
+class Job(NamedTuple):
+    """A video to make: its prompt, the seed and number of its noise, and its file."""
+
+    prompt: str
+    seed: int
+    number: int
+    file: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that are this video's own, as JSON values."""
+        return {"prompt": self.prompt, "seed": self.seed, "noise": self.number}
 
 
 def sample(arguments: argparse.Namespace) -> list[Path]:
-    """Samples videos with the options of the command line; returns the written files, .npy if ffmpeg is missing.
+    """Makes the videos of the command line; returns the written files, .npy if this machine has no encoder.
 
     Raises:
-      InputError: the checkpoint, the size, the prompt or the output path is wrong.
+      InputError: the pipeline, an option, a prompt or the output path is wrong.
     """
-    options = SamplingOptions.from_arguments(arguments)
-    files = output_files(arguments.out, options.batch)
-    opened = open_model(arguments.checkpoint, options)
-    check_output(files)
-    draw = host_noise if options.stream else initial_noise
-    noise = draw(options.seed, options.batch, opened.latent_shape)
-    with opened.on_mesh():
-        videos = generate(
-            opened.load(),
-            opened.codec,
-            opened.text_encoder,
-            [arguments.prompt] * options.batch,
-            noise,
-            negative_prompt=options.negative_prompt,
-            stream=options.stream,
-            progress=True,
-            **options.solver,
-        )
-
-    videos = np.asarray(videos)
-    if not np.isfinite(videos).all():
-        raise InputError(
-            f"{arguments.checkpoint}: expected finite videos, found NaN or infinity; the model's training may have "
-            f"diverged, or --guidance-scale {options.guidance_scale} is too large"
-        )
-
-    scale = max(1, WATCHABLE_HEIGHT // videos.shape[2])
-    written = []
-    for file, video in zip(files, videos, strict=True):
-        written.append(write_video(file, video, fps=opened.codec.fps, scale=scale))
-        enlarged = f", enlarged {scale} times" if written[-1] == file else ""
-        print_message(
-            f"wrote {written[-1]}: {len(video)} frames of {video.shape[1]}x{video.shape[2]}{enlarged}", result=True
-        )
+    pipeline = Pipeline.from_pretrained(
+        arguments.models, SamplingOptions.from_arguments(arguments), student=arguments.checkpoint
+    )
+    if arguments.latents is not None:
+        return decode_file(pipeline, arguments)
+    jobs = list_jobs(arguments)
+    todo = unfinished(jobs, pipeline.settings) if arguments.prompts else jobs
+    if len(todo) < len(jobs):
+        print_message(f"{len(jobs) - len(todo)} of {len(jobs)} videos are finished already", result=True)
+    if not todo:
+        return []
+    check_output(todo, arguments)
+    how = dict(as_arrays=not has_encoder(), contact_sheet=arguments.contact_sheet)
+    written: list[Path] = []
+    keep_both = None
+    for group in _groups(todo, ROUND):
+        prompts = list(dict.fromkeys([*(job.prompt for job in group), pipeline.options.negative_prompt]))
+        text = dict(zip(prompts, pipeline.embed(prompts, progress=True), strict=True))
+        for together in _groups(group, pipeline.options.batch):
+            latents = sample_together(pipeline, together, text)
+            # If more videos follow, the transformer stays in memory where the VAE fits next to it.
+            if keep_both is None:
+                keep_both = len(todo) > len(together) and pipeline.fits_together()
+            if not keep_both:
+                pipeline.free("transformer")
+            settings = [pipeline.settings | job.settings for job in together]
+            if arguments.keep_latents:
+                for job, row, own in zip(together, latents, settings, strict=True):
+                    write_latents(job.file.with_suffix(".safetensors"), row, own)
+            written += _reported(write_videos(pipeline, latents, [job.file for job in together], settings, **how))
+            if not keep_both:
+                pipeline.free("VAE")
+        pipeline.free("transformer", "VAE")
     return written
 
 
-def output_files(out: Path, batch: int) -> list[Path]:
-    """`out` itself, or for several videos out_0.mp4, out_1.mp4 and so on. Raises InputError unless `out` is an MP4."""
+def sample_together(pipeline: Pipeline, jobs: Sequence[Job], text: dict[str, np.ndarray]) -> np.ndarray:
+    """Latents [jobs, T, H, W, C] of videos that are sampled at once. Raises InputError if they are not finite."""
+    # A smaller last group is padded, because it would compile again.
+    padded = [*jobs, *[jobs[-1]] * (pipeline.options.batch - len(jobs))]
+    negative_text = text[pipeline.options.negative_prompt]
+    latents = pipeline.sample_latents(
+        np.stack([text[job.prompt] for job in padded]),
+        np.stack([negative_text] * len(padded)),
+        np.concatenate([pipeline.noise([job.number], job.seed) for job in padded]),
+        progress=True,
+    )[: len(jobs)]
+    if not np.isfinite(latents).all():
+        raise InputError(
+            f"{pipeline.settings['transformer']}: expected finite videos, found NaN or infinity; the model's training "
+            f"may have diverged, or --guidance-scale {pipeline.options.guidance_scale} is too large"
+        )
+    return latents
+
+
+def list_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """The videos to make, those of this host only. Raises InputError if --out or a prompt is of another kind."""
+    seeds = arguments.seeds or [arguments.seed]
+    if arguments.prompts is None:
+        out = arguments.out
+        _check_suffix(out)
+        if not arguments.prompt.strip():
+            print("warning: --prompt is empty; the video will follow no text", file=sys.stderr)
+        # Several videos of one prompt differ in their seeds, or else in the number of their noise.
+        noises = [(seed, 0) for seed in seeds] if arguments.seeds else [(seeds[0], n) for n in range(arguments.batch)]
+        several = len(noises) > 1
+        files = [out.with_stem(f"{out.stem}_{index}") if several else out for index in range(len(noises))]
+        return [Job(arguments.prompt, *noise, file) for noise, file in zip(noises, files, strict=True)]
+    if arguments.out.suffix == ".mp4":
+        raise InputError(f"--out {arguments.out}: expected a folder with --prompts, found a file name; give a folder")
+    jobs = []
+    for line, prompt in enumerate(read_prompts(arguments.prompts)):
+        for seed in seeds:
+            name = f"{line:05d}_seed{seed}.mp4" if len(seeds) > 1 else f"{line:05d}.mp4"
+            jobs.append(Job(prompt, seed, 0, arguments.out / name))
+    return jobs[arguments.host :: arguments.num_hosts]
+
+
+def unfinished(jobs: Sequence[Job], settings: dict[str, Any]) -> list[Job]:
+    """The jobs without a file. Raises InputError if a file was made with other settings."""
+    todo = []
+    for job in jobs:
+        if not job.file.exists():
+            if not job.file.with_suffix(".npy").exists():
+                todo.append(job)
+            continue
+        found, wanted = read_settings(job.file), json.loads(json.dumps(settings | job.settings))
+        different = [name for name in wanted if name != "program" and found.get(name) != wanted[name]]
+        if different:
+            name = different[0]
+            raise InputError(
+                f"{job.file}: was made with {name} {shown(found.get(name))!r}, expected {shown(wanted[name])!r}; "
+                f"remove it, or choose another --out"
+            )
+    return todo
+
+
+def check_output(jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
+    """Tries to write where the videos will be. Raises InputError if that fails."""
+    # With --prompts, all files are in one folder, and none of them exists.
+    for job in jobs[:1] if arguments.prompts else jobs:
+        check_place(job.file)
+    if arguments.prompts:
+        remove_leftovers(arguments.out)
+
+
+def decode_file(pipeline: Pipeline, arguments: argparse.Namespace) -> list[Path]:
+    """Decodes latents that were kept; returns the written file. Raises InputError if they are another model's."""
+    _check_suffix(arguments.out)
+    latents, settings = read_latents(arguments.latents)
+    if latents.shape[-1] != pipeline.latent_shape[-1] or settings.get("codec") != pipeline.codec_name:
+        raise InputError(
+            f"{arguments.latents}: expected latents of {pipeline.latent_shape[-1]} channels of codec "
+            f"{pipeline.codec_name!r}, found {latents.shape[-1]} of {settings.get('codec')!r}; give the --models or "
+            f"--checkpoint that they were sampled with"
+        )
+    check_place(arguments.out)
+    how = dict(as_arrays=not has_encoder(), contact_sheet=arguments.contact_sheet)
+    return _reported(write_videos(pipeline, latents[None], [arguments.out], [settings], **how))
+
+
+def _reported(written: dict[Path, str]) -> list[Path]:
+    for file, description in written.items():
+        print_message(f"wrote {file}: {description}", result=True)
+    return list(written)
+
+
+def _groups(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    return (jobs[first : first + size] for first in range(0, len(jobs), size))
+
+
+def _check_suffix(out: Path) -> None:
     if out.suffix != ".mp4":
         raise InputError(f"--out {out}: expected a file name that ends in .mp4, found {out.name!r}")
-    return [out] if batch == 1 else [out.with_stem(f"{out.stem}_{index}") for index in range(batch)]
-
-
-def check_output(files: list[Path]) -> None:
-    """Creates the directory of the videos, and finds out how they can be written.
-
-    Without ffmpeg, a warning says that arrays come in place of videos.
-
-    Raises:
-      InputError: the videos cannot be written there.
-    """
-    for file in files:
-        check_place(file)
-    try:
-        find_ffmpeg()
-    except NoFfmpeg as error:
-        print(f"warning: {error}; the frames will be written as .npy files", file=sys.stderr)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; argparse itself exits with code 2 on a wrong one."""
-    example = "--checkpoint runs/demo/finetune/model --prompt 'a seven moves sideways' --out seven.mp4"
+    example = "--models Wan2.1-T2V-1.3B-Diffusers --prompt 'A cat runs on the beach.' --out cat.mp4"
     parser = CommandParser("sample", __doc__, example)
     option = parser.add_argument
-    option("--checkpoint", type=Path, required=True, help="model checkpoint, or PyTorch folder of either layout")
-    option("--prompt", required=True, help="what to show")
-    option("--out", type=Path, required=True, help="the .mp4 file; with --batch, a number is added to its name")
+    option("--models", metavar="PIPELINE", help="folder of Wan2.1, or OWNER/NAME[@REVISION] on the Hugging Face Hub")
+    option("--checkpoint", type=Path, help="transformer in place of the pipeline's: model checkpoint or PyTorch folder")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="what to show")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
+    what.add_argument("--latents", type=Path, metavar="FILE", help="latents to decode, from --keep-latents")
+    what.add_argument("--show", type=Path, metavar="FILE", help="video whose settings to print")
+    option("--out", type=Path, help="the .mp4 file; several get numbers. With --prompts, a folder")
+    seed = number(int, 0, 2**32 - 1)
+    option("--seeds", type=seed, nargs="+", metavar="SEED", help="a video of each prompt for each; in place of --seed")
+    option("--num-hosts", type=number(int, 1, 1_000_000), default=1, help="that share --prompts (default: 1)")
+    option("--host", type=number(int, 0, 1_000_000), default=0, help="which of them this is (default: 0)")
+    option("--keep-latents", action="store_true", help="also write the latents, as .safetensors next to the video")
+    option("--contact-sheet", action="store_true", help=f"also write {SHEET_FRAMES} frames as .png next to the video")
     option(
         "--stream",
         action="store_true",
         help="sample part by part: videos of any length in the same device memory, if all blocks are causal hybrid",
     )
+    longest = "latent frames; with --stream, positions stay below it (default: they grow with the video)"
+    option("--longest", type=number(int, 1, 10**9), metavar="N", help=longest)
     SamplingOptions.add_to(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.show is None:
+        if arguments.models is None and arguments.checkpoint is None:
+            parser.error("one of the arguments --models --checkpoint is required")
+        if arguments.prompt is arguments.prompts is arguments.latents is None:
+            parser.error("one of the arguments --prompt --prompts --latents --show is required")
+        if arguments.out is None:
+            parser.error("the following arguments are required: --out")
+    if arguments.host >= arguments.num_hosts:
+        parser.error(f"--host: expected 0 to {arguments.num_hosts - 1}, found {arguments.host}")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command. Raises InputError."""
+    if arguments.show is not None:
+        print(json.dumps(read_settings(arguments.show), indent=2, ensure_ascii=False))
+        return
+    with warnings.catch_warnings():
+        # Those of libraries name a line of their code.
+        warnings.showwarning = lambda message, *_: print_message(f"warning: {message}")
+        sample(arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and samples; returns the exit code, 2 if the user's input is wrong."""
     arguments = parse_arguments(argv)
-    return report_input_errors(lambda: sample(arguments))
+    return report_input_errors(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from test_sample_cli import save_random_model
 from rehyat_jax.data.manifest import MANIFEST, SHARD_SUFFIX, read_manifest
 from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.data.records import pack, unpack
-from rehyat_jax.files.video import SUFFIXES, UnreadableVideo, find_ffmpeg, frame_size, write_mp4
-from rehyat_jax.generation.options import SamplingOptions, open_model
+from rehyat_jax.files.video import SUFFIXES, UnreadableVideo, find_ffmpeg, frame_size
+from rehyat_jax.files.video_writer import write_video
+from rehyat_jax.generation.options import SamplingOptions
+from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.plan import parse_arguments as plan_arguments
 from rehyat_jax.preparation.captions import read_captions
@@ -207,7 +209,7 @@ def seeds(folder) -> list[bytes]:
     """A video of four frames in each container that `prepare` reads."""
     (folder / "seeds").mkdir()
     good = folder / "seeds/good.mp4"
-    write_mp4(good, np.linspace(0, 1, 4 * 16 * 16 * 3).reshape(4, 16, 16, 3))
+    write_video(good, np.linspace(0, 1, 4 * 16 * 16 * 3).reshape(4, 16, 16, 3))
     for name in ("b.mov", "c.mkv", "d.avi"):
         command = [find_ffmpeg(), "-loglevel", "error", "-i", good, "-c", "copy", folder / "seeds" / name]
         subprocess.run(command, check=True)
@@ -355,7 +357,8 @@ def test_command_line_of_plan(topology, size):
         plan_arguments(["plan", "--config=configs/demo_teacher.py", f"--topology={topology}", f"--{size[0]}={size[1]}"])
 
 
-SAMPLING = ["seed", "steps", "guidance-scale", "flow-shift", "frames", "height", "width", "batch", "mesh", "dtype"]
+SIDES = ["frames", "size", "height", "width"]
+SAMPLING = ["seed", "steps", "guidance-scale", "flow-shift", "batch", "mesh", "dtype", *SIDES]
 SIZES = st.sampled_from(["0", "-8", "8", "16", "9992", "10000", "4294967296", "1e999", "nan", "context=0", "data=²"])
 
 
@@ -365,8 +368,8 @@ def test_command_line_of_sample(sampled, options):
     arguments = [f"--{name}={value}" for name, value in options.items()]
     with only_input_errors(), contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         given = sample_arguments([f"--checkpoint={sampled}", "--prompt=a two", "--out=two.mp4", *arguments])
-        opened = open_model(sampled, SamplingOptions.from_arguments(given))
-        assert min(opened.latent_shape) > 0
+        pipeline = Pipeline.from_pretrained(None, SamplingOptions.from_arguments(given), student=sampled)
+        assert min(pipeline.latent_shape) > 0
 
 
 @pytest.fixture(scope="module")

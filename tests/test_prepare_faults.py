@@ -22,10 +22,11 @@ from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.errors import InputError
 from rehyat_jax.files import video
 from rehyat_jax.files.temporary import new_token, temporary_path
-from rehyat_jax.files.video import write_mp4
+from rehyat_jax.files.video_writer import write_video
+from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.preparation import units
 from rehyat_jax.preparation.captions import captioned_videos, read_captions
-from rehyat_jax.preparation.trajectories import fingerprints, read_prompts
+from rehyat_jax.preparation.trajectories import fingerprints
 from rehyat_jax.prepare import main
 
 PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()
@@ -43,7 +44,7 @@ def ends_in_time():
 def write_videos(folder: Path, *names: str) -> Path:
     folder.mkdir()
     for name in names:
-        write_mp4(folder / name, np.full((4, 8, 8, 3), 0.5))
+        write_video(folder / name, np.full((4, 8, 8, 3), 0.5))
         (folder / name).with_suffix(".txt").write_text("a seven")
     return folder
 

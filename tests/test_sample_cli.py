@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rehyat_jax import sample
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
-from rehyat_jax.files import video
-from rehyat_jax.files.video import NoFfmpeg, read_mp4
-from rehyat_jax.generation import options as sampling_options
+from rehyat_jax.files import video_writer
+from rehyat_jax.files.video import read_mp4
+from rehyat_jax.files.video_writer import NoEncoder
+from rehyat_jax.generation import pipeline as pipelines
+from rehyat_jax.generation import video_files
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.parallel import memory
@@ -214,14 +215,14 @@ def test_an_output_that_cannot_be_written_is_found_before_sampling(checkpoint, t
     assert [path.name for path in tmp_path.iterdir()] == [name for name in ["place.mp4"] if make is not in_proc]
 
 
-def test_a_missing_ffmpeg_is_said_before_sampling(checkpoint, tmp_path, capsys, monkeypatch):
-    def no_program():
-        raise NoFfmpeg("no ffmpeg here")
+def test_a_missing_encoder_is_said_before_sampling(checkpoint, tmp_path, capsys, monkeypatch):
+    def no_encoder():
+        raise NoEncoder("no encoder here")
 
-    monkeypatch.setattr(sample, "find_ffmpeg", no_program)
+    monkeypatch.setattr(video_files, "check_encoder", no_encoder)
     assert main(arguments(checkpoint, tmp_path / "seven.mp4")) == 0
     warning, _, progress = capsys.readouterr().err.partition("\n")
-    assert warning.startswith("warning: no ffmpeg here; the frames will be written") and "sampling: 100%" in progress
+    assert warning.startswith("warning: no encoder here; the frames will be written") and "sampling: 100%" in progress
 
 
 def test_an_earlier_video_of_that_name_is_replaced(checkpoint, tmp_path):
@@ -234,10 +235,9 @@ def test_a_disk_that_fills_up_is_reported(checkpoint, tmp_path, capsys, monkeypa
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(video, "write_mp4", full)
-    monkeypatch.setattr(video.np, "save", full)
+    monkeypatch.setattr(video_writer, "enlarged", full)
     assert main(arguments(checkpoint, tmp_path / "seven.mp4")) == 2
-    assert "seven.npy: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert "seven.mp4: cannot be written (No space left on device)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +250,7 @@ def needed(monkeypatch):
         found.append(needed)
         check_memory(needed, *more, **options)
 
-    for module in (sampling_options, memory):
+    for module in (pipelines, memory):
         monkeypatch.setattr(module, "check_device_memory", check)
     return found
 

@@ -1,6 +1,5 @@
-"""The ffmpeg program is found where it is; without it, sampling keeps its frames and preparation ends at once."""
+"""Videos are written by PyAV, or as arrays without it; ffmpeg reads them, and is found where it is."""
 
-import shutil
 import subprocess
 import sys
 
@@ -11,7 +10,9 @@ from test_sample_cli import arguments, save_random_model
 
 from rehyat_jax import prepare, sample
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, read_clip, write_mp4, write_video
+from rehyat_jax.files import video_writer
+from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, read_clip, read_mp4
+from rehyat_jax.files.video_writer import NoEncoder, open_video, read_facts, read_settings, write_video
 
 PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()
 VIDEO = np.linspace(0, 1, 2 * 8 * 16 * 3).reshape(2, 8, 16, 3)
@@ -50,7 +51,6 @@ def test_the_machines_own_ffmpeg_is_used(without_ffmpeg, tmp_path):
 def test_a_missing_ffmpeg_is_explained(without_ffmpeg, tmp_path):
     for use in (
         find_ffmpeg,
-        lambda: write_mp4(tmp_path / "a.mp4", VIDEO),
         lambda: read_clip(tmp_path / "a.mp4", fps=16, frames=2, height=8, width=16),
     ):
         with pytest.raises(
@@ -60,7 +60,15 @@ def test_a_missing_ffmpeg_is_explained(without_ffmpeg, tmp_path):
     assert issubclass(NoFfmpeg, InputError) and list(tmp_path.iterdir()) == [without_ffmpeg]
 
 
-def test_sampling_without_ffmpeg_keeps_the_frames(without_ffmpeg, tmp_path, capsys):
+@pytest.fixture(params=["no package", "no H.264"])
+def without_encoder(request, monkeypatch):
+    if request.param == "no package":
+        monkeypatch.setitem(sys.modules, "av", None)
+    else:
+        monkeypatch.setattr(video_writer, "CODEC", "h264_of_nobody")
+
+
+def test_sampling_without_an_encoder_keeps_the_frames(without_encoder, tmp_path, capsys):
     checkpoint = save_random_model(tmp_path / "model")
     assert sample.main(arguments(checkpoint, tmp_path / "new" / "a.mp4", batch=2)) == 0
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a_0.npy", "a_1.npy"]
@@ -68,17 +76,51 @@ def test_sampling_without_ffmpeg_keeps_the_frames(without_ffmpeg, tmp_path, caps
     assert frames.shape == (2, 8, 16, 3) and frames.dtype == np.uint8 and frames.std() > 0
     output = capsys.readouterr()
     assert f"wrote {tmp_path / 'new' / 'a_1.npy'}: 2 frames of 8x16\n" in output.out
-    assert "warning: " in output.err and "pip install imageio-ffmpeg" in output.err
-    assert "a_0.npy has the frames instead: uint8 [frames, height, width, 3]" in output.err
+    assert "warning: videos need the package av" in output.err and "written as .npy files" in output.err
 
 
-def test_an_ffmpeg_that_fails_loses_no_frames(tmp_path, capsys, monkeypatch):
-    # As one without H.264.
-    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: shutil.which("false"))
-    assert write_video(tmp_path / "a.mp4", VIDEO) == tmp_path / "a.npy"
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), (VIDEO * 255).round())
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
-    assert "ffmpeg could not write the video" in capsys.readouterr().err
+def test_a_video_without_an_encoder_is_an_array_that_replaces_nothing(without_encoder, tmp_path, capsys):
+    (tmp_path / "a.npy").write_text("earlier")
+    assert write_video(tmp_path / "a.mp4", VIDEO, scale=2) == tmp_path / "a_1.npy"
+    np.testing.assert_array_equal(np.load(tmp_path / "a_1.npy"), (VIDEO * 255).round())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a_1.npy"]
+    assert "a_1.npy has the frames instead: uint8" in capsys.readouterr().err
+
+
+def test_frames_and_settings_are_those_that_were_given(tmp_path):
+    rng = np.random.default_rng(0)
+    # Smooth: neighbouring pixels share their colour in yuv420p.
+    frames = np.repeat(np.repeat(rng.integers(0, 256, (5, 3, 5, 3), dtype=np.uint8), 8, axis=1), 8, axis=2)
+    settings = {"prompt": "猫 'a' \"b\" = ; # \\ \n" * 500, "steps": 50, "shift": 3.5, "longest": None}
+    with open_video(tmp_path / "new" / "a.mp4", fps=24, settings=settings) as write:
+        write(frames[:1])
+        write(frames[1:])
+        assert not (tmp_path / "new" / "a.mp4").exists()
+    video, fps = read_mp4(tmp_path / "new" / "a.mp4")
+    assert video.shape == frames.shape and fps == 24
+    # Of random colours in H.264 at crf 17, limited to video range; a wrong frame or channel differs by 80.
+    assert np.abs(video.astype(int) - frames).mean() < 8
+    assert read_settings(tmp_path / "new" / "a.mp4") == settings
+    facts = read_facts(tmp_path / "new" / "a.mp4")
+    assert (facts.height, facts.width, facts.fps) == (24, 40, 24)
+
+
+def test_a_stopped_video_leaves_nothing(tmp_path):
+    (tmp_path / "a.mp4").write_text("earlier")
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / "a.mp4", fps=16) as write:
+        write(np.zeros((3, 16, 16, 3), np.uint8))
+        raise KeyboardInterrupt
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_files_without_settings_are_explained(tmp_path):
+    write_video(tmp_path / "a.mp4", VIDEO)
+    (tmp_path / "b.mp4").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"a\.mp4: has no settings in its comment"):
+        read_settings(tmp_path / "a.mp4")
+    with pytest.raises(InputError, match=r"b\.mp4: is not a readable video"):
+        read_settings(tmp_path / "b.mp4")
+    assert issubclass(NoEncoder, InputError)
 
 
 def test_preparing_videos_without_ffmpeg_ends_before_anything_is_made(tmp_path, capsys, without_ffmpeg):

@@ -9,6 +9,9 @@ from rehyat_jax.errors import InputError
 SMALL = 2**26
 """Largest size in bytes, 64 MiB, of a file that is read as a whole, such as a configuration or an index."""
 
+LARGEST_LIST = 2**32
+"""Largest size in bytes of a list of captions or prompts: tens of millions of them."""
+
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",

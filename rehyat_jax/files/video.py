@@ -1,4 +1,4 @@
-"""Writes MP4 files and reads video files with the ffmpeg program of imageio-ffmpeg or of the machine."""
+"""Reads video files with the ffmpeg program of imageio-ffmpeg or of the machine."""
 
 import errno
 import functools
@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,7 +19,6 @@ import numpy as np
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import shown
-from rehyat_jax.files.write import reported_write_errors, written_whole
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 """Suffixes of the files that `frame_size` and `read_clip` can read."""
@@ -70,68 +68,6 @@ def find_ffmpeg() -> str:
                 f"({error}); `pip install imageio-ffmpeg`, or install ffmpeg"
             ) from error
         return program
-
-
-def write_video(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> Path:
-    """Writes an MP4 file with `write_mp4`; if ffmpeg is missing or fails, writes the frames as a NumPy array.
-
-    The array is uint8 [frames, height, width, 3], not enlarged. A warning on stderr gives the reason. No file that
-    exists is replaced by an array, because the caller did not name it.
-
-    Returns:
-      The written file: `path`, or the array's file: path's name with the suffix .npy, or _1.npy and so on.
-
-    Raises:
-      ValueError: as in `write_mp4`.
-      InputError: neither file can be written.
-    """
-    try:
-        write_mp4(path, video, fps=fps, scale=scale)
-        return Path(path)
-    except (NoFfmpeg, OSError) as error:
-        array, number = Path(path).with_suffix(".npy"), 0
-        while os.path.lexists(array):
-            number += 1
-            array = Path(path).with_name(f"{Path(path).stem}_{number}.npy")
-        with reported_write_errors(array), written_whole(array) as temporary, temporary.open("wb") as file:
-            np.save(file, _as_bytes(np.asarray(video)))
-        print(f"warning: {error}", file=sys.stderr)
-        print(f"warning: {array} has the frames instead: uint8 [frames, height, width, 3]", file=sys.stderr)
-        return array
-
-
-def write_mp4(path: str | Path, video: np.ndarray, *, fps: int = 16, scale: int = 1) -> None:
-    """Writes an H.264 file that every player supports (yuv420p). An existing file at `path` is replaced at the end.
-
-    Args:
-      path: the file; missing directories are created.
-      video: [frames, height, width, 3] floating point in [0, 1] (clipped to it), or uint8.
-      fps: frames per second.
-      scale: integer factor of enlargement, without smoothing, which makes a tiny video watchable. If a height or width
-        is still odd, its last row or column is repeated once, because the format needs even sizes.
-
-    Raises:
-      ValueError: the shape or type is wrong, a value is not finite, or the scale is below 1.
-      NoFfmpeg: this machine has no ffmpeg program.
-      OSError: ffmpeg failed; the message is ffmpeg's.
-    """
-    if scale < 1:
-        raise ValueError(f"scale: expected a whole number of at least 1, found {scale}")
-    pixels = _as_bytes(np.asarray(video))
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
-    height, width = pixels.shape[1:3]
-    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(fps)]
-    # crf 17 is visually lossless; without yuv420p, RGB input gives a file that most players cannot play.
-    encoding = ["-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p", "-f", "mp4"]
-    with written_whole(path) as temporary:
-        # imageio-ffmpeg's own writer forks this process, which JAX's threads make unsafe; only its program is used.
-        ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-y"]
-        run = subprocess.run(
-            [*ffmpeg, *source, "-i", "-", *encoding, temporary], input=pixels.tobytes(), stderr=subprocess.PIPE
-        )
-        if run.returncode:
-            raise OSError(f"{path}: ffmpeg could not write the video: {run.stderr.decode(errors='replace').strip()}")
 
 
 def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
@@ -274,9 +210,14 @@ def _run_ffmpeg(path: str | Path, options: list[str]) -> _Run:
 
 @functools.cache
 def _good_video() -> bytes:
+    black = ["-f", "lavfi", "-i", "color=size=16x16:rate=16", "-frames:v", "2"]
+    encoding = ["-c:v", "libx264", "-pix_fmt", "yuv420p"]
     with tempfile.TemporaryDirectory() as folder:
-        write_mp4(Path(folder) / "good.mp4", np.zeros((2, 16, 16, 3), np.uint8))
-        return (Path(folder) / "good.mp4").read_bytes()
+        file = Path(folder) / "good.mp4"
+        run = subprocess.run([find_ffmpeg(), "-loglevel", "error", *black, *encoding, file], stderr=subprocess.PIPE)
+        if run.returncode:
+            raise OSError(f"ffmpeg could not write a video: {run.stderr.decode(errors='replace').strip()}")
+        return file.read_bytes()
 
 
 def _read_stored_bytes(path: str | Path) -> None:
@@ -301,16 +242,3 @@ def _reason(messages: str) -> str:
     """The first line of ffmpeg's messages, without memory addresses, which differ between runs."""
     lines = messages.strip().splitlines() or ["no reason given"]
     return shown(re.sub(r" @ 0x[0-9a-f]+", "", lines[0]))
-
-
-def _as_bytes(video: np.ndarray) -> np.ndarray:
-    if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
-        raise ValueError(f"video: expected [frames, height, width, 3], found shape {video.shape}")
-    if video.dtype == np.uint8:
-        return video
-    if video.dtype.kind not in "fV":  # bfloat16 is of kind V.
-        raise ValueError(f"video: expected floating point in [0, 1] or uint8, found {video.dtype}")
-    video = video.astype(np.float32)
-    if not np.isfinite(video).all():
-        raise ValueError("video: expected finite values, found NaN or infinity; look at the latents it comes from")
-    return (video.clip(0, 1) * 255).round().astype(np.uint8)

@@ -65,26 +65,29 @@ def open_video(
     check_encoder()
     import av
 
-    with reported_write_errors(path), written_whole(path) as temporary:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            if settings is not None:
-                container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
-            stream = None
+    with (
+        reported_write_errors(path),
+        written_whole(path) as temporary,
+        av.open(str(temporary), "w", format="mp4") as container,
+    ):
+        if settings is not None:
+            container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
+        stream = None
 
-            def append(frames: np.ndarray) -> None:
-                nonlocal stream
-                for pixels in enlarged(frames, scale):
-                    if stream is None:
-                        # crf 17 is visually lossless.
-                        stream = container.add_stream(CODEC, rate=fps, options={"crf": "17"})
-                        stream.height, stream.width = pixels.shape[:2]
-                        stream.pix_fmt = "yuv420p"
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        def append(frames: np.ndarray) -> None:
+            nonlocal stream
+            for pixels in enlarged(frames, scale):
+                if stream is None:
+                    # crf 17 is visually lossless.
+                    stream = container.add_stream(CODEC, rate=fps, options={"crf": "17"})
+                    stream.height, stream.width = pixels.shape[:2]
+                    stream.pix_fmt = "yuv420p"
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
 
-            yield append
-            if stream is None:
-                raise ValueError(f"{path}: expected at least one frame, found none")
-            container.mux(stream.encode(None))
+        yield append
+        if stream is None:
+            raise ValueError(f"{path}: expected at least one frame, found none")
+        container.mux(stream.encode(None))
 
 
 @contextlib.contextmanager
@@ -102,7 +105,11 @@ def open_array(path: str | Path, shape: tuple[int, ...]) -> Iterator[Writer]:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
         )
-        yield lambda frames: file.write(np.ascontiguousarray(frames).data) and None
+
+        def append(frames: np.ndarray) -> None:
+            file.write(np.ascontiguousarray(frames).data)
+
+        yield append
 
 
 def array_file(path: Path) -> Path:

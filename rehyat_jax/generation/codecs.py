@@ -1,7 +1,9 @@
 """Codecs between videos and the latents that the diffusion transformer works on."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 from einops import rearrange, repeat
 
 from rehyat_jax.errors import InputError
@@ -19,10 +21,12 @@ class Codec(Protocol):
     Attributes:
       fps: frames per second of the videos.
       default_size: (frames, height, width) of the videos the codec's models were made for.
+      default_dtype: compute dtype in which these models are published.
     """
 
     fps: int
     default_size: tuple[int, int, int]
+    default_dtype: str
 
     def encode(self, video: Array) -> Array:
         """Video to latents."""
@@ -30,14 +34,22 @@ class Codec(Protocol):
     def decode(self, latents: Array) -> Array:
         """Latents to video, clipped to [0, 1]."""
 
+    def frames(self, latents: Array) -> Iterator[np.ndarray]:
+        """The video of latents in successive pieces, uint8 [batch, frames, height, width, 3].
+
+        The next piece is computed while one is used. Only the latents' own memory grows with the length.
+        """
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T, H, W, C) of one encoded video. Raises InputError for a size the codec cannot represent."""
 
 
 class WanVaeLatents:
-    """The size of the latents of Wan2.1's VAE: 4 frames and 8x8 pixels become one latent pixel of 16 channels."""
+    """The videos and latents of Wan2.1's VAE: 4 frames and 8x8 pixels become one latent pixel of 16 channels."""
 
+    fps = 16
     default_size = (81, 480, 832)
+    default_dtype = "bfloat16"
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """((frames - 1) / 4 + 1, height / 8, width / 8, 16), which the transformer's patches of 2x2 divide.
@@ -45,10 +57,11 @@ class WanVaeLatents:
         Raises InputError unless there are 4n + 1 frames, and 16 divides both sides.
         """
         if min(frames, height, width) < 1 or frames % 4 != 1 or height % 16 or width % 16:
+            nearest = lambda size: max((size + 8) // 16, 1) * 16
             raise InputError(
                 f"--frames {frames} --height {height} --width {width}: expected 4n + 1 frames, and a height and width "
-                f"that are multiples of 16; nearest below are {max(frames - 1, 0) // 4 * 4 + 1} frames of "
-                f"{max(height // 16, 1) * 16}x{max(width // 16, 1) * 16}"
+                f"that are multiples of 16; nearest are {max(frames + 1, 0) // 4 * 4 + 1} frames of "
+                f"{nearest(height)}x{nearest(width)}"
             )
         return (frames - 1) // 4 + 1, height // 8, width // 8, 16
 
@@ -62,6 +75,7 @@ class SpaceToDepth:
     block = 4
     fps = 16
     default_size = (21, 24, 24)
+    default_dtype = "float32"
 
     # Mean and standard deviation of the moving digits' pixels (0.136 and 0.253 over 1,000 videos), so that latents are
     # as large as the noise they are mixed with.
@@ -79,6 +93,12 @@ class SpaceToDepth:
         grey = rearrange(latents, "b t h w (p q) -> b t (h p) (w q)", p=self.block, q=self.block)
         return repeat((grey * self.pixel_std + self.pixel_mean).clip(0, 1), "b t h w -> b t h w rgb", rgb=3)
 
+    def frames(self, latents: Array) -> Iterator[np.ndarray]:
+        """[B, T, H, W, 16] float32 -> uint8 [B, at most 16, 4H, 4W, 3], in succession."""
+        for first in range(0, latents.shape[1], 16):
+            video = self.decode(np.asarray(latents[:, first : first + 16]))
+            yield (video * 255).round().astype(np.uint8)
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(frames, height / 4, width / 4, 16). Raises InputError unless all are positive and 4 divides both sides."""
         if frames < 1 or height < 1 or width < 1 or height % self.block or width % self.block:
@@ -91,4 +111,4 @@ class SpaceToDepth:
 
 
 LATENT_SIZES = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
-"""`default_size` and `latent_shape` (see `Codec`), by the codec's name."""
+"""`fps`, the defaults and `latent_shape` (see `Codec`), by the codec's name."""

@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.regular import LARGEST_LIST, check_regular_file
 from rehyat_jax.files.shown import is_text, shown
 
 
@@ -66,3 +68,16 @@ def checked_text(prompt: str) -> str:
     if not is_text(prompt):
         raise InputError(f"prompt '{shown(prompt)}': expected text in UTF-8, found other bytes; write it in UTF-8")
     return prompt
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The non-empty lines of a file. Raises InputError if there are none, or the file is not UTF-8 text."""
+    if file.exists():
+        check_regular_file(file, largest_bytes=LARGEST_LIST)
+    try:
+        lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: expected a text file with one prompt a line, found: {error}; check it") from error
+    if not any(lines):
+        raise InputError(f"{file}: expected one prompt a line, found none; add some")
+    return [line for line in lines if line]

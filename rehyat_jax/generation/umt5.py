@@ -1,9 +1,10 @@
 """The umT5 text encoder with its tokenizer, from the folders in which Wan is published."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,15 @@ from rehyat_jax.files.shown import shown
 from rehyat_jax.generation.tokenizer import FILES, MAX_TOKENS, Tokenizer, find_tokenizer, places
 from rehyat_jax.models.umt5.config import UMT5Config
 from rehyat_jax.models.umt5.modeling import UMT5Encoder, apply_encoder
+from rehyat_jax.parallel.mesh import BATCH, axis_size
 from rehyat_jax.weights.load import load_module
 from rehyat_jax.weights.models import TEXT_ENCODERS
+from rehyat_jax.weights.streamed import StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 from rehyat_jax.weights.umt5.spec import UMT5
 
 
-def load_text_encoder(
-    path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16, progress: Callable[[int], object] = lambda nbytes: None
-) -> "UMT5TextEncoder":
+def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "UMT5TextEncoder":
     """Wan's text encoder; parameters are on the default device or sharded on the mesh in use (`jax.set_mesh`).
 
     Tensors may have the names of transformers' `UMT5EncoderModel` or of Wan's original `T5Encoder`. One parameter at a
@@ -38,12 +39,16 @@ def load_text_encoder(
         The tokenizer's file, `tokenizer.json` or `spiece.model`, is in the same folder, in `tokenizer/` next to it or
         in `google/umt5-xxl/` in it. It is needed for prompts only.
       dtype: dtype of the parameters and of the computation.
-      progress: called with the number of bytes of each parameter that was read.
 
     Raises:
       InputError: the checkpoint or the tokenizer does not exist, is another model's, is incomplete, or is damaged; or
         the mesh does not divide a parameter.
     """
+    return find_text_encoder(path).load(dtype)
+
+
+def find_text_encoder(path: str | Path) -> "FoundTextEncoder":
+    """Checks the files that `load_text_encoder` takes; the weights stay on disk. Raises InputError as it does."""
     source = UMT5.find(Path(path))
     folder = source if source.is_dir() else source.parent
     tokenizer = find_tokenizer(folder)
@@ -53,7 +58,58 @@ def load_text_encoder(
             f"{tokenizer.file}: has {tokenizer.size} tokens, expected at most the {model.config.vocab_size} of "
             f"{source}; give the tokenizer that belongs to the encoder"
         )
-    return UMT5TextEncoder(load_module(source, model, progress=progress, dtype=dtype), tokenizer, folder)
+    return FoundTextEncoder(source, model, tokenizer)
+
+
+class FoundTextEncoder(NamedTuple):
+    """A text encoder whose weights are on disk.
+
+    Attributes:
+      source: its own folder or file.
+      model: its sizes and parameters.
+      tokenizer: its tokenizer, if there is one.
+    """
+
+    source: Path
+    model: StreamedModel
+    tokenizer: Tokenizer | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its files."""
+        return self.source if self.source.is_dir() else self.source.parent
+
+    def load(
+        self, dtype: jnp.dtype = jnp.bfloat16, progress: Callable[[int], object] = lambda nbytes: None
+    ) -> "UMT5TextEncoder":
+        """Reads the weights; see `load_text_encoder`, and `load_module` for `progress`."""
+        module = load_module(self.source, self.model, progress=progress, dtype=dtype)
+        return UMT5TextEncoder(module, self.tokenizer, self.folder)
+
+    def prompt_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises InputError if there is none."""
+        return _required_tokenizer(self.tokenizer, self.folder)
+
+
+def _required_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
+    if tokenizer is None:
+        places_shown = ", ".join(map(str, places(folder)))
+        raise InputError(
+            f"{folder}: expected the text encoder's tokenizer ({' or '.join(FILES)}) in one of "
+            f"{places_shown}, found none; copy it there from the repository of the encoder"
+        )
+    return tokenizer
+
+
+def _source(path: Path) -> Path:
+    """The text encoder's own folder or file."""
+    if (path / "text_encoder").is_dir():
+        return path / "text_encoder"
+    # The folder of an original repository holds the transformer too.
+    for suffix in ("safetensors", "pth"):
+        if len(files := sorted(path.glob(f"models_t5_*.{suffix}"))) == 1:
+            return files[0]
+    return path
 
 
 class UMT5TextEncoder:
@@ -105,13 +161,7 @@ class UMT5TextEncoder:
         """
         if not 1 <= length <= MAX_TOKENS:
             raise ValueError(f"length must be from 1 to {MAX_TOKENS}, found {length}")
-        if self.tokenizer is None:
-            places_shown = ", ".join(map(str, places(self._folder)))
-            raise InputError(
-                f"{self._folder}: expected the text encoder's tokenizer ({' or '.join(FILES)}) in one of "
-                f"{places_shown}, found none; copy it there from the repository of the encoder"
-            )
-        return UMT5Prompts(self, self.tokenizer, length)
+        return UMT5Prompts(self, _required_tokenizer(self.tokenizer, self._folder), length)
 
 
 class UMT5Prompts:
@@ -130,14 +180,14 @@ class UMT5Prompts:
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """B prompts -> [B, length, text_dim] float32. Positions after a prompt's end token are exactly zero.
 
-        A prompt that is too long is cut with a warning, and keeps its end token. The cleaning of prompts is Wan's.
+        A prompt that is too long is cut with a warning, and keeps its end token. The cleaning of prompts is Wan's. On a
+        mesh, the devices along `BATCH` encode different prompts.
 
         Raises:
           InputError: a prompt is not UTF-8.
         """
         if isinstance(prompts, str):
             raise ValueError(f"expected a sequence of prompts, found one string {prompts!r}; wrap it in a list")
-        # One at a time: the attention weights of 64 heads over 512 tokens are 64 MB for each prompt.
         different = list(dict.fromkeys(prompts))
         tokens = self._tokenizer(different, self.length)
         for prompt, count in tokens.cut.items():
@@ -145,9 +195,13 @@ class UMT5Prompts:
                 f"prompt '{shown(prompt)}': has {count} tokens, only the first {self.length} are used; shorten it",
                 stacklevel=2,
             )
-        embeddings = {
-            prompt: np.asarray(self._encoder(ids[None], mask[None])[0], np.float32)
-            for prompt, ids, mask in zip(different, tokens.ids, tokens.mask, strict=True)
-        }
+        embeddings: dict[str, np.ndarray] = {}
+        # One on each device at a time: the attention weights of 64 heads over 512 tokens are 64 MB for each prompt. The
+        # last group is padded, because a smaller one would compile again.
+        rows = math.prod(map(axis_size, BATCH))
+        for start in range(0, len(different), rows):
+            group = [min(start + row, len(different) - 1) for row in range(rows)]
+            found = np.asarray(self._encoder(tokens.ids[group], tokens.mask[group]), np.float32)
+            embeddings |= zip(different[start : start + rows], found, strict=False)
         shape = (len(prompts), self.length, self.text_dim)
         return np.array([embeddings[prompt] for prompt in prompts], np.float32).reshape(shape)

@@ -1,9 +1,11 @@
 """Wan2.1's VAE as a codec of sampling and data preparation."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rehyat_jax.generation.codecs import Array, WanVaeLatents
 from rehyat_jax.models.wan_vae.vae import WanVae
@@ -17,8 +19,6 @@ class WanCodec(WanVaeLatents):
       vae: the VAE, for streams of frames.
     """
 
-    fps = 16
-
     def __init__(self, vae: WanVae):
         self.vae = vae
 
@@ -30,7 +30,27 @@ class WanCodec(WanVaeLatents):
         """[B, T, h, w, 16] float32 -> [B, 4(T - 1) + 1, 8h, 8w, 3] float32 in [0, 1]."""
         return (self.vae.decode(jnp.asarray(latents)) + 1) / 2
 
+    def frames(self, latents: Array) -> Iterator[np.ndarray]:
+        """[B, T, h, w, 16] float32 -> uint8 [B, 1, 8h, 8w, 3] for the first latent frame, then [B, 4, 8h, 8w, 3]."""
+        state = ready = None
+        for index in range(latents.shape[1]):
+            video, state = self.vae.decode_chunk(jnp.asarray(latents[:, index : index + 1]), state)
+            # The device computes these frames while the caller uses those before.
+            computed = _as_bytes(video)
+            if ready is not None:
+                yield np.asarray(ready)
+            ready = computed
+        yield np.asarray(ready)
 
-def load_wan_codec(models: Path, *, dtype: jnp.dtype = jnp.float32) -> WanCodec:
+
+@jax.jit
+def _as_bytes(video: jax.Array) -> jax.Array:
+    """[-1, 1] -> uint8, on the device: a quarter of the bytes reach the host."""
+    return jnp.round((video.clip(-1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def load_wan_codec(
+    models: Path, *, dtype: jnp.dtype = jnp.float32, progress: Callable[[int], object] = lambda nbytes: None
+) -> WanCodec:
     """The codec of a pipeline's folder, or of another path that `load_vae` takes. Raises InputError."""
-    return WanCodec(load_vae(models, dtype=dtype))
+    return WanCodec(load_vae(models, dtype=dtype, progress=progress))

@@ -49,6 +49,13 @@ def check_host_memory(needed: int, what: str, remedy: str) -> None:
     _check(needed, host_bytes(), what, "of memory", remedy)
 
 
+def fits_device(needed: int, *, devices: int = 1) -> bool:
+    """True unless it is known that `devices` devices of this process cannot give `needed` bytes each."""
+    device = jax.local_devices()[0]
+    free = device_bytes(device)
+    return free is None or needed * (devices if device.platform == "cpu" else 1) <= free
+
+
 def check_device_memory(needed: int, what: str, remedy: str, *, devices: int = 1) -> None:
     """Raises InputError if `devices` devices of this process, each of which needs `needed` bytes, cannot give them."""
     device = jax.local_devices()[0]

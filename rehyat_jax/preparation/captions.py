@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.regular import check_regular_file
+from rehyat_jax.files.regular import LARGEST_LIST, check_regular_file
 from rehyat_jax.files.shown import shown
 from rehyat_jax.files.video import SUFFIXES
 
 CSV, JSONL = "captions.csv", "captions.jsonl"
-
-LARGEST_LIST = 2**32
-"""Largest size of a list of captions in bytes: tens of millions of captions."""
 
 LONGEST_LINE, LONGEST_NAME = 2**20, 4096
 """Largest number of characters in a line of such a list, and in the name of a file; systems allow no longer path."""

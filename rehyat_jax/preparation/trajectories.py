@@ -1,5 +1,6 @@
 """Stores a few steps of a teacher's sampling trajectories, from which stage 1 can learn without any video."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,10 @@ from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
-from rehyat_jax.files.regular import check_regular_file
-from rehyat_jax.generation.generate import generate_latents
 from rehyat_jax.generation.noise import initial_noise
-from rehyat_jax.generation.options import SamplingOptions, open_model
-from rehyat_jax.preparation.captions import LARGEST_LIST
+from rehyat_jax.generation.options import SamplingOptions
+from rehyat_jax.generation.pipeline import Pipeline
+from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 from rehyat_jax.weights.load import checkpoint_files
 
@@ -23,6 +23,7 @@ def prepare_trajectories(
     destination: Path,
     sampling: SamplingOptions,
     *,
+    models: str | None,
     prompts: Path,
     noises: int,
     keep: int,
@@ -40,6 +41,7 @@ def prepare_trajectories(
     Args:
       checkpoint: the teacher, a model checkpoint or a PyTorch folder.
       sampling: options of sampling; `batch` trajectories are sampled at once.
+      models: folder or Hub name of the pipeline with the text encoder, see `Pipeline.from_pretrained`.
       prompts: a file with one prompt on each line.
       noises: number of trajectories for each prompt.
       keep: number of examples from each trajectory.
@@ -52,28 +54,29 @@ def prepare_trajectories(
     if keep > sampling.steps:
         raise InputError(f"--keep {keep}: expected at most as many as --steps {sampling.steps}; lower it")
     lines = read_prompts(prompts)
-    opened = open_model(checkpoint, sampling)
-    embeddings = {line: opened.text_encoder([line])[0] for line in lines}
-    null_text = opened.text_encoder([""])[0]
-    negative_text = opened.text_encoder([sampling.negative_prompt])[0]
+    pipeline = Pipeline.from_pretrained(models, sampling, student=checkpoint)
+    sampling = pipeline.options
+    solver = {name: getattr(sampling, name) for name in ("steps", "guidance_scale", "flow_shift", "sampler")}
     options = {
-        **sampling.solver,
+        **solver,
         **{"negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "compute_dtype": sampling.dtype},
         **{"batch": sampling.batch, "keep": keep, "dtype": dtype, **fingerprints(checkpoint)},
-        "latents_shape": opened.latent_shape,
+        "latents_shape": pipeline.latent_shape,
     }
     inputs = lines * noises
-    plan = Plan("trajectories", opened.codec_name, opened.text_encoder_name, options, inputs, unit)
-    model = None
+    plan = Plan("trajectories", pipeline.codec_name, pipeline.text_encoder_name, options, inputs, unit)
+
+    @functools.cache
+    def embeddings() -> dict[str, np.ndarray]:
+        texts = list(dict.fromkeys([*lines, "", sampling.negative_prompt]))
+        return dict(zip(texts, pipeline.embed(texts, progress=True), strict=True))
 
     def fill(writer: UnitWriter, numbers: range, progress: tqdm) -> None:
-        nonlocal model
-        model = model or opened.load()
         for start in range(0, len(numbers), sampling.batch):
             batch = list(numbers[start : start + sampling.batch])
             # Padded, because a smaller batch would compile again.
             padded = batch + batch[-1:] * (sampling.batch - len(batch))
-            text = np.stack([embeddings[inputs[number]] for number in padded])
+            text = np.stack([embeddings()[inputs[number]] for number in padded])
             kept = [kept_steps(sampling.seed, number, sampling.steps, keep) for number in batch]
 
             def store(step: int, at: Coefficients, latents, batch=batch, kept=kept, text=text) -> None:
@@ -89,18 +92,12 @@ def prepare_trajectories(
                     except CorruptRecord as error:
                         writer.reject(name, "not finite", str(error))
 
-            generate_latents(
-                model,
-                text,
-                np.stack([negative_text] * len(padded)),
-                initial_noise(sampling.seed, padded, opened.latent_shape),
-                on_step=store,
-                **sampling.solver,
-            )
+            noise = initial_noise(sampling.seed, padded, pipeline.latent_shape)
+            negative_text = np.stack([embeddings()[sampling.negative_prompt]] * len(padded))
+            pipeline.sample_latents(text, negative_text, noise, on_step=store)
             progress.update(len(batch))
 
-    with opened.on_mesh():
-        return prepare(destination, plan, fill, lambda: null_text, hosts, item="sample")
+    return prepare(destination, plan, fill, lambda: embeddings()[""], hosts, item="sample")
 
 
 def fingerprints(checkpoint: Path) -> dict[str, str]:
@@ -122,19 +119,6 @@ def fingerprints(checkpoint: Path) -> dict[str, str]:
         "model": fingerprint(everything, checkpoint if checkpoint.is_dir() else folder),
         "model_blocks": fingerprint(files, folder, blocks=BLOCKS),
     }
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The non-empty lines of a file. Raises InputError if there are none, or the file is not UTF-8 text."""
-    if file.exists():
-        check_regular_file(file, largest_bytes=LARGEST_LIST)
-    try:
-        lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: expected a text file with one prompt a line, found: {error}; check it") from error
-    if not any(lines):
-        raise InputError(f"{file}: expected one prompt a line, found none; add some")
-    return [line for line in lines if line]
 
 
 def kept_steps(seed: int, trajectory: int, steps: int, keep: int) -> list[int]:

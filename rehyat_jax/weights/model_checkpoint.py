@@ -1,7 +1,8 @@
 """Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint.
 
 model.json names the model's codec and text encoder. It may also have "models", the folder or Hub name of the pipeline
-whose VAE and text encoder these are. It has format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form instead of "attention".
+whose VAE and text encoder these are. It has format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form
+instead of "attention".
 """
 
 import functools

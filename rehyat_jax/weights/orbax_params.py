@@ -177,7 +177,7 @@ def _check_array(folder: Path) -> None:
 def restore_arrays(
     directory: Path, shardings: dict[str, jax.sharding.Sharding], dtypes: dict[str, Any]
 ) -> dict[str, jax.Array]:
-    """The saved arrays by path, cast to their dtype in `dtypes`. Each process reads only the parts that its devices hold.
+    """The saved arrays by path, cast to `dtypes`. Each process reads only the parts that its devices hold.
 
     Raises:
       InputError: the saved arrays are damaged.

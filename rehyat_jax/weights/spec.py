@@ -68,8 +68,8 @@ class ModelSpec:
       defaulted: fields that have their defaults in the layouts without a config.json, because no tensor implies them.
       copies: names of tensors that some files store twice -> the name that is kept.
       file_name: name of the files of weights that are written, without their suffix.
-      original_file: pattern of the name of its file, without suffix, in Wan's original repositories, if that differs from
-        the transformer's.
+      original_file: pattern of the name of its file in Wan's original repositories, without suffix; empty for the
+        transformer, whose file has `file_name`.
     """
 
     architecture: str
