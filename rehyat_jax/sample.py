@@ -23,9 +23,9 @@ import numpy as np
 
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.mp4 import read_settings
 from rehyat_jax.files.shown import shown
 from rehyat_jax.files.temporary import remove_leftovers
-from rehyat_jax.files.video_writer import read_settings
 from rehyat_jax.files.write import check_place
 from rehyat_jax.generation.latents_file import read_latents, write_latents
 from rehyat_jax.generation.options import SamplingOptions, number

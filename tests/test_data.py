@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from videos import read_mp4
 
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.demo.digits import CAPTIONS, NUM_FRAMES, DigitVideos, load_scans, render
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.video import read_mp4, write_mp4
+from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.generation.codecs import SpaceToDepth
 from rehyat_jax.generation.opening import get_codec, get_text_encoder
@@ -288,7 +289,7 @@ def smooth_video():
 
 def test_a_video_file_shows_what_was_written(tmp_path):
     video = smooth_video()
-    write_mp4(tmp_path / "new" / "a.mp4", video, fps=12, scale=4)
+    write_video(tmp_path / "new" / "a.mp4", video, fps=12, scale=4)
     frames, fps = read_mp4(tmp_path / "new" / "a.mp4")
     assert frames.shape == (9, 96, 96, 3) and fps == 12
     # Chroma is stored at half the resolution and everything is quantised: a few levels of 255.
@@ -297,7 +298,7 @@ def test_a_video_file_shows_what_was_written(tmp_path):
 
 
 def test_odd_sizes_and_bytes_are_written(tmp_path):
-    write_mp4(tmp_path / "a.mp4", np.full((3, 7, 17, 3), 200, np.uint8))
+    write_video(tmp_path / "a.mp4", np.full((3, 7, 17, 3), 200, np.uint8))
     frames, fps = read_mp4(tmp_path / "a.mp4")
     assert frames.shape == (3, 8, 18, 3) and fps == 16
     # A constant frame survives up to the rounding of its colour.
@@ -306,7 +307,7 @@ def test_odd_sizes_and_bytes_are_written(tmp_path):
 
 def test_float_pixels_are_clipped_not_wrapped(tmp_path):
     video = np.stack([np.full((16, 16, 3), -0.5), np.full((16, 16, 3), 1.5)]).astype(np.float32)
-    write_mp4(tmp_path / "a.mp4", jnp.asarray(video, jnp.bfloat16))
+    write_video(tmp_path / "a.mp4", jnp.asarray(video, jnp.bfloat16))
     frames, _ = read_mp4(tmp_path / "a.mp4")
     # Black and white survive up to the rounding of their colour.
     assert frames[0].max() <= 3 and frames[1].min() >= 252
@@ -323,13 +324,13 @@ def test_float_pixels_are_clipped_not_wrapped(tmp_path):
 )
 def test_what_is_not_a_video_is_refused(tmp_path, video, message):
     with pytest.raises(ValueError, match=message):
-        write_mp4(tmp_path / "a.mp4", video)
+        write_video(tmp_path / "a.mp4", video)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_video_alone(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"old")
     with pytest.raises(OSError, match=r"a\.mp4: ffmpeg could not write the video: .*framerate"):
-        write_mp4(tmp_path / "a.mp4", smooth_video(), fps=-1)
+        write_video(tmp_path / "a.mp4", smooth_video(), fps=-1)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == b"old"

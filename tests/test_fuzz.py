@@ -23,8 +23,8 @@ from test_sample_cli import save_random_model
 from rehyat_jax.data.manifest import MANIFEST, SHARD_SUFFIX, read_manifest
 from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.data.records import pack, unpack
+from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.files.video import SUFFIXES, UnreadableVideo, find_ffmpeg, frame_size
-from rehyat_jax.files.video_writer import write_video
 from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.models.wan.config import WAN_PRESETS

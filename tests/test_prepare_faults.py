@@ -21,8 +21,8 @@ from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.errors import InputError
 from rehyat_jax.files import video
+from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.files.temporary import new_token, temporary_path
-from rehyat_jax.files.video_writer import write_video
 from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.preparation import units
 from rehyat_jax.preparation.captions import captioned_videos, read_captions

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
+from videos import read_mp4
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
-from rehyat_jax.files import video_writer
-from rehyat_jax.files.video import read_mp4
-from rehyat_jax.files.video_writer import NoEncoder
+from rehyat_jax.files import mp4
+from rehyat_jax.files.mp4 import NoEncoder
 from rehyat_jax.generation import pipeline as pipelines
 from rehyat_jax.generation import video_files
 from rehyat_jax.models.wan.config import WanConfig
@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up_is_reported(checkpoint, tmp_path, capsys, monkeypa
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(video_writer, "enlarged", full)
+    monkeypatch.setattr(mp4, "enlarged", full)
     assert main(arguments(checkpoint, tmp_path / "seven.mp4")) == 2
     assert "seven.mp4: cannot be written (No space left on device)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

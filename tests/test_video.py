@@ -7,12 +7,13 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from test_sample_cli import arguments, save_random_model
+from videos import read_mp4
 
 from rehyat_jax import prepare, sample
 from rehyat_jax.errors import InputError
-from rehyat_jax.files import video_writer
-from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, read_clip, read_mp4
-from rehyat_jax.files.video_writer import NoEncoder, open_video, read_facts, read_settings, write_video
+from rehyat_jax.files import mp4
+from rehyat_jax.files.mp4 import NoEncoder, open_video, read_facts, read_settings, write_video
+from rehyat_jax.files.video import NoFfmpeg, find_ffmpeg, read_clip
 
 PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()
 VIDEO = np.linspace(0, 1, 2 * 8 * 16 * 3).reshape(2, 8, 16, 3)
@@ -65,7 +66,7 @@ def without_encoder(request, monkeypatch):
     if request.param == "no package":
         monkeypatch.setitem(sys.modules, "av", None)
     else:
-        monkeypatch.setattr(video_writer, "CODEC", "h264_of_nobody")
+        monkeypatch.setattr(mp4, "CODEC", "h264_of_nobody")
 
 
 def test_sampling_without_an_encoder_keeps_the_frames(without_encoder, tmp_path, capsys):

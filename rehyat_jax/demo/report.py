@@ -14,8 +14,8 @@ from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.demo import measure
 from rehyat_jax.demo.judge import Judge
 from rehyat_jax.demo.plots import save_block_errors, save_losses
+from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.files.pictures import save_frames
-from rehyat_jax.files.video_writer import write_video
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.training.config import load_config
 from rehyat_jax.weights import load_wan

@@ -70,20 +70,6 @@ def find_ffmpeg() -> str:
         return program
 
 
-def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
-    """([frames, height, width, 3] uint8, frames per second). Raises OSError if `path` is not a readable video.
-
-    Only tests call it: it needs the package imageio-ffmpeg.
-    """
-    import imageio_ffmpeg
-
-    reader = imageio_ffmpeg.read_frames(str(path))
-    metadata = next(reader)
-    width, height = metadata["size"]
-    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    return np.stack(frames), metadata["fps"]
-
-
 def frame_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of a video when it is displayed. Raises the exceptions of `read_clip`."""
     picture = _ffmpeg_reads(path, ["-frames:v", "1", "-c:v", "ppm", "-f", "image2pipe", "-"])

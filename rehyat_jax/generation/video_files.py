@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from rehyat_jax.files.mp4 import NoEncoder, Writer, array_file, check_encoder, open_array, open_video
 from rehyat_jax.files.pictures import save_frames
 from rehyat_jax.files.shown import shown
-from rehyat_jax.files.video_writer import NoEncoder, Writer, array_file, check_encoder, open_array, open_video
 from rehyat_jax.generation.pipeline import Pipeline
 
 WATCHABLE_HEIGHT = 240

@@ -1,5 +1,6 @@
-"""Writes MP4 files frame by frame, with PyAV, and reads the settings that are stored in them."""
+"""Writes MP4 files frame by frame, with PyAV, and reads them again with the settings that are stored in them."""
 
+import collections
 import contextlib
 import json
 import os
@@ -158,27 +159,39 @@ class VideoFacts(NamedTuple):
     settings: dict[str, Any] | None
 
 
-def read_facts(path: Path) -> VideoFacts:
-    """The facts of a video file that this program or another one wrote; no frame is decoded.
-
-    Raises:
-      InputError: the file is no video.
-    """
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Yields PyAV's container and its video stream. Raises InputError if the file is no readable video."""
     check_encoder()
     import av
 
     check_regular_file(path)
     try:
         with av.open(str(path)) as container:
-            stream, comment = container.streams.video[0], container.metadata.get("comment", "")
-            facts = VideoFacts(stream.height, stream.width, Fraction(stream.average_rate or 0), None)
-    except (OSError, ValueError, IndexError) as error:  # PyAV's errors are both of these kinds
+            yield container, container.streams.video[0]
+    except (av.FFmpegError, IndexError) as error:
         raise InputError(f"{path}: is not a readable video ({shown(error)}); give another file") from error
+
+
+def read_facts(path: Path) -> VideoFacts:
+    """The facts of a video that this program or another one wrote. Raises InputError if the file is no video."""
+    with _opened(path) as (container, stream):
+        facts = VideoFacts(stream.height, stream.width, Fraction(stream.average_rate or 0), None)
+        comment = container.metadata.get("comment", "")
     with contextlib.suppress(ValueError):
         settings = json.loads(comment)
         if isinstance(settings, dict):
             return facts._replace(settings=settings)
     return facts
+
+
+def read_frames(path: Path, last: int | None = None) -> np.ndarray:
+    """All frames of a video, or the last ones; uint8 [F, height, width, 3]. Raises InputError if it is no video."""
+    with _opened(path) as (container, stream):
+        kept = collections.deque((frame.to_ndarray(format="rgb24") for frame in container.decode(stream)), last)
+    if not kept:
+        raise InputError(f"{path}: has no frames; give another file")
+    return np.stack(kept)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
