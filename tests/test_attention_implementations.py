@@ -237,9 +237,7 @@ def test_frames_outside_the_window_have_no_order_and_the_future_no_influence(imp
     ids=str,
     indirect=["implementation"],
 )
-def test_video_continued_from_its_state_equals_one_call(
-    implementation, form, groups, stabilizer, causal
-):
+def test_video_continued_from_its_state_equals_one_call(implementation, form, groups, stabilizer, causal):
     inputs = implementation.inputs | dict(batch=2)
     attend = streamed(form, implementation.name, groups, stabilizer, causal)
     found = output_and_gradients(attend, make_arrays(*form[:2], **inputs))

@@ -1,6 +1,7 @@
 """The transformer over a video in parts, against the complete video at once."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import jax
@@ -72,6 +73,15 @@ def in_parts(graphdef, params, batch, timestep, sizes, config, longest=None):
     return np.concatenate(velocities, axis=1)
 
 
+SOLVER = dict(steps=3, flow_shift=3.0)
+
+
+def sampled(sample, model, noise, **options):
+    """Latents of prompts that all these tests share."""
+    text = tiny_batch()["text"].astype(noise.dtype)
+    return sample(model, text, 0.1 * text, noise, **SOLVER, **options)
+
+
 @pytest.mark.parametrize("form", CAUSAL)
 @pytest.mark.parametrize("frames", [1, 6, 13])
 def test_parts_give_the_velocity_of_the_complete_video(form, frames):
@@ -105,6 +115,14 @@ def test_positions_below_a_limit_keep_the_distances_within_windows(feature_map, 
     assert (error[:, 6:].max() < 2e-5) == is_equal
 
 
+def test_positions_below_a_limit_keep_the_distances_within_bidirectional_windows():
+    unrotated = FeatureMapConfig(features=16, input="unrotated")
+    graphdef, params = tiny_model(student(dataclasses.replace(FORMS["bidirectional"], feature_map=unrotated)))
+    model, noise = nnx.merge(graphdef, params), host_noise(3, 2, (5, 4, 6, 4))
+    run = lambda longest: sampled(stream_latents, model, noise, guidance_scale=1.0, longest=longest)
+    np.testing.assert_allclose(run(3), run(None), atol=2e-5, rtol=2e-5)
+
+
 def test_a_limit_below_a_part_is_refused():
     with pytest.raises(ValueError, match="at least the 3 frames of a part, found 2"):
         part_positions(0, 3, 12, longest=2)
@@ -126,6 +144,20 @@ def test_parts_on_a_mesh(implementation):
         in_parts(graphdef, params, batch, timestep, [2, 2, 1], config)
 
 
+def test_layers_on_a_mesh():
+    graphdef, params = tiny_model(student(FORMS["bidirectional"]))
+    model, noise = nnx.merge(graphdef, params), np.array(initial_noise(3, 2, (5, 4, 6, 4)))
+    expected = sampled(stream_latents, model, noise, guidance_scale=1.0)
+    with jax.set_mesh(make_mesh(dict(zip(AXES, (1, 2, 1, 2), strict=True)), jax.devices()[:4])):
+        found = sampled(stream_latents, model, noise, guidance_scale=1.0)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    with (
+        jax.set_mesh(make_mesh(dict(zip(AXES, (1, 1, 2, 1), strict=True)), jax.devices()[:2])),
+        pytest.raises(ValueError, match="cannot be sharded along time, found 2 devices along it"),
+    ):
+        sampled(stream_latents, model, noise, guidance_scale=1.0)
+
+
 @pytest.mark.parametrize("hybrid", [HybridConfig(), HybridConfig(causal=False)])
 def test_blocks_that_need_the_complete_video_at_once_are_named(hybrid):
     check_streams(TINY.replace(hybrid_blocks="all", hybrid=hybrid))
@@ -136,15 +168,6 @@ def test_blocks_that_need_the_complete_video_at_once_are_named(hybrid):
 def test_a_bidirectional_model_does_not_run_part_by_part():
     with pytest.raises(ValueError, match="expected causal attention in every block, found bidirectional"):
         initial_states(student(FORMS["bidirectional"]), 1, 6, jnp.float32)
-
-
-SOLVER = dict(steps=3, flow_shift=3.0)
-
-
-def sampled(sample, model, noise, **options):
-    """Latents of prompts that all these tests share."""
-    text = tiny_batch()["text"].astype(noise.dtype)
-    return sample(model, text, 0.1 * text, noise, **SOLVER, **options)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ two ways through a model's parts and blocks:
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -97,7 +98,8 @@ def stream_latents(
     if before is not None:
         _check_before(before.shape, noise.shape)
     conditions = (text,) if guidance_scale == 1 else (text, negative_text, np.float32(guidance_scale))
-    video = _Video(graphdef, params, config, model.dtype, conditions, noise.shape, part_chunks, longest)
+    parts = _parts(config, noise.shape, part_chunks, longest)
+    video = _Video(graphdef, params, config, model.dtype, conditions, noise.shape, parts)
     advance, runs = _part_by_part, len(video.parts)
     if not is_causal(config):
         advance, runs = _layer_by_layer, len(video.parts) * (config.num_layers + 2)
@@ -131,35 +133,40 @@ class _Part(NamedTuple):
     is_last: bool
 
 
-class _Video:
-    """The video to sample, and the model that samples it."""
+class _Video(NamedTuple):
+    """The videos to sample, of `shape` [B, T, H, W, C], and the model that samples them."""
 
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        params: nnx.State,
-        config: WanConfig,
-        dtype: jnp.dtype,
-        conditions: tuple[Array, ...],
-        shape: tuple[int, ...],
-        part_chunks: int,
-        longest: int | None,
-    ):
-        self.graphdef, self.params, self.config, self.dtype, self.conditions = graphdef, params, config, dtype, conditions
-        videos, frames, height, width, _ = self.shape = shape
-        self.evaluated = videos * (1 if len(conditions) == 1 else 2)
-        patch_frames, patch_height, patch_width = config.patch_size
-        part_frames = part_chunks * config.block_forms.chunk_frames * patch_frames
-        space = height // patch_height, width // patch_width
-        self.tokens_per_frame = space[0] * space[1]
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    config: WanConfig
+    dtype: jnp.dtype
+    conditions: tuple[Array, ...]
+    shape: tuple[int, ...]
+    parts: list[_Part]
 
-        def part(begin: int) -> _Part:
-            end = min(begin + part_frames, frames)
-            first, count = begin // patch_frames, (end - begin) // patch_frames
-            positions = part_positions(first, count, config.head_dim, longest=longest)
-            return _Part(slice(begin, end), (count, *space), positions, end == frames)
+    @property
+    def evaluated(self) -> int:
+        """Videos that the model evaluates at once: guidance evaluates each twice."""
+        return self.shape[0] * (1 if len(self.conditions) == 1 else 2)
 
-        self.parts = [part(begin) for begin in range(0, frames, part_frames)]
+    @property
+    def tokens_per_frame(self) -> int:
+        _, height, width = self.parts[0].grid
+        return height * width
+
+
+def _parts(config: WanConfig, shape: tuple[int, ...], part_chunks: int, longest: int | None) -> list[_Part]:
+    _, frames, height, width, _ = shape
+    patch_frames, patch_height, patch_width = config.patch_size
+    part_frames = part_chunks * config.block_forms.chunk_frames * patch_frames
+
+    def part(begin: int) -> _Part:
+        end = min(begin + part_frames, frames)
+        first, count = begin // patch_frames, (end - begin) // patch_frames
+        positions = part_positions(first, count, config.head_dim, longest=longest)
+        return _Part(slice(begin, end), (count, height // patch_height, width // patch_width), positions, end == frames)
+
+    return [part(begin) for begin in range(0, frames, part_frames)]
 
 
 def _part_by_part(
@@ -250,13 +257,14 @@ def _check_before(before: tuple[int, ...], noise: tuple[int, ...]) -> None:
 
 def _check_host_memory(video: _Video) -> None:
     """Raises InputError if the host cannot hold the tokens and the sums of all parts, and the solver's history."""
-    config = video.config
-    features = max(form.feature_map.features for form in config.block_forms.forms if form.feature_map)
-    tokens = sum(part.grid[0] for part in video.parts) * video.tokens_per_frame
-    sums = 2 * 4 * len(video.parts) * config.num_heads * features * (config.head_dim + 1)
-    needed = video.evaluated * (tokens * config.width * jnp.dtype(video.dtype).itemsize + sums)
+    config, sizes = video.config, (video.evaluated, video.tokens_per_frame, video.dtype)
+    state = jax.eval_shape(lambda: initial_state(video.config, *sizes))
+    of_part = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in state.past)
+    frames = sum(part.grid[0] for part in video.parts)
+    tokens = video.evaluated * frames * video.tokens_per_frame * config.width * jnp.dtype(video.dtype).itemsize
+    latents = 4 * 4 * math.prod(video.shape)
     check_host_memory(
-        needed + 4 * 4 * int(np.prod(video.shape)),
+        tokens + len(video.parts) * of_part + latents,
         f"a bidirectional model's tokens of {video.shape[0]} videos, {video.shape[1]} latent frames of "
         f"{video.shape[2]}x{video.shape[3]}",
         "sample fewer, shorter or smaller videos, or train a student with config.hybrid.causal=True",

@@ -69,7 +69,7 @@ def rope_table(
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by `rope_table`'s angles, in at least float32; keeps x's dtype.
+    """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by `rope_table`'s angles; keeps x's dtype.
 
     Args:
       table: cosines and sines [N, d], each pair's value twice.

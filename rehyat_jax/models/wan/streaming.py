@@ -74,7 +74,7 @@ def initial_states(config: WanConfig, batch: int, tokens_per_frame: int, dtype: 
 def initial_state(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.typing.DTypeLike) -> HybridState:
     """`initial_states` of one block, of any form that attends in parts."""
     check_streams(config)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _largest(config, batch, tokens_per_frame, dtype))
+    return _zeros(_largest(config, batch, tokens_per_frame, dtype))
 
 
 class PartPositions(NamedTuple):
@@ -83,11 +83,11 @@ class PartPositions(NamedTuple):
     Attributes:
       frames: `frame_table` of the positions of the part's frames, each [T, d'], d' the temporal part of a head.
       overlap: the rotation of the overlap's keys, from their positions in the state to their positions relative to
-        this part's frames; each [1, d'].
+        this part's frames; each [1, d']. None if both are equal in every part.
     """
 
     frames: tuple[np.ndarray, np.ndarray]
-    overlap: tuple[np.ndarray, np.ndarray]
+    overlap: tuple[np.ndarray, np.ndarray] | None
 
 
 def apply_part(graphdef: nnx.GraphDef, *, is_last: bool = False) -> Callable[..., tuple[jax.Array, HybridState]]:
@@ -113,9 +113,8 @@ def apply_part(graphdef: nnx.GraphDef, *, is_last: bool = False) -> Callable[...
     ) -> tuple[jax.Array, HybridState]:
         _check_mesh()
         model = nnx.merge(graphdef, params)
-        states = dataclasses.replace(states, overlap_key=_turned(states.overlap_key, positions.overlap))
         per_block = model.per_block_attention() | {"state": states}
-        attend = lambda inputs, block: _attend(model, inputs, block, is_last=is_last)
+        attend = lambda inputs, block: _attend(model, inputs, block, positions, is_last=is_last)
         return model.forward(latents, timestep, text, attend, per_block, frames=positions.frames)
 
     return apply
@@ -171,10 +170,9 @@ def apply_block(
         conditions: Conditions,
     ) -> tuple[jax.Array, HybridState, LinearState]:
         model = nnx.merge(graphdef, params)
-        state = dataclasses.replace(state, overlap_key=_turned(state.overlap_key, positions.overlap))
         module, arguments = _block(model, block)
         arguments |= {"state": state, "later": later}
-        attend = lambda inputs: _attend(model, inputs, arguments, is_last=is_last)
+        attend = lambda inputs: _attend(model, inputs, arguments, positions, is_last=is_last)
         rope, sizes = _rope_and_sizes(model, grid, positions)
         x, state = module(x, conditions.text, conditions.time_modulation, rope, sizes, attend)
         following = jnp.minimum(block + 1, model.config.num_layers - 1)
@@ -199,8 +197,10 @@ def part_positions(first_frame: int, frames: int, head_dim: int, *, longest: int
     """
     if longest is not None and frames > longest:
         raise ValueError(f"longest must be at least the {frames} frames of a part, found {longest}")
+    if longest is None:
+        return PartPositions(frame_table(first_frame + np.arange(frames), head_dim), None)
     # How much later the video seems to begin, for this part and for the one before.
-    later, before = (max(0, end - longest) if longest else 0 for end in (first_frame + frames, first_frame))
+    later, before = (max(0, end - longest) for end in (first_frame + frames, first_frame))
     return PartPositions(
         frame_table(first_frame - later + np.arange(frames), head_dim),
         frame_table(np.array([before - later]), head_dim),
@@ -213,10 +213,12 @@ def _check_mesh() -> None:
 
 
 def _attend(
-    model: WanTransformer, inputs: AttentionInputs, per_block: Any, *, is_last: bool
+    model: WanTransformer, inputs: AttentionInputs, per_block: Any, positions: PartPositions, *, is_last: bool
 ) -> tuple[jax.Array, HybridState]:
     """One block's attention in its own form, from its own state; an `Attend` whose auxiliary output is the state."""
     state, later = per_block["state"], per_block.get("later")
+    if positions.overlap is not None:
+        state = dataclasses.replace(state, overlap_key=_turned(state.overlap_key, positions.overlap))
 
     def in_form(form: Form) -> Callable[[], tuple[jax.Array, HybridState]]:
         features = model.features(form, inputs, per_block.get("feature_maps"))
@@ -267,7 +269,7 @@ def _key_sums(
 
     def in_form(form: Form) -> Callable[[], LinearState]:
         if form.streams:
-            return lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), largest)
+            return lambda: _zeros(largest)
         features = model.features(form, inputs, arguments.get("feature_maps"))
         sums = lambda: form.key_sums(inputs, features, implementation=model.attention_implementation)
         return lambda: jax.tree.map(_grown, sums(), largest)
@@ -276,11 +278,10 @@ def _key_sums(
 
 
 def _turned(key: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Keys [..., d] with another rotation [1, d'] of the first d' dimensions, those of the temporal axis."""
+    """Keys [B, n, H, d] with another rotation [1, d'] of the first d' dimensions, those of the temporal axis."""
     cosines, sines = table
     temporal = cosines.shape[-1]
-    turned = rotate(key[..., :temporal].reshape(1, -1, 1, temporal), (cosines, sines))
-    return jnp.concatenate([turned.reshape(*key.shape[:-1], temporal), key[..., temporal:]], axis=-1)
+    return jnp.concatenate([rotate(key[..., :temporal], (cosines, sines)), key[..., temporal:]], axis=-1)
 
 
 def _largest(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.typing.DTypeLike) -> Any:
@@ -293,12 +294,14 @@ def _largest(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.ty
     return jax.tree.map(largest, *map(make, config.block_forms.forms))
 
 
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
 def _own_state(form: Form, inputs: AttentionInputs) -> Any:
     """The shapes of a form's own state."""
     batch, _, heads, head_dim = inputs.query.shape
-    return jax.eval_shape(
-        lambda: form.zero_state(batch, inputs.tokens_per_frame, heads, head_dim, inputs.query.dtype)
-    )
+    return jax.eval_shape(lambda: form.zero_state(batch, inputs.tokens_per_frame, heads, head_dim, inputs.query.dtype))
 
 
 def _first(leaf: jax.Array, own: jax.ShapeDtypeStruct) -> jax.Array:
