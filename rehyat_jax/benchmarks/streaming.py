@@ -1,8 +1,8 @@
 """Memory and speed of streamed sampling by length: python -m rehyat_jax.benchmarks.streaming [--topology v5e:2x2].
 
 With --topology: compiles the programs of Wan2.1 1.3B, all blocks causal hybrid, 480x832, bfloat16, one video with
-guidance, for one chip, and prints their peak memory and cycles. No TPU is needed. Every length runs at most three
-programs; equal ones are compiled once.
+guidance, for one chip, and prints their peak memory and cycles. No TPU is needed. All parts of a video except the last
+run one program, and equal programs are compiled once.
 
 Without: samples videos of the tiny preset on this machine's CPU. Memory is the rise of the resident memory of a
 process of its own. The solver's arrays of the complete video are in the host's memory by design; the last column is
@@ -33,7 +33,7 @@ from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.generation.generate import generate_latents
 from rehyat_jax.generation.guidance import guided_velocity
 from rehyat_jax.generation.noise import host_noise
-from rehyat_jax.generation.streaming import part_step, stream_latents
+from rehyat_jax.generation.streaming import PART_CHUNKS, part_step, stream_latents
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.models.wan.streaming import initial_states, part_positions
@@ -97,11 +97,11 @@ def static_figures(topology: str, frames: int, kind: str) -> tuple[int, int]:
 def print_static(topology: str, lengths: Sequence[int]) -> None:
     """Prints a table by length, and the ratio to one pass at the shortest length."""
     check_libtpu()
-    chunk = HybridConfig().chunk_frames
+    part_frames = PART_CHUNKS * HybridConfig().chunk_frames
     print("| latent frames | parts | peak memory, GB | M cycles of a step |\n|---|---|---|---|")
     totals = {}
     for frames in lengths:
-        parts = [chunk] * (frames // chunk) + ([frames % chunk] if frames % chunk else [])
+        parts = [part_frames] * (frames // part_frames) + ([frames % part_frames] if frames % part_frames else [])
         figures = [static_figures(topology, part, "part") for part in parts[:-1]]
         figures.append(static_figures(topology, parts[-1], "last part"))
         totals[frames] = sum(cycles for _, cycles in figures)
@@ -133,7 +133,7 @@ def resident_bytes(frames: int, size: int) -> tuple[int, int]:
     """(rise of resident memory while a video is sampled, bytes of the solver's arrays of the complete video)."""
     video = tiny_video(frames, size)
     run = functools.partial(stream_latents, **video, steps=2)
-    stream_latents(**tiny_video(7, size), steps=2)  # compiles
+    stream_latents(**tiny_video(21, size), steps=2)  # compiles
     return peak_bytes(run), 4 * video["noise"].nbytes
 
 
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     option = parser.add_argument
     option("--topology", help="v5e:2x2 v5p:2x2x1 v6e:2x2...: compile for one of its chips, and run nothing")
     option("--frames", type=int, nargs="+", default=[21, 201, 2001], help="latent frames (default: %(default)s)")
-    option("--size", type=int, default=24, help="height and width of the latents on a CPU (default: %(default)s)")
+    option("--size", type=int, default=12, help="height and width of the latents on a CPU (default: %(default)s)")
     option("--runs", type=int, default=9, help="timed runs of each (default: %(default)s)")
     arguments = parser.parse_args(argv)
     return report_input_errors(lambda: run(arguments))
