@@ -100,7 +100,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option(
         "--stream",
         action="store_true",
-        help="sample part by part: videos of any length in the same device memory, if all blocks are causal hybrid",
+        help="sample part by part: videos of any length in the same device memory, if all blocks are hybrid",
     )
     SamplingOptions.add_to(parser)
     return parser.parse_args(argv)
