@@ -215,7 +215,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option(
         "--stream",
         action="store_true",
-        help="sample part by part: videos of any length in the same device memory, if all blocks are causal hybrid",
+        help="sample part by part: videos of any length in the same device memory, if all blocks are hybrid",
     )
     longest = "latent frames; with --stream, positions stay below it (default: they grow with the video)"
     option("--longest", type=number(int, 1, 10**9), metavar="N", help=longest)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from rehyat_jax.attention import hybrid_attention
+from rehyat_jax.attention import hybrid_attention, hybrid_key_sums
 
 HEADS, HEAD_DIM, FEATURES = 2, 4, 6
 STABILIZERS = ("row_max", "joint")
@@ -89,14 +89,23 @@ def attention(form, causal=True, stabilizer="row_max", implementation="reference
     )
 
 
-def streamed(form, implementation, groups, stabilizer="row_max"):
-    """The output of one call, as several calls on consecutive groups of frames; only whole chunks hand on a state."""
+def streamed(form, implementation, groups, stabilizer="row_max", causal=True):
+    """The output of one call, as several calls on consecutive groups of frames; only whole chunks hand on a state.
+
+    Unless `causal`, each call also gets the sums over the groups after it.
+    """
 
     def attend(*arrays):
+        key, value, phi_key = arrays[1], arrays[2], arrays[4]
         state, outputs, start = None, [], 0
         for frames in groups:
             stop = start + frames * form[1]
-            call = attention(form, True, stabilizer, implementation, initial_state=state)
+            later = None
+            if not causal:
+                # After the last group the sums over no tokens, zero, are those of a group times 0.
+                rest = [array[:, stop:] if stop < key.shape[1] else 0 * array for array in (key, value, phi_key)]
+                later = hybrid_key_sums(*rest, tokens_per_frame=form[1], implementation=implementation)
+            call = attention(form, causal, stabilizer, implementation, initial_state=state, later=later)
             group = [array[:, start:stop] for array in arrays]
             if frames % form[2]:
                 outputs.append(call(*group))

@@ -52,9 +52,10 @@ ALTERNATING = tuple(
     (form, causal, STABILIZERS[(i + causal) % 2]) for i, form in enumerate(FORMS) for causal in (True, False)
 )
 CONTINUED = (
-    *itertools.product([(7, 2, 2, 1)], [(2, 2, 2, 1)], STABILIZERS),
-    *itertools.product([(6, 1, 3, 0)], [(3, 3)], STABILIZERS),
-    ((4, 2, 1, 1), (1, 2, 1), "joint"),
+    *itertools.product([(7, 2, 2, 1)], [(2, 2, 2, 1)], STABILIZERS, [True, False]),
+    *itertools.product([(6, 1, 3, 0)], [(3, 3)], STABILIZERS, [True]),
+    ((4, 2, 1, 1), (1, 2, 1), "joint", True),
+    ((5, 2, 2, 2), (4, 1), "joint", False),
 )
 
 
@@ -68,7 +69,7 @@ class Implementation:
       tolerance: of error ratios in that dtype, by stabilizer.
       float32: the same in float32.
       cases: (form, causal, stabilizer) to compare outputs and gradients at.
-      continued: (form, frames of each call, stabilizer) to do in several calls.
+      continued: (form, frames of each call, stabilizer, causal) to do in several calls.
       on_cpu: makes the context in which a CPU can run it.
     """
 
@@ -106,7 +107,11 @@ PALLAS_TPU = Implementation(
     dict(row_max=TPU_F32, joint=TPU_F32),
     float32=TPU_F32,
     cases=(*ALTERNATING, ((4, 12, 3, 1), True, "row_max"), ((4, 12, 3, 1), False, "joint")),
-    continued=(((7, 8, 2, 1), (2, 4, 1), "row_max"), ((7, 8, 2, 1), (4, 3), "joint")),
+    continued=(
+        ((7, 8, 2, 1), (2, 4, 1), "row_max", True),
+        ((7, 8, 2, 1), (4, 3), "joint", True),
+        ((7, 8, 2, 1), (2, 4, 1), "joint", False),
+    ),
     on_cpu=tpu_kernels_as_xla,
 )
 PALLAS_GPU = Implementation(
@@ -227,16 +232,16 @@ def test_frames_outside_the_window_have_no_order_and_the_future_no_influence(imp
 
 
 @pytest.mark.parametrize(
-    "implementation, form, groups, stabilizer",
+    "implementation, form, groups, stabilizer, causal",
     [(implementation, *case) for implementation in IMPLEMENTATIONS for case in implementation.continued],
     ids=str,
     indirect=["implementation"],
 )
-def test_video_continued_from_its_state_equals_one_call(implementation, form, groups, stabilizer):
+def test_video_continued_from_its_state_equals_one_call(implementation, form, groups, stabilizer, causal):
     inputs = implementation.inputs | dict(batch=2)
-    attend = streamed(form, implementation.name, groups, stabilizer)
+    attend = streamed(form, implementation.name, groups, stabilizer, causal)
     found = output_and_gradients(attend, make_arrays(*form[:2], **inputs))
-    expected = reference_results(form, True, stabilizer, **inputs)
+    expected = reference_results(form, causal, stabilizer, **inputs)
     assert_close(found, expected, implementation.tolerance[stabilizer])
 
 

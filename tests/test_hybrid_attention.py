@@ -98,7 +98,7 @@ def _map_of(heads):
         (dict(phi_key=np.zeros((1, 10, 2, 5), np.float32)), r"found phi_key of shape \(1, 10, 2, 5\)"),
         (dict(phi_query=np.zeros((1, 10, 2, 6), np.float16)), r"phi_query must be of dtype float32.*found float16"),
         (dict(return_state=True), r"return_state needs whole chunks: found 5 frames.*without return_state"),
-        (dict(return_state=True, causal=False), r"need causal=True"),
+        (dict(return_state=True, causal=False), r"expected later, the sums over the frames after these .*, found None"),
         (dict(return_state=True, implementation="reference"), r'use "scan" or "xla"'),
         (dict(initial_state=0), r"initial_state must be a HybridState, found int"),
         (dict(phi_query=None), r"phi_query must be features .* or a feature map, found None"),

@@ -18,10 +18,11 @@ from rehyat_jax.attention.features.inline import InlineFeatures
 from rehyat_jax.attention.hybrid.api import STABILIZERS
 from rehyat_jax.attention.hybrid.calibration import linear_mass_log_scale
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
-from rehyat_jax.attention.hybrid.state import HybridState
+from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.attention.on_mesh import (
     hybrid_attention_on_mesh,
     hybrid_attention_part_on_mesh,
+    hybrid_key_sums_on_mesh,
     softmax_attention_on_mesh,
 )
 
@@ -130,12 +131,19 @@ class Form(abc.ABC):
         """
 
     @property
-    def streams(self) -> bool:
-        """True if the attention of a video can be computed part by part; see `attend_part`."""
+    def attends_in_parts(self) -> bool:
+        """True if a video's attention can be computed part by part: `zero_state`, `attend_part`, `key_sums`."""
         return False
 
-    def zero_state(self, batch: int, sizes: Sizes, dtype: jax.typing.DTypeLike) -> HybridState:
-        """The state before the first part of a video of `batch` examples."""
+    @property
+    def streams(self) -> bool:
+        """True if the attention of a part needs only the parts before."""
+        return self.attends_in_parts and self.causal
+
+    def zero_state(
+        self, batch: int, tokens_per_frame: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    ) -> HybridState:
+        """The state before the first part of a video of `batch` examples, whose attention computes in `dtype`."""
         raise NotImplementedError(f"{self.label} attention has no state")
 
     def attend_part(
@@ -144,6 +152,7 @@ class Form(abc.ABC):
         features: Features,
         state: HybridState,
         *,
+        later: LinearState | None = None,
         is_last: bool,
         implementation: str | None,
     ) -> tuple[jax.Array, HybridState]:
@@ -152,10 +161,19 @@ class Form(abc.ABC):
         Args:
           inputs, features, implementation: see `attend`. Unless `is_last`, the part has complete chunks.
           state: state after the parts before.
+          later: the sum of the later parts' `key_sums`; only read if the form does not stream.
           is_last: True for the last part of a video, which may end within a chunk.
 
         Returns:
           (attention [B, N, H, d], state after this part; unchanged after the last one).
+        """
+        raise NotImplementedError(f"{self.label} attention cannot be computed in parts")
+
+    def key_sums(self, inputs: AttentionInputs, features: Features, *, implementation: str | None) -> LinearState:
+        """The sums over the keys of a part that the parts before it read, if the form does not stream.
+
+        Args:
+          inputs, features, implementation: see `attend`.
         """
         raise NotImplementedError(f"{self.label} attention cannot be computed in parts")
 
@@ -239,16 +257,18 @@ class HybridConfig(Form):
         )
 
     @property
-    def streams(self) -> bool:
-        return self.causal
+    def attends_in_parts(self) -> bool:
+        return True
 
-    def zero_state(self, batch: int, sizes: Sizes, dtype: jax.typing.DTypeLike) -> HybridState:
+    def zero_state(
+        self, batch: int, tokens_per_frame: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    ) -> HybridState:
         return HybridState.zeros(
             batch,
-            sizes.num_heads,
-            sizes.head_dim,
+            num_heads,
+            head_dim,
             self.feature_map.features,
-            tokens_per_frame=sizes.tokens_per_frame,
+            tokens_per_frame=tokens_per_frame,
             overlap_frames=self.overlap_frames,
             dtype=dtype,
         )
@@ -259,6 +279,7 @@ class HybridConfig(Form):
         features: Features,
         state: HybridState,
         *,
+        later: LinearState | None = None,
         is_last: bool,
         implementation: str | None,
     ) -> tuple[jax.Array, HybridState]:
@@ -269,10 +290,21 @@ class HybridConfig(Form):
             inputs.value,
             *features,
             state,
+            None if self.causal else later,
             is_last=is_last,
             tokens_per_frame=inputs.tokens_per_frame,
             implementation=implementation,
             **self._arguments,
+        )
+
+    def key_sums(self, inputs: AttentionInputs, features: Features, *, implementation: str | None) -> LinearState:
+        assert features is not None
+        return hybrid_key_sums_on_mesh(
+            inputs.key,
+            inputs.value,
+            features[1],
+            tokens_per_frame=inputs.tokens_per_frame,
+            implementation=implementation,
         )
 
     def log_scale(self, inputs: AttentionInputs, features: Features) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from rehyat_jax.attention import softmax_attention
 from rehyat_jax.attention.features.inline import InlineFeatures, identity
-from rehyat_jax.attention.hybrid.api import hybrid_attention
+from rehyat_jax.attention.hybrid.api import hybrid_attention, hybrid_key_sums
 from rehyat_jax.attention.hybrid.context_parallel import hybrid_attention_in_parts
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
@@ -25,9 +25,10 @@ TOKENS = PartitionSpec(BATCH, CONTEXT, "tensor", None)
 _TEXT = PartitionSpec(BATCH, None, "tensor", None)
 _PER_HEAD = PartitionSpec("tensor")
 _SUMS = PartitionSpec(BATCH, "tensor")
+_LINEAR_STATE = LinearState(_SUMS, _SUMS)
 _STATE = HybridState(
-    past=LinearState(_SUMS, _SUMS),
-    overlap=LinearState(_SUMS, _SUMS),
+    past=_LINEAR_STATE,
+    overlap=_LINEAR_STATE,
     overlap_key=_TEXT,
     overlap_value=_TEXT,
     chunks=PartitionSpec(),
@@ -71,6 +72,7 @@ def hybrid_attention_part_on_mesh(
     phi_query: jax.Array | InlineFeatures,
     phi_key: jax.Array | InlineFeatures,
     state: HybridState,
+    later: LinearState | None = None,
     *,
     is_last: bool,
     implementation: str | None = None,
@@ -80,6 +82,7 @@ def hybrid_attention_part_on_mesh(
 
     Args:
       state: state after the frames before. It has no `form`, so that blocks of several forms can be scanned.
+      later: sums over the frames after these, for bidirectional attention.
       is_last: True for the last part of a video, which may end within a chunk.
       **form: as in `hybrid_attention_on_mesh`.
 
@@ -89,36 +92,53 @@ def hybrid_attention_part_on_mesh(
     The mesh must not shard videos along time.
     """
 
-    def part(tokens, phis, state):
-        options = dict(initial_state=state, implementation=implementation, **form)
+    def part(tokens, phis, state, later=None):
+        options = dict(initial_state=state, later=later, implementation=implementation, **form)
         if is_last:
             return hybrid_attention(*tokens, *phis, **options), state
         y, state = hybrid_attention(*tokens, *phis, return_state=True, **options)
         return y, dataclasses.replace(state, form=None)
 
     if not is_cut():
-        return part((query, key, value), (phi_query, phi_key), state)
-    return _on_every_device(part, (query, key, value), (phi_query, phi_key), (TOKENS, _STATE), state)
+        return part((query, key, value), (phi_query, phi_key), state, later)
+    sums = [(state, _STATE)] if later is None else [(state, _STATE), (later, _LINEAR_STATE)]
+    return _on_every_device(part, (query, key, value), (phi_query, phi_key), (TOKENS, _STATE), *sums)
 
 
-def _on_every_device(part: Callable, tokens: tuple, phis: tuple, results: Any, *state: HybridState) -> Any:
-    """part(tokens, phis, *state) of every device's own examples and heads."""
+def hybrid_key_sums_on_mesh(
+    key: jax.Array, value: jax.Array, phi_key: jax.Array | InlineFeatures, **options: Any
+) -> LinearState:
+    """`hybrid_key_sums` over the mesh in use, which must not shard videos along time."""
+    part = lambda tokens, phis: hybrid_key_sums(*tokens, *phis, **options)
+    if not is_cut():
+        return part((key, value), (phi_key,))
+    return _on_every_device(part, (key, value), (phi_key,), _LINEAR_STATE)
+
+
+def _on_every_device(part: Callable, tokens: tuple, phis: tuple, results: Any, *sums: tuple[Any, Any]) -> Any:
+    """part(tokens, phis, *sums) of every device's own examples and heads.
+
+    Args:
+      phis: features of the first tokens, in their order.
+      results: the PartitionSpecs of part's result.
+      sums: trees, each with its PartitionSpecs.
+    """
     features = [phi if isinstance(phi, InlineFeatures) else InlineFeatures(phi, (), identity) for phi in phis]
     sources = [None if phi.of_own_tokens else phi.source for phi in features]
 
-    def run(tokens, sources, weights, *state):
+    def run(tokens, sources, weights, *sums):
         bound = [
             InlineFeatures(source, matrices, phi.function).bound(x)
             for x, source, matrices, phi in zip(tokens, sources, weights, features, strict=False)
         ]
-        return part(tokens, bound, *state)
+        return part(tokens, bound, *sums)
 
     return jax.shard_map(
         run,
-        in_specs=(TOKENS, TOKENS, _PER_HEAD, *(_STATE for _ in state)),
+        in_specs=(TOKENS, TOKENS, _PER_HEAD, *(spec for _, spec in sums)),
         out_specs=results,
         check_vma=False,
-    )(tokens, sources, [phi.weights for phi in features], *state)
+    )(tokens, sources, [phi.weights for phi in features], *(tree for tree, _ in sums))
 
 
 def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array, *, num_tokens: int) -> jax.Array:

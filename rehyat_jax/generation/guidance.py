@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.diffusion.samplers import VelocityFn
 
 Array = jax.Array
@@ -24,8 +25,8 @@ def guided_velocity(
 
     def velocity(latents: Array, timestep: Array) -> Array:
         both = model(jnp.concatenate([latents, latents]), jnp.concatenate([timestep, timestep]), both_texts)
-        # In float32: guidance magnifies the rounding of the difference by guidance_scale.
-        conditional, unconditional = jnp.split(both.astype(jnp.float32), 2)
+        # Guidance magnifies the rounding of the difference by guidance_scale.
+        conditional, unconditional = jnp.split(both.astype(accumulation_dtype(both.dtype)), 2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     return velocity

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from rehyat_jax.attention.features.inline import InlineFeatures
 from rehyat_jax.attention.hybrid.backend import Request, choose_backend
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.reference import normalised_weights
-from rehyat_jax.attention.hybrid.state import HybridState, StateForm
+from rehyat_jax.attention.hybrid.state import HybridState, LinearState, StateForm
 from rehyat_jax.attention.product import accumulation_dtype
 
 STABILIZERS = ("row_max", "joint")
@@ -34,6 +35,7 @@ def hybrid_attention(
     implementation: str | None = None,
     initial_state: HybridState | None = None,
     return_state: bool = False,
+    later: LinearState | None = None,
 ) -> jax.Array | tuple[jax.Array, HybridState]:
     """Softmax attention inside a temporal window, linear attention outside it, one normalisation over both.
 
@@ -70,8 +72,10 @@ def hybrid_attention(
         - "pallas_gpu": one fused kernel forward, cuDNN's backward, head_dim 128, for Hopper GPUs;
         - None: the best one that can do the request on the platform that the program is compiled for.
         The first three support forward mode (`jax.jvp`).
-      initial_state: the state returned with the preceding chunks of the same video; None at its start. Causal only.
-      return_state: also return the state that continues the video. Causal only, and only after complete chunks.
+      initial_state: the state returned with the preceding chunks of the same video; None at its start.
+      return_state: also return the state that continues the video. Only after complete chunks.
+      later: sums over the frames after these (`hybrid_key_sums`). Bidirectional attention needs them to continue a
+        video, also after its last frame, where they are zero.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`; with return_state, (y, HybridState).
 
@@ -88,20 +92,48 @@ def hybrid_attention(
         stabilizer=stabilizer,
         initial_state=initial_state,
         return_state=return_state,
+        later=later,
     )
     backend = choose_backend(request, implementation)
     backend.check(request)
-    if initial_state is None and not return_state:
+    if initial_state is None and not return_state and later is None:
         return backend(request)[0]
     _check_streaming(request)
     form: StateForm | None = request.state_form
     if initial_state is not None:
         form, initial_state = initial_state.form, dataclasses.replace(initial_state, form=None)
+    elif later is not None:
+        initial_state = request.zero_state
     output, final_state = backend(dataclasses.replace(request, initial_state=initial_state))
     if not return_state:
         return output
     assert final_state is not None
     return output, dataclasses.replace(final_state, form=form)
+
+
+def hybrid_key_sums(
+    key: jax.Array,
+    value: jax.Array,
+    phi_key: Features,
+    *,
+    tokens_per_frame: int,
+    implementation: str | None = None,
+) -> LinearState:
+    """The sums over all keys that linear attention reads: `hybrid_attention`'s `later`, added up over later frames.
+
+    Args: see `hybrid_attention`.
+
+    Returns: state [batch, heads, features, head_dim] and normalizer [batch, heads, features], float32 (float64 for
+      float64 arrays).
+
+    Raises:
+      ValueError: see `hybrid_attention`.
+    """
+    sizes = dict(tokens_per_frame=tokens_per_frame, chunk_frames=1, overlap_frames=0, causal=True, stabilizer="joint")
+    request = _checked_request((key, key, value), (phi_key, phi_key), **sizes)
+    backend = choose_backend(request, implementation)
+    backend.check(request)
+    return backend.video_sums(request.phi_key, request.value, request.geometry, None)[1]
 
 
 def hybrid_attention_weights(
@@ -155,6 +187,7 @@ def _checked_request(
     stabilizer: str,
     initial_state: HybridState | None = None,
     return_state: bool = False,
+    later: LinearState | None = None,
 ) -> Request:
     """The arguments of `hybrid_attention` as a request, with feature maps called or inlined. Raises ValueError."""
     query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in tokens)
@@ -177,6 +210,7 @@ def _checked_request(
         stabilizer=stabilizer,
         initial_state=initial_state,
         return_state=return_state,
+        later=later,
     )
 
 
@@ -254,11 +288,17 @@ def _check_choice(name: str, found: str, allowed: tuple[str, ...]):
 
 
 def _check_streaming(request: Request):
-    geometry, initial_state = request.geometry, request.initial_state
-    if not request.causal:
+    geometry, initial_state, later = request.geometry, request.initial_state, request.later
+    if request.causal == (later is not None):
         raise ValueError(
-            "initial_state and return_state need causal=True: bidirectional attention also needs the future"
+            f"initial_state and return_state with causal={request.causal}: expected "
+            f"{'no later' if request.causal else 'later, the sums over the frames after these (hybrid_key_sums)'}, "
+            f"found {'sums' if request.causal else 'None'}"
         )
+    if later is not None:
+        if not isinstance(later, LinearState):
+            raise ValueError(f"later must be a LinearState, found {type(later).__name__}")
+        _check_leaves("later", later, request.zero_state.past)
     if request.return_state and geometry.is_ragged:
         raise ValueError(
             f"return_state needs whole chunks: found {geometry.num_frames} frames, not a multiple of "
@@ -275,10 +315,14 @@ def _check_streaming(request: Request):
                     f"initial_state is of {name}={found!r}, found {name}={expected!r}: a video continues in the form "
                     f"that it began with"
                 )
-    leaves = (jax.tree_util.tree_leaves_with_path(state) for state in (request.zero_state, initial_state))
+    _check_leaves("initial_state", initial_state, request.zero_state)
+
+
+def _check_leaves(name: str, found: Any, expected: Any):
+    leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (expected, found))
     for (path, expected), (_, found) in zip(*leaves, strict=True):
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             raise ValueError(
-                f"initial_state{jax.tree_util.keystr(path)} must be {expected.dtype}{list(expected.shape)}, "
+                f"{name}{jax.tree_util.keystr(path)} must be {expected.dtype}{list(expected.shape)}, "
                 f"found {found.dtype}{list(found.shape)}: it comes from another video, geometry or dtype"
             )

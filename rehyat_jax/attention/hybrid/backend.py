@@ -22,7 +22,7 @@ class Request:
       query, key, value, phi_query, phi_key, causal, stabilizer, return_state: see `hybrid_attention`.
       geometry: geometry of these frames.
       initial_state: state after the frames before these, for bidirectional attention too; None at the start.
-      later: sums over the frames after these, for bidirectional attention.
+      later: sums over the frames after these, for bidirectional attention. Needs an initial_state.
       num_frames: number of frames that are not padding, int32 scalar, at least 1; None if there is no padding. Needs an
         initial_state.
     """
@@ -115,7 +115,8 @@ class Backend:
 
     def check(self, request: Request) -> None:
         """Raises ValueError if the backend cannot do the request."""
-        if not self.keeps_state and (request.initial_state is not None or request.return_state):
+        is_part = request.initial_state is not None or request.return_state or request.later is not None
+        if not self.keeps_state and is_part:
             raise ValueError(f'implementation "{self.name}" keeps no state: use "scan" or "xla" to continue a video')
         if problem := self.why_not(request):
             raise ValueError(f'implementation "{self.name}" cannot do this: {problem}')

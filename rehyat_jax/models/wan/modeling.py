@@ -1,7 +1,8 @@
 """The Wan2.1 text-to-video diffusion transformer as Flax NNX modules, with softmax or hybrid self-attention per block.
 
 The numerics follow Wan2.1's `WanModel` and diffusers' `WanTransformer3DModel`: parameters are float32, matrix products
-run in the compute dtype, and the timestep path, modulation, normalisation, gated residuals and head are float32.
+run in the compute dtype, and the timestep path, modulation, normalisation, gated residuals and head are float32. With
+float64 as the compute dtype, which tests use, everything that depends on the latents is float64.
 
 Blocks are stacked on a leading axis and scanned, so compile time does not grow with depth. A block does not know which
 attention it runs: it is given `attend`, a function from queries, keys and values to the attention's output. Softmax
@@ -10,7 +11,7 @@ blocks, hybrid blocks and the distillation of one into the other are three such 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from rehyat_jax.attention.form import AttentionInputs, Features, Form
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.attention.hybrid.context_parallel import padded_frames
 from rehyat_jax.attention.on_mesh import cross_attention_on_mesh
+from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
 from rehyat_jax.models.hybrid import block_features, by_form, make_feature_maps, per_block_arguments, stacked
 from rehyat_jax.models.linear import linear
@@ -73,7 +75,7 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     Mean and mean of squares are computed together, as in Flax's LayerNorm. The mean of squared distances would take one
     more pass over memory. The error is 1e-7 times mean^2 / variance.
     """
-    x = x.astype(jnp.float32)
+    x = x.astype(accumulation_dtype(x.dtype))
     mean, squares = x.mean(-1, keepdims=True), jnp.square(x).mean(-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(jnp.maximum(squares - jnp.square(mean), 0) + eps)
 
@@ -93,11 +95,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (x.astype(jnp.float32) * self.inverse_rms(x) * self.scale[...]).astype(x.dtype)
+        return (x * self.inverse_rms(x) * self.scale[...]).astype(x.dtype)
 
     def inverse_rms(self, x: jax.Array) -> jax.Array:
         """1 / RMS of every row, float32 [..., 1]."""
-        return jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + self.eps)
+        return jax.lax.rsqrt(jnp.square(x.astype(accumulation_dtype(x.dtype))).mean(-1, keepdims=True) + self.eps)
 
 
 class Attention(nnx.Module):
@@ -159,7 +161,9 @@ class WanBlock(nnx.Module):
         self.modulation = nnx.Param(jnp.zeros((6, config.width)))
         self.self_attention = Attention(config, rngs=rngs, **dtypes)
         self.cross_attention = Attention(config, rngs=rngs, **dtypes)
-        self.cross_attention_norm = nnx.LayerNorm(config.width, epsilon=config.eps, dtype=jnp.float32, rngs=rngs)
+        self.cross_attention_norm = nnx.LayerNorm(
+            config.width, epsilon=config.eps, dtype=accumulation_dtype(dtypes["dtype"]), rngs=rngs
+        )
         self.feed_forward = FeedForward(config, rngs=rngs, **dtypes)
         self.eps = config.eps
 
@@ -189,19 +193,47 @@ class WanBlock(nnx.Module):
         modulation = self.modulation[...] + time_modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[:, i, None] for i in range(6))
 
-        normed = (layer_norm(x, self.eps) * (1 + scale) + shift).astype(dtype)
-        tokens_per_frame, num_frames = frames
-        inputs = self.self_attention.project_rotated(normed, rope)
-        y, aux = attend(AttentionInputs(**inputs, tokens_per_frame=tokens_per_frame, num_frames=num_frames))
-        x = (x.astype(jnp.float32) + self.self_attention.gated_merge(y, gate)).astype(dtype)
+        y, aux = attend(self._attention_inputs(x, shift, scale, rope, frames))
+        x = (x + self.self_attention.gated_merge(y, gate)).astype(dtype)
 
         normed = self.cross_attention_norm(x).astype(dtype)
         y = cross_attention_on_mesh(*self.cross_attention.project(normed, text))
         x = x + self.cross_attention.merge(y)
 
         normed = (layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
-        x = (x.astype(jnp.float32) + self.feed_forward(normed, ffn_gate)).astype(dtype)
+        x = (x + self.feed_forward(normed, ffn_gate)).astype(dtype)
         return constrain(x, RESIDUAL), aux
+
+    def attention_inputs(
+        self,
+        x: jax.Array,
+        time_modulation: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        frames: tuple[int, int],
+    ) -> AttentionInputs:
+        """The inputs that `__call__` gives to `attend`."""
+        modulation = self.modulation[...] + time_modulation
+        return self._attention_inputs(x, modulation[:, 0, None], modulation[:, 1, None], rope, frames)
+
+    def _attention_inputs(self, x, shift, scale, rope, frames) -> AttentionInputs:
+        normed = (layer_norm(x, self.eps) * (1 + scale) + shift).astype(x.dtype)
+        tokens_per_frame, num_frames = frames
+        inputs = self.self_attention.project_rotated(normed, rope)
+        return AttentionInputs(**inputs, tokens_per_frame=tokens_per_frame, num_frames=num_frames)
+
+
+class Conditions(NamedTuple):
+    """All that blocks and head read in addition to the tokens; made by `WanTransformer.conditions`.
+
+    Attributes:
+      text: projected text tokens [B, L, D].
+      time: timestep embedding [B, D], float32.
+      time_modulation: its projection [B, 6, D], float32.
+    """
+
+    text: jax.Array
+    time: jax.Array
+    time_modulation: jax.Array
 
 
 class Embedder(nnx.Module):
@@ -351,20 +383,11 @@ class WanTransformer(nnx.Module):
         Returns:
           (velocity, attend's auxiliary outputs stacked on a leading layer axis).
         """
-        config = self.config
         self._check(latents, timestep, text)
-        text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
-        text = self.text_embedding(text.astype(self.dtype))
-        time = self.time_embedding(timestep_embedding(timestep, config.freq_dim))
-        time_modulation = rearrange(self.time_projection(nnx.silu(time)), "b (six d) -> b six d", six=6)
-
-        patches = self.patch_embedding(latents)
-        num_frames, *_ = grid = patches.shape[1:4]
-        # If a video is sharded along time, all devices hold the same number of complete chunks, of every form.
-        grid = (padded_frames(num_frames, config.block_forms.chunk_frames, axis_size("context")), *grid[1:])
-        patches = jnp.pad(patches, [(0, 0), (0, grid[0] - num_frames), (0, 0), (0, 0), (0, 0)])
-        rope = rope_table(grid, config.head_dim, frames=frames)
-        x = constrain(rearrange(patches, "b t h w d -> b (t h w) d"), RESIDUAL)
+        conditions = self.conditions(timestep, text)
+        x, grid = self.embed(latents)
+        num_frames = latents.shape[1] // self.config.patch_size[0]
+        rope = rope_table(grid, self.config.head_dim, frames=frames)
         sizes = (grid[1] * grid[2], num_frames)
 
         block_def, block_params = nnx.split(self.blocks)
@@ -373,7 +396,8 @@ class WanTransformer(nnx.Module):
             params, arguments = layer
             x = checkpoint_name(x, _BLOCK_INPUT)
             block = nnx.merge(block_def, gathered(params, self.dtype))
-            return block(x, text, time_modulation, rope, sizes, lambda inputs: attend(inputs, arguments))
+            run = lambda inputs: attend(inputs, arguments)
+            return block(x, conditions.text, conditions.time_modulation, rope, sizes, run)
 
         if self.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
@@ -383,22 +407,40 @@ class WanTransformer(nnx.Module):
             x, aux = jax.lax.scan(run_block, x, layers)
         else:
             outputs = []
-            for index in range(config.num_layers):
+            for index in range(self.config.num_layers):
                 x, output = run_block(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
                 outputs.append(output)
             aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        return self.velocity(x, conditions, grid)[:, : num_frames * self.config.patch_size[0]], aux
 
-        velocity = self.head(x, time)
-        pt, ph, pw = config.patch_size
-        velocity = rearrange(
-            velocity,
+    def conditions(self, timestep: jax.Array, text: jax.Array) -> Conditions:
+        """The first step of `forward`."""
+        config = self.config
+        text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
+        text = self.text_embedding(text.astype(self.dtype))
+        time = self.time_embedding(timestep_embedding(timestep, config.freq_dim)).astype(accumulation_dtype(self.dtype))
+        return Conditions(text, time, rearrange(self.time_projection(nnx.silu(time)), "b (six d) -> b six d", six=6))
+
+    def embed(self, latents: jax.Array) -> tuple[jax.Array, tuple[int, int, int]]:
+        """(tokens [B, N, D] of latents, how many there are along frames, height and width)."""
+        patches = self.patch_embedding(latents)
+        num_frames, *_ = grid = patches.shape[1:4]
+        # If a video is sharded along time, all devices hold the same number of complete chunks, of every form.
+        grid = (padded_frames(num_frames, self.config.block_forms.chunk_frames, axis_size("context")), *grid[1:])
+        patches = jnp.pad(patches, [(0, 0), (0, grid[0] - num_frames), (0, 0), (0, 0), (0, 0)])
+        return constrain(rearrange(patches, "b t h w d -> b (t h w) d"), RESIDUAL), grid
+
+    def velocity(self, x: jax.Array, conditions: Conditions, grid: tuple[int, int, int]) -> jax.Array:
+        """The velocity [B, T, H, W, C_out] from the last block's tokens [B, N, D]; `grid` is that of `embed`."""
+        pt, ph, pw = self.config.patch_size
+        return rearrange(
+            self.head(x, conditions.time),
             "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c",
             **dict(zip("thw", grid, strict=True)),
             pt=pt,
             ph=ph,
             pw=pw,
         )
-        return velocity[:, : num_frames * pt], aux
 
     def attend(self, inputs: AttentionInputs, per_block: Any) -> tuple[jax.Array, None]:
         """Self-attention in the block's own form; an `Attend`."""

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec
 
 from rehyat_jax.attention.flat_tokens import flat, with_heads
 from rehyat_jax.attention.platform import target_platform
+from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.parallel.mesh import is_cut
 from rehyat_jax.parallel.sharding import HIDDEN
 
@@ -68,15 +69,15 @@ def rope_table(
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by `rope_table`'s angles, in float32; keeps x's dtype.
+    """Rotates adjacent pairs (2i, 2i+1) of x [B, N, H, d] by `rope_table`'s angles; keeps x's dtype.
 
     Args:
       table: cosines and sines [N, d], each pair's value twice.
     """
-    x32 = x.astype(jnp.float32)
-    turned = jnp.stack([-x32[..., 1::2], x32[..., 0::2]], axis=-1).reshape(x.shape)
+    wide = x.astype(accumulation_dtype(x.dtype))
+    turned = jnp.stack([-wide[..., 1::2], wide[..., 0::2]], axis=-1).reshape(x.shape)
     cos, sin = (jnp.asarray(part)[:, None, :] for part in table)
-    return (x32 * cos + turned * sin).astype(x.dtype)
+    return (wide * cos + turned * sin).astype(x.dtype)
 
 
 def scaled_and_rotated(
@@ -102,5 +103,5 @@ def scaled_and_rotated(
             specs = (_TOKENS, PartitionSpec(*_TOKENS[:2]), PartitionSpec("tensor"), _TABLE, _TABLE)
             run = jax.shard_map(run, in_specs=specs, out_specs=_TOKENS, check_vma=False)
         return run(x, row_scale, column_scale, cos, sin)
-    scaled = (x.astype(jnp.float32) * row_scale * column_scale).astype(x.dtype)
+    scaled = (x * row_scale * column_scale).astype(x.dtype)
     return flat(rotate(with_heads(scaled, x.shape[-1] // cos.shape[-1]), table))

@@ -1,9 +1,15 @@
-"""The transformer over a video in parts: the device holds one part, and one state of attention for every block.
+"""The transformer over a video in parts: the device holds one part, and states of attention of constant size.
 
-A part is a whole number of chunks of every block's form. Every block attends from its own tokens and its own state,
-which sums up the parts before. The parts of a video therefore give the same velocity as the complete video, and memory
-does not depend on its length. The states of all blocks are one tree with a leading layer axis; blocks of several forms
-share the shapes of the largest state.
+A part is a whole number of chunks of every block's form. There are two ways through parts and blocks:
+
+- `apply_part`: a part goes through all blocks. Every block attends from its own tokens and its own state, which sums up
+  the parts before. All forms must be causal. The states of all blocks are one tree with a leading layer axis.
+- `embed_part` and `apply_block`: a block goes through all parts, whose tokens are kept elsewhere. It also needs the
+  sums over the keys of later parts, so they are computed as soon as the block before is done with a part. Forms may be
+  bidirectional.
+
+Both give the velocity of the complete video. Memory does not depend on its length. Blocks of several forms share the
+shapes of the largest state.
 """
 
 import dataclasses
@@ -15,30 +21,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rehyat_jax.attention.form import AttentionInputs, Form, Sizes
-from rehyat_jax.attention.hybrid.state import HybridState
+from rehyat_jax.attention.form import AttentionInputs, Form
+from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.hybrid import by_form
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.models.wan.modeling import WanTransformer
-from rehyat_jax.models.wan.rope import frame_table, rotate
+from rehyat_jax.models.wan.modeling import Conditions, WanBlock, WanTransformer
+from rehyat_jax.models.wan.rope import frame_table, rope_table, rotate
 from rehyat_jax.parallel.mesh import axis_size
+from rehyat_jax.parallel.sharding import gathered
 
 
 def check_streams(config: WanConfig) -> None:
-    """Raises InputError, naming the blocks, if a block's attention needs the complete video."""
+    """Raises InputError, naming the blocks, if a block's attention cannot be computed part by part."""
     forms = config.block_forms.of_block
-    if blocks := [block for block, form in enumerate(forms) if not form.streams]:
-        kinds = ", ".join(sorted({_reason(forms[block]) for block in blocks}))
+    if blocks := [block for block, form in enumerate(forms) if not form.attends_in_parts]:
+        kinds = ", ".join(sorted({forms[block].label for block in blocks}))
         raise InputError(
-            f"blocks {', '.join(map(str, blocks))}: expected causal hybrid attention in every block, found {kinds}, "
-            f"which needs the complete video; sample without streaming, or train a student with "
-            f"config.hybrid.blocks=all and config.hybrid.causal=True"
+            f"blocks {', '.join(map(str, blocks))}: expected hybrid attention in every block, found {kinds}, which "
+            f"needs the complete video at once; sample without streaming, or train a student with "
+            f"config.hybrid.blocks=all"
         )
 
 
-def _reason(form: Form) -> str:
-    return form.label if form.causal else f"{form.label} that is not causal"
+def is_causal(config: WanConfig) -> bool:
+    """True if every block needs only the parts before: `apply_part` can run the model."""
+    return all(form.streams for form in config.block_forms.forms)
 
 
 def initial_states(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.typing.DTypeLike) -> HybridState:
@@ -51,13 +59,35 @@ def initial_states(config: WanConfig, batch: int, tokens_per_frame: int, dtype: 
       dtype: compute dtype of the transformer.
 
     Raises:
-      InputError: a block's attention needs the complete video.
+      InputError: a block's attention cannot be computed part by part.
+      ValueError: a block is not causal.
     """
     check_streams(config)
+    if not is_causal(config):
+        raise ValueError("expected causal attention in every block, found bidirectional; use apply_block")
     return jax.tree.map(
         lambda leaf: jnp.zeros((config.num_layers, *leaf.shape), leaf.dtype),
         _largest(config, batch, tokens_per_frame, dtype),
     )
+
+
+def initial_state(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.typing.DTypeLike) -> HybridState:
+    """`initial_states` of one block, of any form that attends in parts."""
+    check_streams(config)
+    return _zeros(_largest(config, batch, tokens_per_frame, dtype))
+
+
+class PartPositions(NamedTuple):
+    """The rotations of one part of a video; made by `part_positions`.
+
+    Attributes:
+      frames: `frame_table` of the positions of the part's frames, each [T, d'], d' the temporal part of a head.
+      overlap: the rotation of the overlap's keys, from their positions in the state to their positions relative to
+        this part's frames; each [1, d']. None if both are equal in every part.
+    """
+
+    frames: tuple[np.ndarray, np.ndarray]
+    overlap: tuple[np.ndarray, np.ndarray] | None
 
 
 def apply_part(graphdef: nnx.GraphDef, *, is_last: bool = False) -> Callable[..., tuple[jax.Array, HybridState]]:
@@ -81,28 +111,74 @@ def apply_part(graphdef: nnx.GraphDef, *, is_last: bool = False) -> Callable[...
         text: jax.Array,
         positions: PartPositions,
     ) -> tuple[jax.Array, HybridState]:
-        if (devices := axis_size("context")) > 1:
-            raise ValueError(f"the parts of a video cannot be sharded along time, found {devices} devices along it")
+        _check_mesh()
         model = nnx.merge(graphdef, params)
-        states = dataclasses.replace(states, overlap_key=_turned(states.overlap_key, positions.overlap))
         per_block = model.per_block_attention() | {"state": states}
-        attend = lambda inputs, block: _attend(model, inputs, block, is_last=is_last)
+        attend = lambda inputs, block: _attend(model, inputs, block, positions, is_last=is_last)
         return model.forward(latents, timestep, text, attend, per_block, frames=positions.frames)
 
     return apply
 
 
-class PartPositions(NamedTuple):
-    """The rotations of one part of a video; made by `part_positions`.
+def embed_part(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, LinearState]]:
+    """The way of one part of a video to the first block, as a pure function of the parameters.
 
-    Attributes:
-      frames: `frame_table` of the positions of the part's frames, each [T, d'], d' the temporal part of a head.
-      overlap: the rotation of the overlap's keys, from their positions in the state to their positions relative to
-        this part's frames; each [1, d'].
+    Returns:
+      (params, latents [B, T, H, W, C], positions, conditions) -> (tokens x [B, N, D], sums over the keys of the first
+      block). See `apply_block`.
     """
 
-    frames: tuple[np.ndarray, np.ndarray]
-    overlap: tuple[np.ndarray, np.ndarray]
+    def apply(
+        params: dict[str, Any], latents: jax.Array, positions: PartPositions, conditions: Conditions
+    ) -> tuple[jax.Array, LinearState]:
+        _check_mesh()
+        model = nnx.merge(graphdef, params)
+        x, grid = model.embed(latents)
+        return x, _key_sums(model, jnp.int32(0), x, grid, positions, conditions)
+
+    return apply
+
+
+def apply_block(
+    graphdef: nnx.GraphDef, grid: tuple[int, int, int], *, is_last: bool = False
+) -> Callable[..., tuple[jax.Array, HybridState, LinearState]]:
+    """One block on one part of a video, as a pure function of the model's parameters.
+
+    Args:
+      graphdef: as in `apply_model`.
+      grid: the part's tokens along frames, height and width.
+      is_last: True for the last part of a video, which may end within a chunk.
+
+    Returns:
+      (params, block, x, state, later, positions, conditions) -> (x after the block, state after the part; unchanged
+      after the last one, sums over the part's keys of the next block), where
+        - block is the block's number, int32 scalar: one program serves all blocks;
+        - x is the part's tokens [B, N, D] in the compute dtype;
+        - state is the block's state after the parts before, at first `initial_state`;
+        - later is the sum over the keys of the parts after this one;
+        - positions are the part's `part_positions`, and conditions those of the model.
+      After the last block the sums have no meaning.
+    """
+
+    def apply(
+        params: dict[str, Any],
+        block: jax.Array,
+        x: jax.Array,
+        state: HybridState,
+        later: LinearState,
+        positions: PartPositions,
+        conditions: Conditions,
+    ) -> tuple[jax.Array, HybridState, LinearState]:
+        model = nnx.merge(graphdef, params)
+        module, arguments = _block(model, block)
+        arguments |= {"state": state, "later": later}
+        attend = lambda inputs: _attend(model, inputs, arguments, positions, is_last=is_last)
+        rope, sizes = _rope_and_sizes(model, grid, positions)
+        x, state = module(x, conditions.text, conditions.time_modulation, rope, sizes, attend)
+        following = jnp.minimum(block + 1, model.config.num_layers - 1)
+        return x, state, _key_sums(model, following, x, grid, positions, conditions)
+
+    return apply
 
 
 def part_positions(first_frame: int, frames: int, head_dim: int, *, longest: int | None = None) -> PartPositions:
@@ -121,31 +197,39 @@ def part_positions(first_frame: int, frames: int, head_dim: int, *, longest: int
     """
     if longest is not None and frames > longest:
         raise ValueError(f"longest must be at least the {frames} frames of a part, found {longest}")
+    if longest is None:
+        return PartPositions(frame_table(first_frame + np.arange(frames), head_dim), None)
     # How much later the video seems to begin, for this part and for the one before.
-    later, before = (max(0, end - longest) if longest else 0 for end in (first_frame + frames, first_frame))
+    later, before = (max(0, end - longest) for end in (first_frame + frames, first_frame))
     return PartPositions(
         frame_table(first_frame - later + np.arange(frames), head_dim),
         frame_table(np.array([before - later]), head_dim),
     )
 
 
+def _check_mesh() -> None:
+    if (devices := axis_size("context")) > 1:
+        raise ValueError(f"the parts of a video cannot be sharded along time, found {devices} devices along it")
+
+
 def _attend(
-    model: WanTransformer, inputs: AttentionInputs, per_block: Any, *, is_last: bool
+    model: WanTransformer, inputs: AttentionInputs, per_block: Any, positions: PartPositions, *, is_last: bool
 ) -> tuple[jax.Array, HybridState]:
     """One block's attention in its own form, from its own state; an `Attend` whose auxiliary output is the state."""
-    batch, _, _, _ = inputs.query.shape
-    state = per_block["state"]
+    state, later = per_block["state"], per_block.get("later")
+    if positions.overlap is not None:
+        state = dataclasses.replace(state, overlap_key=_turned(state.overlap_key, positions.overlap))
 
     def in_form(form: Form) -> Callable[[], tuple[jax.Array, HybridState]]:
         features = model.features(form, inputs, per_block.get("feature_maps"))
-        sizes = _sizes(model.config, inputs.tokens_per_frame)
-        own = jax.eval_shape(lambda: form.zero_state(batch, sizes, inputs.query.dtype))
+        own = _own_state(form, inputs)
 
         def run() -> tuple[jax.Array, HybridState]:
             y, after = form.attend_part(
                 inputs,
                 features,
                 jax.tree.map(_first, state, own),
+                later=None if later is None else jax.tree.map(_first, later, own.past),
                 is_last=is_last,
                 implementation=model.attention_implementation,
             )
@@ -156,26 +240,68 @@ def _attend(
     return by_form(model.config.block_forms, per_block, in_form)
 
 
+def _block(model: WanTransformer, index: jax.Array) -> tuple[WanBlock, dict[str, Any]]:
+    """A block by its number, and its slice of the per-block arguments."""
+    block_def, params = nnx.split(model.blocks)
+    row = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+    params, arguments = jax.tree.map(row, (params, model.per_block_attention()))
+    return nnx.merge(block_def, gathered(params, model.dtype)), arguments
+
+
+def _rope_and_sizes(model: WanTransformer, grid: tuple[int, int, int], positions: PartPositions) -> tuple[Any, Any]:
+    rope = rope_table(grid, model.config.head_dim, frames=positions.frames)
+    return rope, (grid[1] * grid[2], grid[0])
+
+
+def _key_sums(
+    model: WanTransformer,
+    index: jax.Array,
+    x: jax.Array,
+    grid: tuple[int, int, int],
+    positions: PartPositions,
+    conditions: Conditions,
+) -> LinearState:
+    """The sums over a part's keys in the block of this number; zero if its form does not read them."""
+    block, arguments = _block(model, index)
+    inputs = block.attention_inputs(x, conditions.time_modulation, *_rope_and_sizes(model, grid, positions))
+    tokens = inputs.tokens_per_frame
+    largest = _largest(model.config, len(x), tokens, x.dtype).past
+
+    def in_form(form: Form) -> Callable[[], LinearState]:
+        if form.streams:
+            return lambda: _zeros(largest)
+        features = model.features(form, inputs, arguments.get("feature_maps"))
+        sums = lambda: form.key_sums(inputs, features, implementation=model.attention_implementation)
+        return lambda: jax.tree.map(_grown, sums(), largest)
+
+    return by_form(model.config.block_forms, arguments, in_form)
+
+
 def _turned(key: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Keys [..., d] with another rotation [1, d'] of the first d' dimensions, those of the temporal axis."""
+    """Keys [B, n, H, d] with another rotation [1, d'] of the first d' dimensions, those of the temporal axis."""
     cosines, sines = table
     temporal = cosines.shape[-1]
-    turned = rotate(key[..., :temporal].reshape(1, -1, 1, temporal), (cosines, sines))
-    return jnp.concatenate([turned.reshape(*key.shape[:-1], temporal), key[..., temporal:]], axis=-1)
-
-
-def _sizes(config: WanConfig, tokens_per_frame: int) -> Sizes:
-    return Sizes(0, tokens_per_frame, config.num_heads, config.head_dim)
+    return jnp.concatenate([rotate(key[..., :temporal], (cosines, sines)), key[..., temporal:]], axis=-1)
 
 
 def _largest(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.typing.DTypeLike) -> Any:
     """The shapes of a state that has room for every form's."""
-    sizes = _sizes(config, tokens_per_frame)
-    make = lambda form: jax.eval_shape(lambda: form.zero_state(batch, sizes, dtype))
+    sizes = batch, tokens_per_frame, config.num_heads, config.head_dim
+    make = lambda form: jax.eval_shape(lambda: form.zero_state(*sizes, dtype))
     largest = lambda *leaves: jax.ShapeDtypeStruct(
         tuple(np.max([leaf.shape for leaf in leaves], axis=0).astype(int)), leaves[0].dtype
     )
     return jax.tree.map(largest, *map(make, config.block_forms.forms))
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _own_state(form: Form, inputs: AttentionInputs) -> Any:
+    """The shapes of a form's own state."""
+    batch, _, heads, head_dim = inputs.query.shape
+    return jax.eval_shape(lambda: form.zero_state(batch, inputs.tokens_per_frame, heads, head_dim, inputs.query.dtype))
 
 
 def _first(leaf: jax.Array, own: jax.ShapeDtypeStruct) -> jax.Array:

@@ -227,9 +227,9 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
         states = _with_first(states, first, 0)
     for walk in future_walks:
         after, _ = chunk_states(features, state_value, walk, padding_frames=operands.get("padding_frames"))
-        states += after.at[-1].set(0)
+        states = _added(states, after.at[-1].set(0))
     if "later" in operands:
-        states += operands["later"]
+        states = _added(states, jnp.broadcast_to(operands["later"], (call.num_chunks, *states.shape[1:])))
 
     output, log_sum_exp, stabilizer = attend(
         query,
@@ -318,7 +318,7 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
         gradients["overlap"] = d_states[1:].sum(axis=0)
         gradients["past"] = d_states[0] + gradients["overlap"]
     if "later" in operands:
-        gradients["later"] = d_states.sum(axis=0)
+        gradients["later"] = d_states[: call.num_chunks].sum(axis=0)
 
     # A separate source has a gradient of its own. Otherwise the softmax window's gradient is added to it.
     begin = {"query": d_query_source, "key": d_key_source, "value": d_state_value}
@@ -419,6 +419,12 @@ def _with_first(states: jax.Array, count: int, value: jax.Array | float) -> jax.
     count = min(count, states.shape[0])
     first = jnp.broadcast_to(jnp.asarray(value, states.dtype), (count, *states.shape[1:]))
     return jax.lax.dynamic_update_slice_in_dim(states, first, 0, axis=0)
+
+
+def _added(states: jax.Array, sums: jax.Array) -> jax.Array:
+    """`states` plus sums over later keys for the first of them. A state after the last chunk holds only the past."""
+    missing = states.shape[0] - sums.shape[0]
+    return states + jnp.pad(sums, [(0, missing)] + [(0, 0)] * (sums.ndim - 1))
 
 
 def _frame_squares(tokens: jax.Array, tokens_per_frame: int) -> jax.Array:
