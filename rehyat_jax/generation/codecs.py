@@ -35,8 +35,9 @@ class Codec(Protocol):
 
 
 class WanVaeLatents:
-    """The size of the latents of Wan2.1's VAE: 4 frames and 8x8 pixels become one latent pixel of 16 channels."""
+    """The videos and latents of Wan2.1's VAE: 4 frames and 8x8 pixels become one latent pixel of 16 channels."""
 
+    fps = 16
     default_size = (81, 480, 832)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -91,4 +92,4 @@ class SpaceToDepth:
 
 
 LATENT_SIZES = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
-"""`default_size` and `latent_shape` (see `Codec`), by the codec's name."""
+"""`fps`, `default_size` and `latent_shape` (see `Codec`), by the codec's name."""

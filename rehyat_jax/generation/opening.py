@@ -27,7 +27,7 @@ def get_codec(name: str, models: Path | None = None) -> Codec:
     if name == "space_to_depth":
         return SpaceToDepth()
     if name == "wan_vae":
-        return load_wan_codec(_given(models, f"codec {name!r}"))
+        return load_wan_codec(given_models(models, f"codec {name!r}"))
     raise _unknown("codec", name, ("space_to_depth", "wan_vae"))
 
 
@@ -44,11 +44,12 @@ def get_text_encoder(name: str, models: Path | None = None) -> TextEncoder:
     if name == "word_vectors":
         return WordVectors()
     if name == "umt5":
-        return load_text_encoder(_given(models, f"text encoder {name!r}")).for_prompts()
+        return load_text_encoder(given_models(models, f"text encoder {name!r}")).for_prompts()
     raise _unknown("text encoder", name, ("word_vectors", "umt5"))
 
 
-def _given(models: Path | None, part: str) -> Path:
+def given_models(models: Path | None, part: str) -> Path:
+    """`models` itself. Raises InputError if it is None, and names the part that needs it."""
     if models is None:
         raise InputError(
             f"{part}: has weights, and no folder of them was given; give --models, the folder of Wan2.1's pipeline"

@@ -1,9 +1,10 @@
 """The umT5 text encoder with its tokenizer, from the folders in which Wan is published."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from rehyat_jax.files.shown import shown
 from rehyat_jax.generation.tokenizer import FILES, MAX_TOKENS, Tokenizer, find_tokenizer, places
 from rehyat_jax.models.umt5.config import UMT5Config
 from rehyat_jax.models.umt5.modeling import UMT5Encoder, apply_encoder
+from rehyat_jax.parallel.mesh import BATCH, axis_size
 from rehyat_jax.weights.load import load_module
 from rehyat_jax.weights.models import TEXT_ENCODERS
+from rehyat_jax.weights.streamed import StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 
 
@@ -40,6 +43,11 @@ def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "
       InputError: the checkpoint or the tokenizer does not exist, is another model's, is incomplete, or is damaged; or
         the mesh does not divide a parameter.
     """
+    return find_text_encoder(path).load(dtype)
+
+
+def find_text_encoder(path: str | Path) -> "FoundTextEncoder":
+    """Checks the files of a text encoder, as `load_text_encoder` takes and refuses them; its weights stay on disk."""
     source = _source(Path(path))
     folder = source if source.is_dir() else source.parent
     tokenizer = find_tokenizer(folder)
@@ -49,7 +57,44 @@ def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "
             f"{tokenizer.file}: has {tokenizer.size} tokens, expected at most the {model.config.vocab_size} of "
             f"{source}; give the tokenizer that belongs to the encoder"
         )
-    return UMT5TextEncoder(load_module(source, model, dtype=dtype), tokenizer, folder)
+    return FoundTextEncoder(source, model, tokenizer)
+
+
+class FoundTextEncoder(NamedTuple):
+    """A text encoder whose weights are on disk.
+
+    Attributes:
+      source: its own folder or file.
+      model: its sizes and parameters.
+      tokenizer: its tokenizer, if there is one.
+    """
+
+    source: Path
+    model: StreamedModel
+    tokenizer: Tokenizer | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its files."""
+        return self.source if self.source.is_dir() else self.source.parent
+
+    def load(self, dtype: jnp.dtype = jnp.bfloat16) -> "UMT5TextEncoder":
+        """Reads the weights; see `load_text_encoder`."""
+        return UMT5TextEncoder(load_module(self.source, self.model, dtype=dtype), self.tokenizer, self.folder)
+
+    def prompt_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises InputError if there is none."""
+        return _required_tokenizer(self.tokenizer, self.folder)
+
+
+def _required_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
+    if tokenizer is None:
+        places_shown = ", ".join(map(str, places(folder)))
+        raise InputError(
+            f"{folder}: expected the text encoder's tokenizer ({' or '.join(FILES)}) in one of "
+            f"{places_shown}, found none; copy it there from the repository of the encoder"
+        )
+    return tokenizer
 
 
 def _source(path: Path) -> Path:
@@ -112,13 +157,7 @@ class UMT5TextEncoder:
         """
         if not 1 <= length <= MAX_TOKENS:
             raise ValueError(f"length must be from 1 to {MAX_TOKENS}, found {length}")
-        if self.tokenizer is None:
-            places_shown = ", ".join(map(str, places(self._folder)))
-            raise InputError(
-                f"{self._folder}: expected the text encoder's tokenizer ({' or '.join(FILES)}) in one of "
-                f"{places_shown}, found none; copy it there from the repository of the encoder"
-            )
-        return UMT5Prompts(self, self.tokenizer, length)
+        return UMT5Prompts(self, _required_tokenizer(self.tokenizer, self._folder), length)
 
 
 class UMT5Prompts:
@@ -137,14 +176,14 @@ class UMT5Prompts:
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """B prompts -> [B, length, text_dim] float32. Positions after a prompt's end token are exactly zero.
 
-        A prompt that is too long is cut with a warning, and keeps its end token. The cleaning of prompts is Wan's.
+        A prompt that is too long is cut with a warning, and keeps its end token. The cleaning of prompts is Wan's. On a
+        mesh, the devices along `BATCH` encode different prompts.
 
         Raises:
           InputError: a prompt is not UTF-8.
         """
         if isinstance(prompts, str):
             raise ValueError(f"expected a sequence of prompts, found one string {prompts!r}; wrap it in a list")
-        # One at a time: the attention weights of 64 heads over 512 tokens are 64 MB for each prompt.
         different = list(dict.fromkeys(prompts))
         tokens = self._tokenizer(different, self.length)
         for prompt, count in tokens.cut.items():
@@ -152,9 +191,13 @@ class UMT5Prompts:
                 f"prompt '{shown(prompt)}': has {count} tokens, only the first {self.length} are used; shorten it",
                 stacklevel=2,
             )
-        embeddings = {
-            prompt: np.asarray(self._encoder(ids[None], mask[None])[0], np.float32)
-            for prompt, ids, mask in zip(different, tokens.ids, tokens.mask, strict=True)
-        }
+        embeddings: dict[str, np.ndarray] = {}
+        # One on each device at a time: the attention weights of 64 heads over 512 tokens are 64 MB for each prompt. The
+        # last group is padded, because a smaller one would compile again.
+        rows = math.prod(map(axis_size, BATCH))
+        for start in range(0, len(different), rows):
+            group = [min(start + row, len(different) - 1) for row in range(rows)]
+            found = np.asarray(self._encoder(tokens.ids[group], tokens.mask[group]), np.float32)
+            embeddings |= zip(different[start : start + rows], found, strict=False)
         shape = (len(prompts), self.length, self.text_dim)
         return np.array([embeddings[prompt] for prompt in prompts], np.float32).reshape(shape)

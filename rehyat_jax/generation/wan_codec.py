@@ -17,8 +17,6 @@ class WanCodec(WanVaeLatents):
       vae: the VAE, for streams of frames.
     """
 
-    fps = 16
-
     def __init__(self, vae: WanVae):
         self.vae = vae
 
