@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
 from rehyat_jax.generation.codecs import LATENT_SIZES, Array, Codec
@@ -17,7 +17,6 @@ from rehyat_jax.generation.opening import get_codec, given_models
 from rehyat_jax.generation.wan_codec import WanCodec, load_wan_codec
 from rehyat_jax.models.wan_vae.vae import WanVae
 from rehyat_jax.parallel.memory import check_device_memory, device_bytes
-from rehyat_jax.parallel.mesh import AXES, BATCH, make_mesh
 from rehyat_jax.preparation.clips import Size
 from rehyat_jax.weights.load import checkpoint_files
 from rehyat_jax.weights.models import VAES
@@ -94,11 +93,12 @@ class VaeEncoder:
         abstract = nnx.eval_shape(lambda: VAES[name].model(model.config, rngs=nnx.Rngs(0), dtype=self._dtype))
         graphdef, state = nnx.split(abstract)
         devices = jax.local_devices()
-        mesh = make_mesh({**dict.fromkeys(AXES, 1), "data": len(devices)}, devices)
+        # The axis is none of `parallel.mesh.AXES`: within `shard_map`, the VAE must not shard its clip any further.
+        mesh = Mesh(np.array(devices), ("clips",), axis_types=(AxisType.Auto,))
         self.rows = len(devices)
         self._everywhere, self._per_device = (
             NamedSharding(mesh, PartitionSpec()),
-            NamedSharding(mesh, PartitionSpec(BATCH)),
+            NamedSharding(mesh, PartitionSpec("clips")),
         )
 
         def encode(params: Any, clips: jax.Array) -> jax.Array:
