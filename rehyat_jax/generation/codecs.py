@@ -92,4 +92,4 @@ class SpaceToDepth:
 
 
 LATENT_SIZES = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
-"""`fps`, `default_size` and `latent_shape` (see `Codec`), by the codec's name."""
+"""`fps`, the defaults and `latent_shape` (see `Codec`), by the codec's name."""

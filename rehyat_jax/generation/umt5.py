@@ -47,7 +47,7 @@ def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "
 
 
 def find_text_encoder(path: str | Path) -> "FoundTextEncoder":
-    """Checks the files of a text encoder, as `load_text_encoder` takes and refuses them; its weights stay on disk."""
+    """Checks the files that `load_text_encoder` takes; the weights stay on disk. Raises InputError as it does."""
     source = _source(Path(path))
     folder = source if source.is_dir() else source.parent
     tokenizer = find_tokenizer(folder)
