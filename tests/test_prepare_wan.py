@@ -1,8 +1,11 @@
 """Preparing videos with Wan's VAE and umT5: against diffusers, on several devices, stopped and resumed."""
 
+import contextlib
 import json
 import shutil
 import types
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,26 +84,50 @@ def one_device(monkeypatch):
     monkeypatch.setattr(units, "write_contact_sheet", lambda *arguments: "")
 
 
-@pytest.fixture
-def prompts_encoded(monkeypatch):
-    """Masks of the prompts that umT5 encodes, in this order."""
+@contextlib.contextmanager
+def prompts_encoded():
+    """Yields a list of the prompts' masks that umT5 encodes."""
     masks, call = [], UMT5TextEncoder.__call__
 
     def counted(self, ids, mask):
         masks.extend(mask)
         return call(self, ids, mask)
 
-    monkeypatch.setattr(UMT5TextEncoder, "__call__", counted)
-    return masks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UMT5TextEncoder, "__call__", counted)
+        yield masks
+
+
+class FirstRun(NamedTuple):
+    """A data set, the prompts that were encoded, and when the VAE was loaded: prompts until then, umT5s in memory."""
+
+    folder: Path
+    prompts: int
+    loaded: list[tuple[int, int]]
 
 
 @pytest.fixture(scope="module")
-def prepared(videos, models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prepared") / "data"
-    with pytest.MonkeyPatch.context() as patch:
+def first_run(videos, models, tmp_path_factory):
+    folder, loaded = tmp_path_factory.mktemp("prepared") / "data", []
+    held = rehyat_jax.load_text_encoder(models).params["token_embedding"]
+    alive = lambda: sum(x.shape == held.shape and x.dtype == held.dtype for x in jax.live_arrays())
+    assert alive() >= 1, "live arrays are not seen"
+    before, load = alive(), video_encoder.load_wan_codec
+    with pytest.MonkeyPatch.context() as patch, prompts_encoded() as masks:
+
+        def load_and_look(*arguments, **options):
+            loaded.append((len(masks), alive() - before))
+            return load(*arguments, **options)
+
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        patch.setattr(video_encoder, "load_wan_codec", load_and_look)
         assert main([str(videos), str(folder), "--models", str(models), *OPTIONS]) == 0
-    return folder
+    return FirstRun(folder, len(masks), loaded)
+
+
+@pytest.fixture(scope="module")
+def prepared(first_run):
+    return first_run.folder
 
 
 def results(folder):
@@ -156,72 +183,47 @@ def test_summary_names_captions_that_were_cut_and_rejected_videos(prepared):
     assert not (prepared / units.TEXT).exists()
 
 
-def test_captions_are_encoded_once_and_their_encoder_is_freed_before_the_vae_is_loaded(
-    videos, models, prepared, tmp_path, monkeypatch, prompts_encoded
-):
-    embedding = rehyat_jax.load_text_encoder(models).params["token_embedding"]
-    alive = lambda: sum(x.shape == embedding.shape and x.dtype == embedding.dtype for x in jax.live_arrays())
-    before, seen, load = alive(), [], video_encoder.load_wan_codec
-
-    def loaded(*arguments, **options):
-        seen.append((alive(), len(prompts_encoded)))
-        return load(*arguments, **options)
-
-    monkeypatch.setattr(video_encoder, "load_wan_codec", loaded)
-    assert main([str(videos), str(tmp_path / "data"), "--models", str(models), *OPTIONS]) == 0
-    assert seen == [(before, len(DISTINCT))] and len(prompts_encoded) == len(DISTINCT)
-    assert before >= 1, "live arrays are not seen"
-    assert results(tmp_path / "data") == results(prepared)
+def test_captions_are_encoded_once_and_their_encoder_is_freed_before_the_vae_is_loaded(first_run):
+    assert first_run.prompts == len(DISTINCT)
+    assert first_run.loaded == [(len(DISTINCT), 0)]
 
 
-def test_two_devices_give_the_bytes_of_one(videos, models, prepared, tmp_path, monkeypatch, prompts_encoded):
+def test_two_devices_give_the_bytes_of_one(videos, models, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
-    assert main([str(videos), str(tmp_path / "data"), "--models", str(models), *OPTIONS]) == 0
-    assert len(prompts_encoded) == 2 + len(DISTINCT)  # no caption and the others, each padded to two
+    with prompts_encoded() as masks:
+        assert main([str(videos), str(tmp_path / "data"), "--models", str(models), *OPTIONS]) == 0
+    # No caption, and the others: each group is padded to two.
+    assert len(masks) == 2 + (len(DISTINCT) - 1 + 1) // 2 * 2
     assert results(tmp_path / "data") == results(prepared)
 
 
-def test_a_stopped_preparation_resumes_to_the_same_bytes(
-    videos, models, prepared, tmp_path, monkeypatch, prompts_encoded
-):
+def test_a_stopped_preparation_resumes_to_the_same_bytes(videos, models, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(caption_embeddings, "GROUP", 2)
-    store, add, stops = caption_embeddings.CaptionEmbeddings._store, units.UnitWriter.add, ["text", 3, 6]
+    store, add, written = caption_embeddings.CaptionEmbeddings._store, units.UnitWriter.add, []
 
     def stopped_store(self, *arguments):
         store(self, *arguments)
-        if stops[0] == "text":
-            stops.pop(0)
-            raise KeyboardInterrupt
-
-    written = 0
+        raise KeyboardInterrupt
 
     def stopped_add(self, *arguments):
-        nonlocal written
-        written += 1
-        if stops and written == stops[0]:
-            stops.pop(0)
+        written.append(arguments)
+        if len(written) == 6:  # in the second unit
             raise KeyboardInterrupt
         add(self, *arguments)
 
-    monkeypatch.setattr(caption_embeddings.CaptionEmbeddings, "_store", stopped_store)
-    monkeypatch.setattr(units.UnitWriter, "add", stopped_add)
     command = [str(videos), str(tmp_path / "data"), "--models", str(models), *OPTIONS]
-    for _ in range(3):
+    with prompts_encoded() as masks:
+        with monkeypatch.context() as patch:
+            patch.setattr(caption_embeddings.CaptionEmbeddings, "_store", stopped_store)
+            assert main(command) == INTERRUPTED
+        assert len(masks) == 3  # no caption, and the first group
+        # What a disk may do to a file meanwhile.
+        (tmp_path / "data" / units.TEXT / f"{'0' * 64}.safetensors").write_bytes(b"half")
+        monkeypatch.setattr(units.UnitWriter, "add", stopped_add)
         assert main(command) == INTERRUPTED
         assert not (tmp_path / "data/dataset.json").exists()
-    assert main(command) == 0 and not stops
-    assert len(prompts_encoded) == len(DISTINCT), "a stored embedding was computed again"
-    assert results(tmp_path / "data") == results(prepared)
-
-
-def test_damaged_embeddings_are_computed_again(videos, models, prepared, tmp_path):
-    text = tmp_path / "data" / units.TEXT
-    shutil.copytree(prepared, tmp_path / "data")
-    next((tmp_path / "data").glob("000001-*")).unlink()
-    text.mkdir()
-    for name in ("null_text.safetensors", f"{'0' * 64}.safetensors"):
-        (text / name).write_bytes(b"half")
-    assert main([str(videos), str(tmp_path / "data"), "--models", str(models), *OPTIONS]) == 0
+        assert main(command) == 0
+    assert len(masks) == len(DISTINCT), "a stored embedding was computed again"
     assert results(tmp_path / "data") == results(prepared)
 
 
@@ -292,7 +294,7 @@ def free_memory(monkeypatch):
     [
         (
             2_100_000_000,
-            "--size 81x480x832: codec wan_vae: needs at least 8.1 GB of memory of cpu, found 2.1 GB free; "
+            "--size 81x480x832: codec wan_vae: needs at least 8.08 GB of memory of cpu, found 2.1 GB free; "
             "choose smaller videos (--size 81x240x416 would fit)",
         ),
         (1000, "found 1e-06 GB free; use devices with more memory"),
