@@ -1,6 +1,7 @@
 """Prepares training examples: latents and text embeddings in ArrayRecord shards, for `data.source = "prepared"`.
 
   python -m rehyat_jax.prepare SRC DST [options]                       a folder of videos and captions
+  python -m rehyat_jax.prepare SRC DST --codec wan_vae --text-encoder umt5 --models DIR   for Wan, with its pipeline
   python -m rehyat_jax.prepare latents SRC DST [options]               examples that were encoded elsewhere
   python -m rehyat_jax.prepare teacher-trajectories MODEL DST [options]   inputs of a model while it samples
 
@@ -68,8 +69,12 @@ def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
         option("--codec", required=True, help="that made the latents; the model to be trained must name it too")
         option("--text-encoder", required=True, help="that made the text; the same holds")
     else:
-        option("--codec", default="space_to_depth", help="of the model to be trained" + default)
-        option("--text-encoder", default="word_vectors", help="of the model to be trained" + default)
+        option("--codec", default="space_to_depth", help="of the model to be trained, wan_vae for Wan" + default)
+        option("--text-encoder", default="word_vectors", help="of the model to be trained, umt5 for Wan" + default)
+        option("--models", type=Path, help="folder with the weights of wan_vae and umt5, such as Wan2.1's pipeline")
+        option(
+            "--dtype", choices=("float32", "bfloat16"), default="float32", help="in which wan_vae computes" + default
+        )
     if not command:
         option(
             "--size",
@@ -96,7 +101,15 @@ def run(command: str, arguments: argparse.Namespace) -> str:
     names = dict(codec=arguments.codec, text_encoder=arguments.text_encoder)
     if command == LATENTS:
         return prepare_latent_files(*places, **names, **common)
-    return prepare_videos(*places, **names, sizes=arguments.size, workers=arguments.workers, **common)
+    return prepare_videos(
+        *places,
+        **names,
+        models=arguments.models,
+        sizes=arguments.size,
+        compute_dtype=arguments.dtype,
+        workers=arguments.workers,
+        **common,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

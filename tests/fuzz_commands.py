@@ -36,7 +36,7 @@ import numpy as np
 
 from rehyat_jax import convert, plan, prepare, sample, train
 from rehyat_jax.cli import INTERRUPTED
-from rehyat_jax.files.video import write_mp4
+from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.training.config import default_config
 
 # Twice what a valid command needs on a slow machine.
@@ -175,7 +175,7 @@ def make_inputs(folder: Path) -> None:
     Path("prompts.txt").write_text("a seven\na three\n")
     Path("videos").mkdir()
     for number in range(4):
-        write_mp4(Path(f"videos/{number}.mp4"), np.random.default_rng(number).random((8, 16, 16, 3)))
+        write_video(Path(f"videos/{number}.mp4"), np.random.default_rng(number).random((8, 16, 16, 3)))
     rows = [json.dumps({"file": f"{number}.mp4", "caption": f"number {number}"}) for number in range(4)]
     Path("videos/captions.jsonl").write_text("\n".join(rows))
     assert convert.main(["to-torch", "model", "torch", "--layout", "diffusers"]) == 0

@@ -1,6 +1,7 @@
 """Models nobody here wrote, with every parameter randomised: defaults of zero and one hide errors."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -39,10 +40,10 @@ def save_wan(model: WanTransformer3DModel, folder: Path) -> Path:
 TINY_VAE = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
 
 
-def random_wan_vae(seed: int = 0) -> AutoencoderKLWan:
-    """A tiny diffusers VAE of Wan2.1; norms and biases are perturbed too."""
+def random_wan_vae(seed: int = 0, **sizes: Any) -> AutoencoderKLWan:
+    """A tiny diffusers VAE of Wan2.1; norms and biases are perturbed too. `sizes` replace those of `TINY_VAE`."""
     torch.manual_seed(seed)
-    model = AutoencoderKLWan(**TINY_VAE).eval()
+    model = AutoencoderKLWan(**TINY_VAE | sizes).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -21,7 +21,8 @@ from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.demo.digits import DigitVideos
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.video import UnreadableVideo, frame_size, read_clip, write_mp4
+from rehyat_jax.files.mp4 import write_video
+from rehyat_jax.files.video import UnreadableVideo, frame_size, read_clip
 from rehyat_jax.generation.codecs import SpaceToDepth
 from rehyat_jax.generation.generate import generate_latents
 from rehyat_jax.generation.noise import initial_noise
@@ -127,7 +128,7 @@ def test_clips_are_resampled_in_time_and_cut_to_the_middle(tmp_path):
     # 2 seconds at 32 frames a second; the time as brightness, a white bar on either side.
     video = np.broadcast_to((np.arange(64) / 100)[:, None, None], (64, 48, 96)).copy()
     video[:, :, :20] = video[:, :, -20:] = 1
-    write_mp4(tmp_path / "a.mp4", grey(video), fps=32)
+    write_video(tmp_path / "a.mp4", grey(video), fps=32)
     assert frame_size(tmp_path / "a.mp4") == (48, 96)
     clip = read_clip(tmp_path / "a.mp4", fps=16, frames=21, height=24, width=24)
     assert clip.shape == (21, 24, 24, 3) and clip.dtype == np.uint8
@@ -143,7 +144,7 @@ def test_clips_are_resampled_in_time_and_cut_to_the_middle(tmp_path):
     "content", [b"", b"\0" * 5000, b"#EXTM3U\n#EXTINF:1,\na.mp4\n", b"ffconcat version 1.0\nfile a.mp4"]
 )
 def test_what_is_not_a_video_is_unreadable(tmp_path, content):
-    write_mp4(tmp_path / "a.mp4", np.zeros((2, 8, 8, 3)))
+    write_video(tmp_path / "a.mp4", np.zeros((2, 8, 8, 3)))
     (tmp_path / "b.mp4").write_bytes(content)
     for read in (frame_size, lambda path: read_clip(path, fps=16, frames=2, height=8, width=8)):
         with pytest.raises(UnreadableVideo, match=r"b\.mp4: ffmpeg"):
@@ -157,14 +158,14 @@ def videos(tmp_path_factory):
     captions = {}
     for number in range(10):
         video, captions[f"{number}.mp4"] = digits.draw(number)
-        write_mp4(folder / f"{number}.mp4", grey(video))
+        write_video(folder / f"{number}.mp4", grey(video))
     for number in range(4):
-        write_mp4(folder / f"wide{number}.mp4", np.full((25, 24, 48, 3), number / 10))
+        write_video(folder / f"wide{number}.mp4", np.full((25, 24, 48, 3), number / 10))
         captions[f"wide{number}.mp4"] = "wide"
-    write_mp4(folder / "short.mp4", np.zeros((5, 24, 24, 3)))
-    write_mp4(folder / "small.mp4", np.zeros((21, 8, 32, 3)))
-    write_mp4(folder / "untold.mp4", np.zeros((21, 24, 24, 3)))
-    write_mp4(folder / "long_caption.mp4", np.zeros((21, 24, 24, 3)))
+    write_video(folder / "short.mp4", np.zeros((5, 24, 24, 3)))
+    write_video(folder / "small.mp4", np.zeros((21, 8, 32, 3)))
+    write_video(folder / "untold.mp4", np.zeros((21, 24, 24, 3)))
+    write_video(folder / "long_caption.mp4", np.zeros((21, 24, 24, 3)))
     (folder / "cut.mp4").write_bytes((folder / "0.mp4").read_bytes()[:500])
     captions |= {"short.mp4": "a", "small.mp4": "a", "cut.mp4": "a", "gone.mp4": "a", "long_caption.mp4": "a " * 9}
     rows = [json.dumps({"file": name, "caption": caption}) for name, caption in captions.items()]

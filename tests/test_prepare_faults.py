@@ -120,7 +120,8 @@ def test_a_machine_that_reads_nothing_is_given_up_soon(tmp_path, ffmpeg, monkeyp
         (folder / name).with_suffix(".txt").write_text("a")
     ffmpeg('echo >> "$0.runs"; kill -KILL $$')
     assert main([str(folder), str(tmp_path / "data"), *OPTIONS]) == 2
-    assert len((tmp_path / "ffmpeg.runs").read_text()) == 2
+    # Two failed, and up to two were being decoded ahead.
+    assert 2 <= len((tmp_path / "ffmpeg.runs").read_text()) <= 4
 
 
 def test_under_a_limit_on_memory_no_video_is_called_unreadable(tmp_path, capsys, monkeypatch):

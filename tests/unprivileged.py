@@ -12,7 +12,7 @@ from test_sample_cli import save_random_model
 from tiny_runs import digits_config, write_config
 
 from rehyat_jax import convert, plan, prepare, sample, train
-from rehyat_jax.files.video import write_mp4
+from rehyat_jax.files.mp4 import write_video
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def test_a_video_that_may_not_be_read_is_read_later(tmp_path, refused, capsys):
     videos = tmp_path / "videos"
     videos.mkdir()
     for number in range(3):
-        write_mp4(videos / f"{number}.mp4", np.full((8, 16, 16, 3), number / 3))
+        write_video(videos / f"{number}.mp4", np.full((8, 16, 16, 3), number / 3))
     rows = [json.dumps({"file": f"{number}.mp4", "caption": f"number {number}"}) for number in range(3)]
     (videos / "captions.jsonl").write_text("\n".join(rows))
     command = [videos, tmp_path / "data", "--size", "5x16x16"]

@@ -2,6 +2,7 @@
 
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from rehyat_jax.data.prepared import Bucket, read_null_text
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.pictures import save_frames
 from rehyat_jax.files.shown import shown
+from rehyat_jax.generation.codecs import Codec
 from rehyat_jax.generation.opening import get_codec
 
 FILE = "contact_sheet.png"
@@ -18,14 +20,19 @@ EXAMPLES = 6
 FRAMES = ("first frame", "at 1/4", "at 1/2", "at 3/4", "last frame")
 
 
-def write_contact_sheet(folder: Path, manifest: Manifest) -> str:
+def write_contact_sheet(folder: Path, manifest: Manifest, codec: Callable[[], Codec] | None = None) -> str:
     """Writes a PNG with the first, the last and three intermediate frames of examples spread over the data set.
+
+    Args:
+      folder: folder of the data set.
+      manifest: its manifest.
+      codec: returns the codec; by default, the one that the manifest names.
 
     Returns:
       A sentence for the user: the name of the file, or the reason why it was not written.
     """
     try:
-        codec = get_codec(manifest.codec)
+        decoder = codec() if codec else get_codec(manifest.codec)
     except InputError as error:
         return f"no contact sheet: {error}"
     text_shape = read_null_text(folder / NULL_TEXT).shape
@@ -34,7 +41,7 @@ def write_contact_sheet(folder: Path, manifest: Manifest) -> str:
     for bucket, index in _spread(manifest.buckets):
         latents, description = buckets[bucket][index]["latents"], buckets[bucket].description(index)
         try:
-            video = np.asarray(codec.decode(latents[None]))[0]
+            video = np.asarray(decoder.decode(latents[None]))[0]
         except (RuntimeError, ValueError) as error:  # the codec's name may be wrong, which must not stop the data set
             return f"no contact sheet: {manifest.codec} cannot decode latents {latents.shape}: {shown(error)}"
         chosen = np.linspace(0, len(video) - 1, len(FRAMES)).round().astype(int)

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +36,13 @@ from rehyat_jax.data.records import pack
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.files.shown import shown
-from rehyat_jax.files.temporary import remove_leftovers
+from rehyat_jax.files.temporary import remove, remove_leftovers
 from rehyat_jax.files.write import reported_write_errors, written_whole
+from rehyat_jax.generation.codecs import Codec
 from rehyat_jax.preparation.contact_sheet import write_contact_sheet
 from rehyat_jax.weights.safetensors_file import DTYPES
 
-PLAN, UNITS = ".prepare/plan.json", ".prepare/units"
+PLAN, UNITS, TEXT = ".prepare/plan.json", ".prepare/units", ".prepare/text"
 SUMMARY = "summary"
 
 MOST_FAILURES = 8
@@ -99,6 +100,7 @@ class UnitWriter:
         self._writers: dict[tuple[int, ...], ArrayRecordWriter] = {}
         self._examples: Counter[tuple[int, ...]] = Counter()
         self._rejects: list[dict[str, str]] = []
+        self._notes: list[dict[str, str]] = []
 
     def add(self, example: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
         """Appends an example; see `rehyat_jax.data.records.pack`. Raises CorruptRecord if it is not finite."""
@@ -123,6 +125,10 @@ class UnitWriter:
         """
         self._rejects.append({"name": name, "reason": reason, "detail": shown(detail, 1000)})
 
+    def note(self, name: str, note: str, detail: str) -> None:
+        """Records something about an example for the summary; arguments as in `reject`."""
+        self._notes.append({"name": name, "note": note, "detail": shown(detail, 1000)})
+
     def _file(self, shape: tuple[int, ...]) -> str:
         return f"{self._number:06d}-{'x'.join(map(str, shape))}{SHARD_SUFFIX}"
 
@@ -135,7 +141,7 @@ class UnitWriter:
             shards.append(
                 {"latents_shape": list(shape), "file": file, "examples": self._examples[shape], "bytes": size}
             )
-        return {"shards": shards, "rejects": self._rejects}
+        return {"shards": shards, "rejects": self._rejects, "notes": self._notes}
 
 
 Fill = Callable[[UnitWriter, range, tqdm], None]
@@ -143,7 +149,15 @@ Fill = Callable[[UnitWriter, range, tqdm], None]
 
 
 def prepare(
-    folder: Path, plan: Plan, fill: Fill, null_text: Callable[[], np.ndarray], hosts: Hosts, *, item: str
+    folder: Path,
+    plan: Plan,
+    fill: Fill,
+    null_text: Callable[[], np.ndarray],
+    hosts: Hosts,
+    *,
+    item: str,
+    begin: Callable[[list[int]], None] = lambda numbers: None,
+    codec: Callable[[], Codec] | None = None,
 ) -> str:
     """Prepares this host's pending units; if then all units are done, completes the data set.
 
@@ -154,6 +168,8 @@ def prepare(
       null_text: returns the embedding of no caption, [L, text_dim] float32.
       hosts: selects the units of this host.
       item: word for an input, in messages.
+      begin: called once with the indices of the inputs of this host's pending units, if there are any.
+      codec: returns the codec that decodes examples for the contact sheet; by default, that of the plan's name.
 
     Returns:
       A message for the user: the summary of the complete data set, or the number of units left to other hosts.
@@ -172,6 +188,8 @@ def prepare(
     pending = [number for number in mine if not _is_done(folder, number)]
     done = sum(len(units[number]) for number in mine) - sum(len(units[number]) for number in pending)
     total = sum(len(units[number]) for number in mine)
+    if pending:
+        begin([index for number in pending for index in units[number]])
     failures: list[str] = []
     with tqdm(total=total, initial=done, desc="preparing", unit=item, dynamic_ncols=True, smoothing=0.05) as progress:
         for number in pending:
@@ -194,7 +212,7 @@ def prepare(
     if missing:
         return f"{shown(folder)}: {len(missing)} of {len(units)} units are left to other hosts"
     with reported_write_errors(folder):
-        _complete(folder, plan, null_text, item)
+        _complete(folder, plan, null_text, item, codec)
     return (folder / f"{SUMMARY}.txt").read_text(encoding="utf-8").rstrip()
 
 
@@ -259,7 +277,7 @@ def _is_done(folder: Path, number: int) -> bool:
     if not _report(folder, number).is_file():
         return False
     try:
-        for bucket in _read_report(_report(folder, number))[0]:
+        for bucket in _read_report(_report(folder, number)).buckets:
             for shard in bucket.shards:
                 check_shard(folder, shard)
     except InputError:
@@ -267,39 +285,62 @@ def _is_done(folder: Path, number: int) -> bool:
     return True
 
 
-def _read_report(file: Path) -> tuple[list[BucketFiles], list[dict[str, str]]]:
-    """(the shards of a unit, one for each shape; the inputs that gave no example). Raises InputError if damaged."""
+class Report(NamedTuple):
+    """The shards of a unit, one for each shape; the inputs that gave no example; notes about others."""
+
+    buckets: list[BucketFiles]
+    rejects: list[dict[str, str]]
+    notes: list[dict[str, str]]
+
+
+def _read_report(file: Path) -> Report:
+    """The report of a unit. Raises InputError if it is damaged."""
     content = read_json_object(file)
     try:
         shards = [dict(entry) for entry in content["shards"]]
         buckets = [
             parse_bucket(file, {"latents_shape": entry.pop("latents_shape"), "shards": [entry]}) for entry in shards
         ]
-        return buckets, [{key: str(entry[key]) for key in ("name", "reason", "detail")} for entry in content["rejects"]]
+        texts = lambda entries, *keys: [{key: str(entry[key]) for key in keys} for entry in entries]
+        return Report(
+            buckets,
+            texts(content["rejects"], "name", "reason", "detail"),
+            texts(content.get("notes", []), "name", "note", "detail"),  # earlier versions wrote none
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: expected the report of a unit, found another content; delete it") from error
 
 
-def _complete(folder: Path, plan: Plan, null_text: Callable[[], np.ndarray], item: str) -> None:
+def _complete(
+    folder: Path,
+    plan: Plan,
+    null_text: Callable[[], np.ndarray],
+    item: str,
+    codec: Callable[[], Codec] | None,
+) -> None:
     """Writes the files of the complete data set, the manifest last, unless they exist."""
     reports = [_read_report(_report(folder, number)) for number in range(len(plan.units))]
     shards: dict[tuple[int, int, int, int], list[Shard]] = {}
-    for bucket in (bucket for found, _ in reports for bucket in found):
+    for bucket in (bucket for report in reports for bucket in report.buckets):
         shards.setdefault(bucket.latents_shape, []).extend(bucket.shards)
     buckets = tuple(BucketFiles(shape, tuple(shards[shape])) for shape in sorted(shards))
     manifest = Manifest(plan.kind, plan.codec, plan.text_encoder, buckets)
     for left in folder.glob(f".??????-*{SHARD_SUFFIX}.*.partial"):  # by killed processes of any machine
         left.unlink(missing_ok=True)
     if _is_complete(folder, manifest):
+        remove(folder / TEXT)
         return
-    rejects = [reject for _, rejected in reports for reject in rejected]
+    rejects = [reject for report in reports for reject in report.rejects]
+    notes = [note for report in reports for note in report.notes]
     summary = {
         "inputs": len(plan.inputs),
         "examples": sum(bucket.examples for bucket in buckets),
         "bytes": sum(shard.bytes for bucket in buckets for shard in bucket.shards),
         "buckets": [{"latents_shape": bucket.latents_shape, "examples": bucket.examples} for bucket in buckets],
-        "rejected": dict(Counter(reject["reason"] for reject in rejects).most_common()),
+        "rejected": _counted(reject["reason"] for reject in rejects),
         "rejects": rejects,
+        "noted": _counted(note["note"] for note in notes),
+        "notes": notes,
     }
     with written_whole(folder / f"{SUMMARY}.json") as temporary:
         write_json(temporary, summary)
@@ -310,10 +351,11 @@ def _complete(folder: Path, plan: Plan, null_text: Callable[[], np.ndarray], ite
         )
     with written_whole(folder / NULL_TEXT) as temporary:
         temporary.write_bytes(save({"text": null_text()}))
-    sheet = write_contact_sheet(folder, manifest)
+    sheet = write_contact_sheet(folder, manifest, codec)
     with written_whole(folder / f"{SUMMARY}.txt") as temporary:
         temporary.write_text(_told(folder, summary, item, sheet), encoding="utf-8")
     write_manifest(folder, manifest)
+    remove(folder / TEXT)
 
 
 def _is_complete(folder: Path, manifest: Manifest) -> bool:
@@ -322,6 +364,10 @@ def _is_complete(folder: Path, manifest: Manifest) -> bool:
         return read_manifest(folder) == manifest and (folder / f"{SUMMARY}.txt").is_file()
     except InputError:
         return False
+
+
+def _counted(words: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(words).most_common())
 
 
 def _counts(rejected: Mapping[str, int]) -> str:
@@ -335,6 +381,8 @@ def _told(folder: Path, summary: Mapping[str, Any], item: str, sheet: str) -> st
     ]
     for bucket in summary["buckets"]:
         lines.append(f"  latents {'x'.join(map(str, bucket['latents_shape']))}: {bucket['examples']} examples")
+    for note, count in summary["noted"].items():
+        lines.append(f"  {note}: {count} examples, which {SUMMARY}.json names")
     for reject in summary["rejects"][:20]:
         lines.append(
             f"  left out {shown(reject['name'])}: {reject['reason']}"

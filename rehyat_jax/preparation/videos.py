@@ -1,27 +1,23 @@
 """Prepares training examples from videos and captions."""
 
+import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from rehyat_jax.data.records import CorruptRecord
-from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import is_text
-from rehyat_jax.files.video import UnreadableVideo, find_ffmpeg, frame_size, read_clip
-from rehyat_jax.generation.opening import get_codec, get_text_encoder
+from rehyat_jax.files.video import find_ffmpeg
+from rehyat_jax.generation.codecs import Array
+from rehyat_jax.parallel.memory import check_host_memory
+from rehyat_jax.preparation.caption_embeddings import CaptionEmbeddings, open_caption_encoder
 from rehyat_jax.preparation.captions import Captioned, captioned_videos
-from rehyat_jax.preparation.units import STORED, Hosts, NotNow, Plan, UnitWriter, prepare
-
-Size = tuple[int, int, int]
-"""Frames, height and width of a video."""
-
-
-class Rejected(Exception):
-    """A video gives no example; the arguments are (reason, detail)."""
+from rehyat_jax.preparation.clips import ClipReader, Rejected, Size, read_best_clip
+from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
+from rehyat_jax.preparation.video_encoder import VideoEncoder, latent_sizes, open_video_encoder
 
 
 def prepare_videos(
@@ -30,7 +26,9 @@ def prepare_videos(
     *,
     codec: str,
     text_encoder: str,
+    models: Path | None,
     sizes: Sequence[Size],
+    compute_dtype: str,
     dtype: str,
     unit: int,
     workers: int,
@@ -42,105 +40,136 @@ def prepare_videos(
     must be long and large enough for that size. Among such sizes it is the one that crops least, then the longest, then
     the largest.
 
+    All captions are embedded before the first video is encoded. The devices of this process encode different videos,
+    while further ones are decoded.
+
     Args:
+      codec, text_encoder: their names.
+      models: path of their weights, for those that have some; see `rehyat_jax.generation.opening`.
       sizes: sizes of the clips; by default the size for which the codec's models were made.
+      compute_dtype: dtype in which a VAE computes.
       dtype: a key of STORED.
       unit: number of videos in a unit.
       workers: number of videos that are decoded at the same time, each in its own process.
 
     Raises:
-      InputError: the videos, their captions, a size or the destination is wrong; or a video cannot be read on this
-        machine now, and all others are done. An unusable video gives no example, and the summary names it.
+      InputError: the videos, their captions, a model, a size or the destination is wrong; the models or the videos do
+        not fit into memory; or a video cannot be read on this machine now, and all others are done. An unusable video
+        gives no example, and the summary names it.
       NoFfmpeg: this machine has no ffmpeg program.
     """
     find_ffmpeg()  # raises here, before the destination is created
-    the_codec, the_encoder = get_codec(codec), get_text_encoder(text_encoder)
-    sizes = sorted(set(sizes or [the_codec.default_size]), reverse=True)
+    about = latent_sizes(codec)
+    sizes = sorted(set(sizes or [about.default_size]), reverse=True)
     for size in sizes:
-        the_codec.latent_shape(*size)
+        about.latent_shape(*size)
     videos = captioned_videos(source)
-    options = {"sizes": sizes, "fps": the_codec.fps, "dtype": dtype}
+    encoder, caption_encoder = (
+        open_video_encoder(codec, models, compute_dtype),
+        open_caption_encoder(text_encoder, models),
+    )
+    options = {"sizes": sizes, "fps": about.fps, "dtype": dtype, **encoder.options, **caption_encoder.options}
     plan = Plan("examples", codec, text_encoder, options, videos, unit)
-    stored = STORED[dtype]
+    embeddings = CaptionEmbeddings(destination, caption_encoder, STORED[dtype])
 
-    def fill(writer: UnitWriter, numbers: range, progress: tqdm) -> None:
-        chosen = [videos[number] for number in numbers]
-        for video, clip in zip(chosen, _clips(source, chosen, sizes, the_codec.fps, workers), strict=True):
-            try:
-                pixels = clip.result()
-            except Rejected as error:
-                writer.reject(video.name, *error.args)
-                progress.update()
-                continue
-            except OSError as error:
-                raise NotNow(str(error)) from error
-            try:
-                latents = the_codec.encode(pixels[None].astype(np.float32) / 255)[0]
-                text = _embedded(the_encoder, video.caption)
-                example = {"latents": np.asarray(latents).astype(stored), "text": text.astype(stored)}
-                writer.add(example, {"name": video.name, "caption": video.caption})
-            except Rejected as error:
-                writer.reject(video.name, *error.args)
-            except CorruptRecord as error:
-                writer.reject(video.name, "not finite", str(error))
-            progress.update()
+    with contextlib.ExitStack() as stack:
+        reader: ClipReader
 
-    return prepare(destination, plan, fill, lambda: the_encoder([""])[0], hosts, item="video")
+        def begin(numbers: list[int]) -> None:
+            nonlocal reader
+            encoder.check(sizes)
+            # Each of the two batches on their way to the devices is in memory as clips, and once more put together.
+            clips = workers + (4 + len(sizes)) * encoder.rows
+            check_host_memory(
+                clips * max(3 * frames * height * width for frames, height, width in sizes),
+                f"--workers {workers}: {clips} decoded videos",
+                "choose fewer workers or smaller videos",
+            )
+            embeddings.compute([videos[n].caption for n in numbers if _is_embedded(videos[n])])
+            decode = lambda number: read_best_clip(source, videos[number], sizes, about.fps)
+            reader = stack.enter_context(ClipReader(decode, numbers, workers=workers, waiting=encoder.rows))
 
+        def fill(writer: UnitWriter, numbers: range, progress: tqdm) -> None:
+            unit = _Unit(videos, embeddings, encoder, STORED[dtype], writer, progress)
+            for number in numbers:
+                try:
+                    clip = reader.take(number)
+                    embeddings.check(videos[number].caption)
+                except Rejected as error:
+                    unit.reject(number, *error.args)
+                else:
+                    unit.add(number, clip)
+            unit.finish()
 
-def _clips(
-    folder: Path, videos: Sequence[Captioned], sizes: Sequence[Size], fps: int, workers: int
-) -> Iterator[Future[np.ndarray]]:
-    """The clips in order, each [frames, height, width, 3] uint8 or an exception of `_clip`; some are decoded ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future[np.ndarray]] = deque()
-        for video in videos:
-            try:
-                ahead.append(pool.submit(_clip, folder, video, sizes, fps))
-            except RuntimeError as error:  # no thread for it
-                raise NotNow(f"{video.name}: {error}") from error
-            if len(ahead) > workers:
-                yield ahead.popleft()
-        yield from ahead
-
-
-def _clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: int) -> np.ndarray:
-    """The clip of a video. Raises Rejected, or OSError if this machine cannot read it now."""
-    if video.size is None:
-        raise Rejected("no such video", "it has a caption")
-    if not is_text(video.name):
-        raise Rejected("name refused", "expected a name in UTF-8; rename the file")
-    if video.caption is None:
-        raise Rejected("no caption")
-    if not is_text(video.caption):
-        raise Rejected("caption refused", "expected Unicode text, found half of a surrogate pair; correct the caption")
-    path = folder / video.name
-    try:
-        height, width = frame_size(path)
-        fitting = sorted(
-            (size for size in sizes if size[1] <= height and size[2] <= width),
-            key=lambda size: _kept(height / size[1], width / size[2]),
-            reverse=True,
+        return prepare(
+            destination, plan, fill, embeddings.null_text, hosts, item="video", begin=begin, codec=encoder.codec
         )
-        if not fitting:
-            smallest = min(sizes, key=lambda size: size[1] * size[2])
-            raise Rejected("too small", f"{height}x{width}, expected at least {smallest[1]}x{smallest[2]}")
-        for frames, height, width in fitting:
-            clip = read_clip(path, fps=fps, frames=frames, height=height, width=width)
-            if len(clip) == frames:
-                return clip
-    except UnreadableVideo as error:
-        raise Rejected("unreadable", str(error).removeprefix(f"{path}: ")) from error
-    raise Rejected("too short", f"{len(clip)} frames at {fps} a second, expected at least {min(fitting)[0]}")
 
 
-def _kept(rows: float, columns: float) -> float:
-    """The share of a picture that remains after cropping, rounded so that equal proportions compare as equal."""
-    return round(min(rows, columns) / max(rows, columns), 6)
+def _is_embedded(video: Captioned) -> bool:
+    """True if a video may give an example with its caption; see `read_best_clip`."""
+    return video.size is not None and video.caption is not None and is_text(video.name) and is_text(video.caption)
 
 
-def _embedded(text_encoder, caption: str) -> np.ndarray:
-    try:
-        return text_encoder([caption])[0]
-    except InputError as error:
-        raise Rejected("caption refused", str(error)) from error
+class _Unit:
+    """Encodes the clips of a unit in batches of one size, and writes the examples of each size in the videos' order.
+
+    One batch is written while the devices encode the next one.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Captioned],
+        embeddings: CaptionEmbeddings,
+        encoder: VideoEncoder,
+        stored: np.dtype,
+        writer: UnitWriter,
+        progress: tqdm,
+    ):
+        self._videos, self._embeddings, self._encoder, self._stored = videos, embeddings, encoder, stored
+        self._writer, self._progress = writer, progress
+        self._waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        self._encoded: deque[tuple[list[int], Array]] = deque()
+        self._rejected: dict[int, tuple[str, str]] = {}
+
+    def reject(self, number: int, reason: str, detail: str = "") -> None:
+        """A video gives no example."""
+        self._rejected[number] = reason, detail
+        self._progress.update()
+
+    def add(self, number: int, clip: np.ndarray) -> None:
+        """The clip of the next video, uint8 [frames, height, width, 3]."""
+        batch = self._waiting.setdefault(clip.shape, [])
+        batch.append((number, clip))
+        if len(batch) == self._encoder.rows:
+            self._encode(self._waiting.pop(clip.shape))
+
+    def finish(self) -> None:
+        """Encodes and writes what is left."""
+        for batch in self._waiting.values():
+            self._encode(batch)
+        while self._encoded:
+            self._write(*self._encoded.popleft())
+        for number, rejected in sorted(self._rejected.items()):
+            self._writer.reject(self._videos[number].name, *rejected)
+
+    def _encode(self, batch: list[tuple[int, np.ndarray]]) -> None:
+        numbers, clips = zip(*batch, strict=True)
+        # Padded, because a smaller batch would compile again.
+        padded = np.stack([*clips, *clips[-1:] * (self._encoder.rows - len(clips))])
+        self._encoded.append((list(numbers), self._encoder(padded)))
+        if len(self._encoded) == 2:
+            self._write(*self._encoded.popleft())
+
+    def _write(self, numbers: list[int], latents: Array) -> None:
+        for number, row in zip(numbers, np.asarray(latents), strict=False):
+            video = self._videos[number]
+            example = {"latents": row.astype(self._stored), "text": self._embeddings.get(video.caption)}
+            try:
+                self._writer.add(example, {"name": video.name, "caption": video.caption})
+            except CorruptRecord as error:
+                self.reject(number, "not finite", str(error))
+                continue
+            if excess := self._embeddings.excess(video.caption):
+                self._writer.note(video.name, "caption cut", excess)
+            self._progress.update()

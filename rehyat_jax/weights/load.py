@@ -187,8 +187,12 @@ def open_checkpoint(path: str | Path) -> StreamedModel:
     return open_model_checkpoint(path) if is_model_checkpoint(path) else open_torch_checkpoint(path)
 
 
-def checkpoint_files(path: str | Path) -> tuple[Path, list[Path]]:
-    """(folder, files in it) from which `open_checkpoint` reads a model, without files that only hold times.
+def checkpoint_files(path: str | Path, part: str = "transformer") -> tuple[Path, list[Path]]:
+    """(folder, files in it) from which a model is read, without files that only hold times.
+
+    Args:
+      path: path of the checkpoint.
+      part: the model's folder in a diffusers pipeline.
 
     Raises:
       InputError: the checkpoint does not exist, or a PyTorch file is damaged.
@@ -199,6 +203,6 @@ def checkpoint_files(path: str | Path) -> tuple[Path, list[Path]]:
         is_read = lambda name: name not in TIMES and (not name.startswith(".") or name in (".zarray", ".zattrs"))
         params = (file for file in (path / PARAMS).rglob("*") if is_read(file.name) and file.is_file())
         return path, [path / MODEL_FILE, *params]
-    folder, tensors = find_tensors(path)
+    folder, tensors = find_tensors(path, part)
     described = (folder / name for name in (CONFIG_FILE, SIDE_CAR))
     return folder, [*{tensor.file for tensor in tensors.values()}, *filter(Path.is_file, described)]
