@@ -7,6 +7,8 @@ its input [B, T, H, W, C]:
 - `doubled`: twice as many frames, from a convolution with twice as many channels;
 - `halved`: half as many frames, from a convolution with stride 2.
 
+They also have `places`, which shards the pixels of frames over devices (see `places.py`).
+
 The first frame of a clip is special: `doubled` and `halved` copy it, and `doubled` convolves the later frames as if
 there were zeros before them.
 """
@@ -17,6 +19,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+
+from rehyat_jax.models.wan_vae.places import Places
 
 WINDOW = 3
 """Frames that a convolution in time sees."""
@@ -32,6 +36,8 @@ class TimeConvolution(Protocol):
 class Frames(Protocol):
     """See the module's docstring."""
 
+    places: Places
+
     def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         """[B, T, H, W, C] -> [B, T, H, W, C']."""
 
@@ -45,8 +51,11 @@ class Frames(Protocol):
 class WholeClip:
     """All frames of a clip at once; nothing is cached."""
 
+    def __init__(self, places: Places):
+        self.places = places
+
     def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        return convolution(x, zeros_before=WINDOW - 1)
+        return convolution(self.places.without_padding(x), zeros_before=WINDOW - 1)
 
     def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         if x.shape[1] == 1:
@@ -71,12 +80,14 @@ class Stream:
     Args:
       first: bool [], true in the first step of a clip.
       caches: `after` of the step before; None for zeros, whose shapes then follow from the inputs.
+      places: sharding of the frames' pixels.
 
     Attributes:
       after: the last input frames of every convolution in time, in the order of the calls.
     """
 
-    def __init__(self, first: jax.Array, caches: Sequence[jax.Array] | None):
+    def __init__(self, first: jax.Array, caches: Sequence[jax.Array] | None, places: Places):
+        self.places = places
         self.after: list[jax.Array] = []
         self._first = first
         self._caches = None if caches is None else iter(caches)
@@ -84,7 +95,7 @@ class Stream:
     def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         is_frame = jnp.arange(x.shape[1]) == x.shape[1] - 1
         x = jnp.where((is_frame | ~self._first)[:, None, None, None], x, 0) if x.shape[1] > 1 else x
-        return convolution(self._with_past(x, WINDOW - 1))
+        return convolution(self._with_past(self.places.without_padding(x), WINDOW - 1))
 
     def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         later = convolution(self._with_past(jnp.where(self._first, 0, x), WINDOW - 1))

@@ -14,10 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
-from rehyat_jax.attention.softmax.api import softmax_attention
 from rehyat_jax.models.wan_vae.config import Stage, WanVaeConfig
 from rehyat_jax.models.wan_vae.frames import Frames
 
@@ -132,16 +130,10 @@ class AttentionBlock(nnx.Module):
         self.query_key_value = FrameConvolution(channels, 3 * channels, 1, dtype=dtype, rngs=rngs)
         self.output = FrameConvolution(channels, channels, 1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
-        tokens = rearrange(self.query_key_value(self.norm(x)), "b t h w c -> t b (h w) 1 c")
-
-        def attend(frame: jax.Array) -> jax.Array:
-            return softmax_attention(*jnp.split(frame, 3, axis=-1))
-
-        # One frame after another: the scores of a frame of 480p take 156 MB.
-        attended = jax.lax.map(attend, tokens)
-        return x + self.output(rearrange(attended, "t b (h w) 1 c -> b t h w c", h=x.shape[2]))
+        attended = frames.places.attend(*jnp.split(self.query_key_value(self.norm(x)), 3, axis=-1))
+        return x + self.output(attended)
 
 
 class Downsample(nnx.Module):
@@ -153,7 +145,7 @@ class Downsample(nnx.Module):
             self.time_conv = VideoConvolution(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
-        x = self.conv(x, stride=2, padding=(0, 1))
+        x = self.conv(frames.places.without_padding(x), stride=2, padding=(0, 1))
         return frames.halved(self.time_conv, x) if hasattr(self, "time_conv") else x
 
 
@@ -167,7 +159,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
         x = frames.doubled(self.time_conv, x) if hasattr(self, "time_conv") else x
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+        return self.conv(jnp.repeat(jnp.repeat(frames.places.without_padding(x), 2, axis=2), 2, axis=3))
 
 
 class ResolutionStage(nnx.Module):
@@ -196,7 +188,7 @@ class Middle(nnx.Module):
         self.block_1 = ResidualBlock(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
-        return self.block_1(self.attention(self.block_0(x, frames)), frames)
+        return self.block_1(self.attention(self.block_0(x, frames), frames), frames)
 
 
 class Coder(nnx.Module):
@@ -261,18 +253,19 @@ class WanAutoencoder(nnx.Module):
         Returns:
           float32 [B, T, H / 8, W / 8, z_dim].
         """
+        video = frames.places.pad(video)
         with self._precision():
-            moments = self.quant_conv(self.encoder(video.astype(self.dtype), frames))
+            moments = frames.places.crop(self.quant_conv(self.encoder(video.astype(self.dtype), frames)))
         mean, std = self._statistics()
         return (moments[..., : self.config.z_dim].astype(jnp.float32) - mean) / std
 
     def decode(self, latents: jax.Array, frames: Frames) -> jax.Array:
-        """The video of normalised latents [B, T, h, w, z_dim]; float32 [B, F, 8h, 8w, 3] in [-1, 1]."""
+        """The video of normalised latents [B, T, h, w, z_dim]; float32 [B, F, 8h, 8w, 3], not clipped to [-1, 1]."""
         mean, std = self._statistics()
-        latents = (latents.astype(jnp.float32) * std + mean).astype(self.dtype)
+        latents = (frames.places.pad(latents).astype(jnp.float32) * std + mean).astype(self.dtype)
         with self._precision():
-            video = self.decoder(self.post_quant_conv(latents), frames)
-        return jnp.clip(video.astype(jnp.float32), -1, 1)
+            video = frames.places.crop(self.decoder(self.post_quant_conv(latents), frames))
+        return video.astype(jnp.float32)
 
     def _statistics(self) -> tuple[jax.Array, jax.Array]:
         """Mean and standard deviation of the latents, float32 [z_dim]."""
