@@ -27,9 +27,11 @@ def assembled(code: Callable[[slice, slice], np.ndarray], height: int, width: in
     stride = tile * 3 // 4
     rows, columns = ([slice(at, min(at + tile, size)) for at in range(0, size, stride)] for size in (height, width))
     shared = scale * (tile - stride)
-    lines, above = [], {}
+    lines: list[np.ndarray] = []
+    above: dict[int, np.ndarray] = {}
     for row in rows:
-        line, left = [], None
+        line: list[np.ndarray] = []
+        left: np.ndarray | None = None
         for column in columns:
             part = code(row, column)
             if row.start:

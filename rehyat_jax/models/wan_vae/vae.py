@@ -326,16 +326,13 @@ class WanVae:
         if any(getattr(cache, "is_deleted", bool)() for cache in state.caches):
             raise InputError("state was consumed by an earlier call; give the state that the last call returned")
         scale = self.config.space_factor if name == "video" else 1
-        padded = tuple(scale * size for size in _places(x, scale).padded)
-        if (x.shape[0], *padded) != (state.caches[0].shape[0], *state.caches[0].shape[2:4]):
+        places, (batch, _, *found) = _places(x, scale), state.caches[0].shape[:4]
+        size = batch // places.strips, found[0], found[1] * places.strips
+        if (x.shape[0], *(scale * padded for padded in places.padded)) != size:
             raise InputError(
-                f"{name} must be [batch, height, width] = {_size(state.caches[0])} as in the call before, found "
-                f"{_size(x)}; begin another clip with state=None"
+                f"{name} must be [batch, height, width] = {size} as in the call before, found "
+                f"{(x.shape[0], *x.shape[2:4])}; begin another clip with state=None"
             )
-
-
-def _size(x: jax.Array) -> tuple[int, ...]:
-    return (x.shape[0], *x.shape[2:4])
 
 
 def _with_padding(video: Any, config: WanVaeConfig, library: Any) -> Any:
