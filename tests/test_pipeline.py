@@ -272,7 +272,7 @@ def test_missing_and_foreign_parts_are_explained_before_any_is_loaded(folder, ch
         (dict(frames=7), "nearest are 9 frames"),
         (dict(frames=6), "nearest are 5 frames"),
         (dict(height=470), "multiples of 16; nearest are 5 frames of 464x48"),
-        (dict(stream=True), "blocks 0, 1: expected causal hybrid attention in every block, found softmax"),
+        (dict(stream=True), "blocks 0, 1: expected hybrid attention in every block, found softmax"),
         (dict(longest=5), "--longest 5: expected with --stream"),
         (dict(mesh=(("data", 3),)), "does not make 8 devices"),
     ],

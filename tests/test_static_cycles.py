@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rehyat_jax.benchmarks import splash_blocks, tpu_cases, tpu_report, tpu_static
+from rehyat_jax.benchmarks import splash_blocks, tpu_cases, tpu_report, tpu_static, vae_static
 from rehyat_jax.cost_model.static_cycles import StaticProgram
 from rehyat_jax.cost_model.tpu_bundles import Kernel
 from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, compiled_for_tpu
@@ -218,6 +218,31 @@ def test_command_line_writes_rows(tmp_path, capsys):
     assert backward["ratio_to_splash"] == faster / backward["cycles"]
     assert phi_backward["cycles"] < backward["cycles"]
     assert "slots in use" in capsys.readouterr().out
+
+
+def test_a_clips_cycles_are_its_latent_frames_times_those_of_one_step():
+    config = {"base_dim": 4, "dim_mult": (1, 2), "num_res_blocks": 1, "temporal_downsample": (True,)}
+    costs = {
+        steps: vae_static.step_cost("v5e:2x2", "decode", 16, 64, steps=steps, config=config) for steps in (1, 3, 5)
+    }
+    step = (costs[5]["cycles"] - costs[3]["cycles"]) / 2
+    # A program of one step has no loop: the weights' preparation, once a call, and the copies of caches are its own.
+    assert 0.9 * step < costs[1]["cycles"] < 1.5 * step
+    assert costs[1]["cycles"] == sum(costs[1]["cycles_of"].values()) and min(costs[1]["cycles_of"].values()) > 0
+    # Arguments and temporaries do not grow with the length; the video does.
+    growth = costs[5]["peak_bytes"] - costs[1]["peak_bytes"]
+    assert growth <= 3 * (costs[5]["output_bytes"] - costs[1]["output_bytes"])
+
+
+def test_a_clip_of_the_vae_is_told_with_what_its_products_need():
+    cost = {"cycles": 3 * 10**8, "cycles_of": {"products": 2, "layout": 1, "rest": 0}, "peak_bytes": 2**31}
+    row = vae_static.row("v5e:2x2", "decode", 480, 832, 21, cost)
+    # 275 and 164 TF are in the literature of ports; a v5e makes 131,072 FLOP a cycle.
+    assert row["frames"] == 81 and round(row["flops"] / 1e12) == 275
+    assert row["ratio"] == pytest.approx(21 * 3e8 * 131_072 / row["flops"])
+    assert round(vae_static.row("v5e:2x2", "encode", 480, 832, 21, None)["flops"] / 1e12) == 164
+    assert "does not fit into memory" in vae_static.line(vae_static.row("v5e:2x2", "encode", 480, 832, 21, None))
+    assert "480x832x81 | 300.0 | 100.0 | 3.00 " in vae_static.line(row)
 
 
 def test_growth_is_told_as_an_exponent():

@@ -58,6 +58,10 @@ def vae(folder):
 
 @pytest.fixture(scope="module")
 def abstract():
+    return abstract_small_vae()
+
+
+def abstract_small_vae():
     """(graphdef, shapes of the parameters) of `SMALL`."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: WanAutoencoder(SMALL, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)
@@ -65,8 +69,11 @@ def abstract():
 
 @pytest.fixture(scope="module")
 def small(abstract):
+    return random_small_vae(*abstract)
+
+
+def random_small_vae(graphdef, shapes):
     """A VAE of `SMALL` sizes with random parameters."""
-    graphdef, shapes = abstract
     rng = np.random.default_rng(3)
     scale = lambda leaf: math.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.5
     return WanVae(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
+from rehyat_jax.benchmarks import vae_static
 from rehyat_jax.benchmarks.splash_blocks import SPLASH_BLOCKS, search, splash_arguments
 from rehyat_jax.benchmarks.tpu_report import details, growth, table_head, table_line
 from rehyat_jax.cli import CommandParser, report_input_errors
@@ -86,8 +87,11 @@ def run(arguments: argparse.Namespace) -> None:
             search_blocks(topology, arguments)
         return
     check_libtpu()
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
-    print(f"{versions}; {arguments.tokens_per_frame} tokens a frame; one chip (tpu7x: one of its two cores)\n")
+    if arguments.vae:
+        print(f"{_versions()}; one chip; a step of the stream is one latent frame\n")
+        vae_static.report(arguments.topology, arguments.height, arguments.width, arguments.frames, arguments.json)
+        return
+    print(f"{_versions()}; {arguments.tokens_per_frame} tokens a frame; one chip (tpu7x: one of its two cores)\n")
     print(table_head())
     rows = []
     for group in groups(arguments):
@@ -101,6 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         with written_whole(arguments.json) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
 
 
 def groups(arguments: argparse.Namespace) -> Iterator[list[Case]]:
@@ -208,6 +216,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     option("--json", type=Path, metavar="FILE", help="also write the rows there")
     option("--details", action="store_true", help="also print what binds every part of every kernel")
+    option("--vae", action="store_true", help="cost of Wan2.1's VAE instead, decoding and encoding (minutes each)")
     option("--search", action="store_true", help="search splash attention's block sizes instead")
     arguments = parser.parse_args(argv)
     # A token is two by two latent pixels; a latent pixel is eight by eight pixels.

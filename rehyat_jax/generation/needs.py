@@ -50,11 +50,13 @@ def text_encoder_bytes(config: UMT5Config) -> int:
     return module_bytes(config, dtype=jnp.dtype(jnp.bfloat16))
 
 
-def decoder_bytes(config: WanVaeConfig, latent_shape: tuple[int, int, int, int], videos: int) -> int:
-    """Bytes that are in memory at once while the VAE decodes a latent frame of every video, in float32.
+def decoder_bytes(
+    config: WanVaeConfig, latent_shape: tuple[int, int, int, int], *, videos: int, devices: int = 1
+) -> int:
+    """Bytes on each device while the VAE decodes a latent frame of every video, in float32.
 
-    These are its parameters, the frames that its convolutions remember, and the input and output of a convolution at
-    the size of the video.
+    These are its parameters, and the device's share of the frames that its convolutions remember, and of the input and
+    output of a convolution at the size of the video.
     """
     _, height, width, _ = latent_shape
     graphdef, state = nnx.split(abstract_module(config))
@@ -62,4 +64,5 @@ def decoder_bytes(config: WanVaeConfig, latent_shape: tuple[int, int, int, int],
     remembered = jax.tree.leaves(jax.eval_shape(begin, nnx.to_pure_dict(state)))
     pixels = videos * config.time_factor * height * width * config.space_factor**2
     largest = 2 * 4 * pixels * config.base_dim * config.dim_mult[0]
-    return module_bytes(config) + sum(leaf.size * leaf.dtype.itemsize for leaf in remembered) + largest
+    frames = sum(leaf.size * leaf.dtype.itemsize for leaf in remembered) + largest
+    return module_bytes(config) + frames // devices

@@ -25,7 +25,7 @@ from rehyat_jax.generation.noise import host_noise
 from rehyat_jax.generation.opening import get_codec, get_text_encoder, given_models
 from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline_folder import check_pipeline, find_part, scheduler_shift
-from rehyat_jax.generation.streaming import stream_latents
+from rehyat_jax.generation.streaming import PART_CHUNKS, stream_latents
 from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.generation.umt5 import MAX_TOKENS, FoundTextEncoder, find_text_encoder
 from rehyat_jax.generation.wan_codec import load_wan_codec
@@ -257,7 +257,8 @@ class Pipeline:
         if self._vae is None:
             return True
         with self._on(self._mesh):
-            return fits_device(2 * self._decoder_bytes(self.options, self.latent_shape), devices=self._devices)
+            needed = self._needs(self.options, self.latent_shape, self._devices)["VAE"]
+            return fits_device(2 * needed, devices=self._devices)
 
     # --------------------------------------------------------------------------------------------------------- opening
 
@@ -314,10 +315,11 @@ class Pipeline:
                 f"--mesh context={devices} --stream: expected context=1, because the parts of a video follow one "
                 f"another in time; shard along data or tensor, or sample without --stream"
             )
-        if options.longest is not None and options.longest < config.block_forms.chunk_frames:
+        part = min(PART_CHUNKS * config.block_forms.chunk_frames, self.latent_shape[0] // config.patch_size[0])
+        if options.longest is not None and options.longest < part:
             raise InputError(
-                f"--longest {options.longest}: expected at least the {config.block_forms.chunk_frames} frames of a "
-                f"part; choose a larger one, such as the latent frames of a training video"
+                f"--longest {options.longest}: expected at least the {part} frames of a part; choose a larger one, such "
+                f"as the latent frames of a training video"
             )
 
     # ---------------------------------------------------------------------------------------------------------- memory
@@ -328,7 +330,7 @@ class Pipeline:
 
     def _needs(self, options: SamplingOptions, shape: tuple[int, int, int, int], devices: int) -> dict[Part, int]:
         """The least bytes that each part needs on each device."""
-        streamed = self.config.block_forms.chunk_frames * self.config.patch_size[0]
+        streamed = PART_CHUNKS * self.config.block_forms.chunk_frames * self.config.patch_size[0]
         on_device = (min(shape[0], streamed), *shape[1:]) if options.stream else shape
         # Parts of a video follow one another: only other axes than time divide them.
         sampled = transformer_bytes(
@@ -338,12 +340,8 @@ class Pipeline:
         if self._found_encoder is not None:
             needs["text encoder"] = text_encoder_bytes(self._found_encoder.model.config) // devices
         if self._vae is not None:
-            needs["VAE"] = self._decoder_bytes(options, shape)
+            needs["VAE"] = decoder_bytes(self._vae[1].config, shape, videos=options.batch, devices=devices)
         return needs
-
-    def _decoder_bytes(self, options: SamplingOptions, shape: tuple[int, int, int, int]) -> int:
-        parts = math.prod(size for axis, size in options.mesh if axis in ("data", "fsdp"))
-        return decoder_bytes(self._vae[1].config, shape, math.ceil(options.batch / parts))
 
     def _check_memory(self) -> None:
         """Raises InputError, with what would fit, if a part needs more memory than is free. Nothing is loaded yet."""
@@ -369,7 +367,7 @@ class Pipeline:
                 check_streams(config)
                 changes += [("--stream", {"stream": True}, devices)] * (not options.stream)
         others = jax.device_count()
-        changes += [(f"a mesh of {others} devices", {}, others)] * (others > devices and part != "VAE")
+        changes += [(f"a mesh of {others} devices", {}, others)] * (others > devices)
         batch = options.batch
         while (batch := batch // 2) >= 1:
             changes += [(f"--batch {batch}", {"batch": batch}, devices)]

@@ -101,17 +101,6 @@ def _required_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _source(path: Path) -> Path:
-    """The text encoder's own folder or file."""
-    if (path / "text_encoder").is_dir():
-        return path / "text_encoder"
-    # The folder of an original repository holds the transformer too.
-    for suffix in ("safetensors", "pth"):
-        if len(files := sorted(path.glob(f"models_t5_*.{suffix}"))) == 1:
-            return files[0]
-    return path
-
-
 class UMT5TextEncoder:
     """umT5 as a function of token ids, and of prompts.
 

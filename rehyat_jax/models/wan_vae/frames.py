@@ -7,6 +7,8 @@ its input [B, T, H, W, C]:
 - `doubled`: twice as many frames, from a convolution with twice as many channels;
 - `halved`: half as many frames, from a convolution with stride 2.
 
+They also have `places`, which shards the pixels of frames over devices (see `places.py`).
+
 The first frame of a clip is special: `doubled` and `halved` copy it, and `doubled` convolves the later frames as if
 there were zeros before them.
 """
@@ -18,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from rehyat_jax.models.wan_vae.places import Places
+
 WINDOW = 3
 """Frames that a convolution in time sees."""
 
@@ -25,12 +29,14 @@ WINDOW = 3
 class TimeConvolution(Protocol):
     """A convolution of `WINDOW` frames: [B, before + T, H, W, C] -> [B, T or T / 2, H, W, C']."""
 
-    def __call__(self, x: jax.Array, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, places: Places, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
         """The convolution of `x`, with frames of zeros before it, at every `time_stride`-th frame."""
 
 
 class Frames(Protocol):
     """See the module's docstring."""
+
+    places: Places
 
     def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         """[B, T, H, W, C] -> [B, T, H, W, C']."""
@@ -45,19 +51,22 @@ class Frames(Protocol):
 class WholeClip:
     """All frames of a clip at once; nothing is cached."""
 
+    def __init__(self, places: Places):
+        self.places = places
+
     def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        return convolution(x, zeros_before=WINDOW - 1)
+        return convolution(self.places.without_padding(x), self.places, zeros_before=WINDOW - 1)
 
     def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         if x.shape[1] == 1:
             return x
-        later = convolution(x[:, 1:], zeros_before=WINDOW - 1)
+        later = convolution(x[:, 1:], self.places, zeros_before=WINDOW - 1)
         return jnp.concatenate([x[:, :1], _channels_to_frames(later)], axis=1)
 
     def halved(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         if x.shape[1] == 1:
             return x
-        return jnp.concatenate([x[:, :1], convolution(x, time_stride=2)], axis=1)
+        return jnp.concatenate([x[:, :1], convolution(x, self.places, time_stride=2)], axis=1)
 
 
 class Stream:
@@ -71,12 +80,14 @@ class Stream:
     Args:
       first: bool [], true in the first step of a clip.
       caches: `after` of the step before; None for zeros, whose shapes then follow from the inputs.
+      places: sharding of the frames' pixels.
 
     Attributes:
       after: the last input frames of every convolution in time, in the order of the calls.
     """
 
-    def __init__(self, first: jax.Array, caches: Sequence[jax.Array] | None):
+    def __init__(self, first: jax.Array, caches: Sequence[jax.Array] | None, places: Places):
+        self.places = places
         self.after: list[jax.Array] = []
         self._first = first
         self._caches = None if caches is None else iter(caches)
@@ -84,19 +95,20 @@ class Stream:
     def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         is_frame = jnp.arange(x.shape[1]) == x.shape[1] - 1
         x = jnp.where((is_frame | ~self._first)[:, None, None, None], x, 0) if x.shape[1] > 1 else x
-        return convolution(self._with_past(x, WINDOW - 1))
+        return convolution(self._with_past(self.places.without_padding(x), WINDOW - 1), self.places)
 
     def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        later = convolution(self._with_past(jnp.where(self._first, 0, x), WINDOW - 1))
+        later = convolution(self._with_past(jnp.where(self._first, 0, x), WINDOW - 1), self.places)
         return jnp.where(self._first, jnp.repeat(x, 2, axis=1), _channels_to_frames(later))
 
     def halved(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        return jnp.where(self._first, x[:, 1::2], convolution(self._with_past(x, 1), time_stride=2))
+        return jnp.where(self._first, x[:, 1::2], convolution(self._with_past(x, 1), self.places, time_stride=2))
 
     def _with_past(self, x: jax.Array, frames: int) -> jax.Array:
         """`x` after the last `frames` frames of the steps before; caches those of this step."""
         past = jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype) if self._caches is None else next(self._caches)
-        window = jnp.concatenate([past, x], axis=1)
+        # A TPU's compiler would otherwise join the frames inside the convolution, which then takes 40 times as long.
+        window = jax.lax.optimization_barrier(jnp.concatenate([past, x], axis=1))
         self.after.append(window[:, -frames:])
         return window
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
-from rehyat_jax.attention.softmax.api import softmax_attention
 from rehyat_jax.models.wan_vae.config import Stage, WanVaeConfig
 from rehyat_jax.models.wan_vae.frames import Frames
+from rehyat_jax.models.wan_vae.places import Places
 
 PIXEL_CHANNELS = 3
 
@@ -46,16 +45,20 @@ class VideoConvolution(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, places: Places, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
         """[B, T, H, W, C] -> [B, (zeros_before + T - kernel frames) / time_stride + 1, H, W, C']."""
         height, width = (size // 2 for size in self.kernel.shape[1:3])
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            window_strides=(time_stride, 1, 1),
-            padding=((zeros_before, 0), (height, height), (width, width)),
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        )
+
+        def convolve(x: jax.Array, kernel: jax.Array, columns: tuple[int, int]) -> jax.Array:
+            return jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(time_stride, 1, 1),
+                padding=((zeros_before, 0), (height, height), columns),
+                dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            )
+
+        y = places.convolve(convolve, x.astype(self.dtype), self.kernel[...].astype(self.dtype), (width, width))
         return y + self.bias[...].astype(self.dtype)
 
 
@@ -68,23 +71,29 @@ class FrameConvolution(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, *, stride: int = 1, padding: tuple[int, int] | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, places: Places, *, stride: int = 1, padding: tuple[int, int] | None = None
+    ) -> jax.Array:
         """[B, T, H, W, C] -> [B, T, H', W', C'].
 
         Args:
           stride: stride in height and width.
           padding: zeros before and after both axes; None keeps their sizes for stride 1.
         """
-        batch, frames = x.shape[:2]
         padding = padding or (self.kernel.shape[0] // 2,) * 2
-        y = jax.lax.conv_general_dilated(
-            x.reshape(batch * frames, *x.shape[2:]).astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            window_strides=(stride, stride),
-            padding=(padding, padding),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return (y + self.bias[...].astype(self.dtype)).reshape(batch, frames, *y.shape[1:])
+
+        def convolve(x: jax.Array, kernel: jax.Array, columns: tuple[int, int]) -> jax.Array:
+            y = jax.lax.conv_general_dilated(
+                x.reshape(-1, *x.shape[2:]),
+                kernel,
+                window_strides=(stride, stride),
+                padding=(padding, columns),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            return y.reshape(*x.shape[:2], *y.shape[1:])
+
+        y = places.convolve(convolve, x.astype(self.dtype), self.kernel[...].astype(self.dtype), padding)
+        return y + self.bias[...].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -121,7 +130,7 @@ class ResidualBlock(nnx.Module):
         """[B, T, H, W, in] -> [B, T, H, W, out]."""
         y = frames.causal(self.conv_1, self.norm_1.silu(x))
         y = frames.causal(self.conv_2, self.norm_2.silu(y))
-        return y + (self.shortcut(x) if hasattr(self, "shortcut") else x)
+        return y + (self.shortcut(x, frames.places) if hasattr(self, "shortcut") else x)
 
 
 class AttentionBlock(nnx.Module):
@@ -132,16 +141,10 @@ class AttentionBlock(nnx.Module):
         self.query_key_value = FrameConvolution(channels, 3 * channels, 1, dtype=dtype, rngs=rngs)
         self.output = FrameConvolution(channels, channels, 1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
-        tokens = rearrange(self.query_key_value(self.norm(x)), "b t h w c -> t b (h w) 1 c")
-
-        def attend(frame: jax.Array) -> jax.Array:
-            return softmax_attention(*jnp.split(frame, 3, axis=-1))
-
-        # One frame after another: the scores of a frame of 480p take 156 MB.
-        attended = jax.lax.map(attend, tokens)
-        return x + self.output(rearrange(attended, "t b (h w) 1 c -> b t h w c", h=x.shape[2]))
+        attended = frames.places.attend(*jnp.split(self.query_key_value(self.norm(x), frames.places), 3, axis=-1))
+        return x + self.output(attended, frames.places)
 
 
 class Downsample(nnx.Module):
@@ -153,7 +156,7 @@ class Downsample(nnx.Module):
             self.time_conv = VideoConvolution(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
-        x = self.conv(x, stride=2, padding=(0, 1))
+        x = self.conv(frames.places.without_padding(x), frames.places, stride=2, padding=(0, 1))
         return frames.halved(self.time_conv, x) if hasattr(self, "time_conv") else x
 
 
@@ -167,7 +170,8 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
         x = frames.doubled(self.time_conv, x) if hasattr(self, "time_conv") else x
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+        x = jnp.repeat(jnp.repeat(frames.places.without_padding(x), 2, axis=2), 2, axis=3)
+        return self.conv(x, frames.places)
 
 
 class ResolutionStage(nnx.Module):
@@ -196,7 +200,7 @@ class Middle(nnx.Module):
         self.block_1 = ResidualBlock(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
-        return self.block_1(self.attention(self.block_0(x, frames)), frames)
+        return self.block_1(self.attention(self.block_0(x, frames), frames), frames)
 
 
 class Coder(nnx.Module):
@@ -261,18 +265,19 @@ class WanAutoencoder(nnx.Module):
         Returns:
           float32 [B, T, H / 8, W / 8, z_dim].
         """
+        video = frames.places.pad(video)
         with self._precision():
-            moments = self.quant_conv(self.encoder(video.astype(self.dtype), frames))
+            moments = frames.places.crop(self.quant_conv(self.encoder(video.astype(self.dtype), frames), frames.places))
         mean, std = self._statistics()
         return (moments[..., : self.config.z_dim].astype(jnp.float32) - mean) / std
 
     def decode(self, latents: jax.Array, frames: Frames) -> jax.Array:
-        """The video of normalised latents [B, T, h, w, z_dim]; float32 [B, F, 8h, 8w, 3] in [-1, 1]."""
+        """The video of normalised latents [B, T, h, w, z_dim]; float32 [B, F, 8h, 8w, 3], not clipped to [-1, 1]."""
         mean, std = self._statistics()
-        latents = (latents.astype(jnp.float32) * std + mean).astype(self.dtype)
+        latents = (frames.places.pad(latents).astype(jnp.float32) * std + mean).astype(self.dtype)
         with self._precision():
-            video = self.decoder(self.post_quant_conv(latents), frames)
-        return jnp.clip(video.astype(jnp.float32), -1, 1)
+            video = frames.places.crop(self.decoder(self.post_quant_conv(latents, frames.places), frames))
+        return video.astype(jnp.float32)
 
     def _statistics(self) -> tuple[jax.Array, jax.Array]:
         """Mean and standard deviation of the latents, float32 [z_dim]."""
