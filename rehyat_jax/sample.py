@@ -12,6 +12,8 @@ skips the finished videos when it is run again. docs/sampling.md has the details
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import sys
 import warnings
@@ -27,6 +29,7 @@ from rehyat_jax.files.mp4 import read_settings
 from rehyat_jax.files.shown import shown
 from rehyat_jax.files.temporary import remove_leftovers
 from rehyat_jax.files.write import check_place
+from rehyat_jax.generation.continuing import continue_video, skip_frames
 from rehyat_jax.generation.latents_file import read_latents, write_latents
 from rehyat_jax.generation.options import SamplingOptions, number
 from rehyat_jax.generation.pipeline import Pipeline
@@ -57,11 +60,16 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     Raises:
       InputError: the pipeline, an option, a prompt or the output path is wrong.
     """
-    pipeline = Pipeline.from_pretrained(
-        arguments.models, SamplingOptions.from_arguments(arguments), student=arguments.checkpoint
-    )
+    options = SamplingOptions.from_arguments(arguments)
+    if arguments.continued is not None:
+        options = dataclasses.replace(options, frames=None)  # --frames is the number of frames to add
+    pipeline = Pipeline.from_pretrained(arguments.models, options, student=arguments.checkpoint)
     if arguments.latents is not None:
         return decode_file(pipeline, arguments)
+    continued, before, added = None, None, {}
+    if arguments.continued is not None:
+        pipeline, continued = continue_video(pipeline, arguments.continued, arguments.frames)
+        added = {"continues": str(continued.file), "given_frames": len(continued.last)}
     jobs = list_jobs(arguments)
     todo = unfinished(jobs, pipeline.settings) if arguments.prompts else jobs
     if len(todo) < len(jobs):
@@ -69,32 +77,45 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     if not todo:
         return []
     check_output(todo, arguments)
-    how = dict(as_arrays=not has_encoder(), contact_sheet=arguments.contact_sheet)
+    how = dict(fps=pipeline.fps, as_arrays=not has_encoder(), contact_sheet=arguments.contact_sheet)
+    if continued is not None:
+        before = pipeline.encode(continued.last, progress=True)
+        pipeline.free("VAE")
     written: list[Path] = []
     keep_both = None
     for group in _groups(todo, ROUND):
         prompts = list(dict.fromkeys([*(job.prompt for job in group), pipeline.options.negative_prompt]))
         text = dict(zip(prompts, pipeline.embed(prompts, progress=True), strict=True))
         for together in _groups(group, pipeline.options.batch):
-            latents = sample_together(pipeline, together, text)
+            latents = sample_together(pipeline, together, text, before)
             # If more videos follow, the transformer stays in memory where the VAE fits next to it.
             if keep_both is None:
                 keep_both = len(todo) > len(together) and pipeline.fits_together()
             if not keep_both:
                 pipeline.free("transformer")
-            settings = [pipeline.settings | job.settings for job in together]
+            settings = [pipeline.settings | job.settings | added for job in together]
             if arguments.keep_latents:
                 for job, row, own in zip(together, latents, settings, strict=True):
                     write_latents(job.file.with_suffix(".safetensors"), row, own)
-            written += _reported(write_videos(pipeline, latents, [job.file for job in together], settings, **how))
+            frames, count = pipeline.frames(latents, progress=True), pipeline.frame_count(latents.shape[1])
+            if continued is not None:
+                frames = itertools.chain(continued.pieces(len(together)), skip_frames(frames, len(continued.last)))
+                count += continued.frames - len(continued.last)
+            written += _reported(write_videos(frames, count, [job.file for job in together], settings, **how))
             if not keep_both:
                 pipeline.free("VAE")
         pipeline.free("transformer", "VAE")
     return written
 
 
-def sample_together(pipeline: Pipeline, jobs: Sequence[Job], text: dict[str, np.ndarray]) -> np.ndarray:
-    """Latents [jobs, T, H, W, C] of videos that are sampled at once. Raises InputError if they are not finite."""
+def sample_together(
+    pipeline: Pipeline, jobs: Sequence[Job], text: dict[str, np.ndarray], before: np.ndarray | None
+) -> np.ndarray:
+    """Latents [jobs, T, H, W, C] of videos that are sampled at once, and that begin with the latents `before`.
+
+    Raises:
+      InputError: they are not finite.
+    """
     # A smaller last group is padded, because it would compile again.
     padded = [*jobs, *[jobs[-1]] * (pipeline.options.batch - len(jobs))]
     negative_text = text[pipeline.options.negative_prompt]
@@ -102,6 +123,7 @@ def sample_together(pipeline: Pipeline, jobs: Sequence[Job], text: dict[str, np.
         np.stack([text[job.prompt] for job in padded]),
         np.stack([negative_text] * len(padded)),
         np.concatenate([pipeline.noise([job.number], job.seed) for job in padded]),
+        before=None if before is None else np.stack([before] * len(padded)),
         progress=True,
     )[: len(jobs)]
     if not np.isfinite(latents).all():
@@ -174,8 +196,9 @@ def decode_file(pipeline: Pipeline, arguments: argparse.Namespace) -> list[Path]
             f"--checkpoint that they were sampled with"
         )
     check_place(arguments.out)
-    how = dict(as_arrays=not has_encoder(), contact_sheet=arguments.contact_sheet)
-    return _reported(write_videos(pipeline, latents[None], [arguments.out], [settings], **how))
+    how = dict(fps=pipeline.fps, as_arrays=not has_encoder(), contact_sheet=arguments.contact_sheet)
+    frames, count = pipeline.frames(latents[None], progress=True), pipeline.frame_count(len(latents))
+    return _reported(write_videos(frames, count, [arguments.out], [settings], **how))
 
 
 def _reported(written: dict[Path, str]) -> list[Path]:
@@ -217,6 +240,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="sample part by part: videos of any length in the same device memory, if all blocks are hybrid",
     )
+    help_text = "video to continue, with --stream; --frames is the number of frames to add"
+    option("--continue", type=Path, dest="continued", metavar="FILE", help=help_text)
     longest = "latent frames; with --stream, positions stay below it (default: they grow with the video)"
     option("--longest", type=number(int, 1, 10**9), metavar="N", help=longest)
     SamplingOptions.add_to(parser)
@@ -228,6 +253,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error("one of the arguments --prompt --prompts --latents --show is required")
         if arguments.out is None:
             parser.error("the following arguments are required: --out")
+        if arguments.continued is not None and (arguments.prompt is None or not arguments.stream):
+            parser.error("argument --continue: expected with --prompt and --stream")
     if arguments.host >= arguments.num_hosts:
         parser.error(f"--host: expected 0 to {arguments.num_hosts - 1}, found {arguments.host}")
     return arguments

@@ -107,16 +107,59 @@ def test_a_video_cut_over_devices_is_the_same(checkpoint, tmp_path):
     assert np.abs(pixels(tmp_path / "one.mp4") - pixels(tmp_path / "eight.mp4")).max() <= 1
 
 
-def test_a_streamed_video_is_the_same(tmp_path, capsys):
-    form = HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=FeatureMapConfig(features=16))
-    model = save_random_model(tmp_path / "model", config=CONFIG.replace(hybrid_blocks="all", hybrid=form))
-    assert main(arguments(model, tmp_path / "whole.mp4", frames=7)) == 0
-    assert main([*arguments(model, tmp_path / "parts.mp4", frames=7), "--stream"]) == 0
+def test_a_streamed_video_is_the_same(student, tmp_path, capsys):
+    model = student
+    assert main(arguments(model, tmp_path / "whole.mp4", frames=11)) == 0
+    assert main([*arguments(model, tmp_path / "parts.mp4", frames=11), "--stream"]) == 0
     # A grey level for another order of summation before the encoder.
     assert np.abs(pixels(tmp_path / "whole.mp4") - pixels(tmp_path / "parts.mp4")).max() <= 1
     capsys.readouterr()
     assert main([*arguments(model, tmp_path / "sharded.mp4"), "--stream", "--mesh", "data=2", "context=4"]) == 2
     assert "--mesh context=4 --stream: expected context=1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    form = HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=FeatureMapConfig(features=16))
+    folder = tmp_path_factory.mktemp("student") / "model"
+    return save_random_model(folder, config=CONFIG.replace(hybrid_blocks="all", hybrid=form))
+
+
+def test_a_video_is_continued_from_its_last_frames(student, tmp_path, capsys):
+    old, new = tmp_path / "old.mp4", tmp_path / "new.mp4"
+    assert main([*arguments(student, old, frames=11), "--stream"]) == 0
+    assert main([*arguments(student, new, frames=3, seed=1), "--stream", "--continue", str(old)]) == 0
+    assert "new.mp4: 14 frames of 8x16, enlarged 30 times" in capsys.readouterr().out
+    # The old frames, encoded once more.
+    assert np.abs(pixels(new)[:11] - pixels(old)).mean() < 3
+    settings = read_settings(new)
+    # Four chunks of two frames are a part of the stream; the model sees one.
+    assert (settings["continues"], settings["given_frames"], settings["frames"]) == (str(old), 8, 11)
+    # Frames that are continued matter: other ones, other continuation.
+    assert main([*arguments(student, tmp_path / "other.mp4", frames=11, seed=5), "--stream"]) == 0
+    other = [*arguments(student, tmp_path / "c.mp4", frames=3, seed=1), "--stream"]
+    assert main([*other, "--continue", str(tmp_path / "other.mp4")]) == 0
+    assert np.abs(pixels(new)[11:] - pixels(tmp_path / "c.mp4")[11:]).mean() > 1
+
+
+def test_a_video_that_cannot_be_continued_is_explained(student, tmp_path, capsys):
+    for name, shape, fps in (("size", (3, 8, 20), 16), ("rate", (3, 8, 16), 24)):
+        with open_video(tmp_path / f"{name}.mp4", fps=fps) as write:
+            write(np.zeros((*shape, 3), np.uint8))
+    (tmp_path / "text.mp4").write_text("text")
+    for name, message in {
+        "size": "size.mp4: expected a video of 8x16, found 8x20; give --size 8x20, or a video of that size",
+        "rate": "rate.mp4: expected 16 frames per second, as the model makes them, found 24; convert it",
+        "text": "text.mp4: is not a readable video",
+        "missing": "missing.mp4: cannot be read (No such file",
+    }.items():
+        command = [*arguments(student, tmp_path / "new.mp4"), "--stream", "--continue", str(tmp_path / f"{name}.mp4")]
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new.mp4").exists()
+    with pytest.raises(SystemExit):
+        main([*arguments(student, tmp_path / "new.mp4"), "--continue", "a.mp4"])
+    assert "argument --continue: expected with --prompt and --stream" in capsys.readouterr().err
 
 
 def test_a_model_that_needs_the_complete_video_cannot_stream(checkpoint, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Writes MP4 files frame by frame, with PyAV, and reads them again with the settings that are stored in them."""
 
-import collections
 import contextlib
 import json
 import os
@@ -73,7 +72,7 @@ def open_video(
     ):
         if settings is not None:
             container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
-        stream = None
+        stream: Any = None
 
         def append(frames: np.ndarray) -> None:
             nonlocal stream
@@ -185,13 +184,19 @@ def read_facts(path: Path) -> VideoFacts:
     return facts
 
 
-def read_frames(path: Path, last: int | None = None) -> np.ndarray:
-    """All frames of a video, or the last ones; uint8 [F, height, width, 3]. Raises InputError if it is no video."""
+def iterate_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video in succession, uint8 [1, height, width, 3]; one is in memory.
+
+    Raises:
+      InputError: the file is no video, or has no frames.
+    """
     with _opened(path) as (container, stream):
-        kept = collections.deque((frame.to_ndarray(format="rgb24") for frame in container.decode(stream)), last)
-    if not kept:
+        is_empty = True
+        for frame in container.decode(stream):
+            is_empty = False
+            yield frame.to_ndarray(format="rgb24")[None]
+    if is_empty:
         raise InputError(f"{path}: has no frames; give another file")
-    return np.stack(kept)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

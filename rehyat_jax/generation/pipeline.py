@@ -125,6 +125,10 @@ class Pipeline:
             check_pipeline(opened.folder)
         return cls(checkpoint, model, opened, options or SamplingOptions())
 
+    def with_options(self, options: SamplingOptions) -> "Pipeline":
+        """The same pipeline with other options; nothing is in memory. Raises InputError as `from_pretrained`."""
+        return Pipeline(self._checkpoint, self._model, self._models, options)
+
     def __call__(self, prompts: Sequence[str], noise: np.ndarray | None = None) -> np.ndarray:
         """One video for every prompt, uint8 [B, frames, height, width, 3].
 
@@ -181,6 +185,7 @@ class Pipeline:
         negative_text: np.ndarray,
         noise: np.ndarray,
         *,
+        before: np.ndarray | None = None,
         progress: bool = False,
         on_step: Callable[[int, Coefficients, jax.Array], None] | None = None,
     ) -> np.ndarray:
@@ -189,6 +194,7 @@ class Pipeline:
         Args:
           text, negative_text: embeddings [B, L, text_dim] from `embed`.
           noise: [B, *latent_shape] float32.
+          before: latents [B, T0, H, W, C] with which the videos begin, see `stream_latents`.
           progress: show the rate and the remaining time.
           on_step: see `generate_latents`.
         """
@@ -199,7 +205,7 @@ class Pipeline:
             model = self.transformer(progress=progress)
             texts = jnp.asarray(text), jnp.asarray(negative_text)
             if options.stream:
-                return stream_latents(model, *texts, noise, longest=options.longest, **solver)
+                return stream_latents(model, *texts, noise, before=before, longest=options.longest, **solver)
             return np.asarray(generate_latents(model, *texts, jnp.asarray(noise), on_step=on_step, **solver))
 
     def frames(self, latents: np.ndarray, *, progress: bool = False) -> Iterator[np.ndarray]:
@@ -221,9 +227,19 @@ class Pipeline:
                 yield piece
                 bar.update(piece.shape[1])
 
+    def encode(self, video: np.ndarray, *, progress: bool = False) -> np.ndarray:
+        """Latents float32 [T, H, W, C] of a video, uint8 [frames, height, width, 3]. Loads the VAE if needed."""
+        with self._on(self._mesh):
+            return np.asarray(self.codec(progress=progress).encode(np.float32(video)[None] / 255))[0]
+
+    @property
+    def time_factor(self) -> int:
+        """Frames of a latent frame, except the first one, which is a single frame."""
+        return 1 if self._vae is None else self._vae[1].config.time_factor
+
     def frame_count(self, latent_frames: int) -> int:
         """Frames of a video of so many latent frames."""
-        return latent_frames if self._vae is None else self._vae[1].config.time_factor * (latent_frames - 1) + 1
+        return self.time_factor * (latent_frames - 1) + 1
 
     def noise(self, numbers: Sequence[int], seed: int | None = None) -> np.ndarray:
         """The noise of these numbers, float32 [B, *latent_shape]; see `host_noise`. The seed is the options' own."""
@@ -318,8 +334,8 @@ class Pipeline:
         part = min(PART_CHUNKS * config.block_forms.chunk_frames, self.latent_shape[0] // config.patch_size[0])
         if options.longest is not None and options.longest < part:
             raise InputError(
-                f"--longest {options.longest}: expected at least the {part} frames of a part; choose a larger one, such "
-                f"as the latent frames of a training video"
+                f"--longest {options.longest}: expected at least the {part} frames of a part; choose a larger one, "
+                f"such as the latent frames of a training video"
             )
 
     # ---------------------------------------------------------------------------------------------------------- memory

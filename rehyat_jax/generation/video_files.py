@@ -1,11 +1,11 @@
-"""Decodes latents into video files, frame by frame."""
+"""Writes sampled videos into files, frame by frame, with their settings and pictures of them."""
 
 import contextlib
 import itertools
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from rehyat_jax.files.mp4 import NoEncoder, Writer, array_file, check_encoder, open_array, open_video
 from rehyat_jax.files.pictures import save_frames
 from rehyat_jax.files.shown import shown
-from rehyat_jax.generation.pipeline import Pipeline
 
 WATCHABLE_HEIGHT = 240
 """Largest height, in pixels, to which smaller videos are enlarged by an integer factor."""
@@ -33,20 +32,29 @@ def has_encoder() -> bool:
     return True
 
 
+def enlargement(height: int) -> int:
+    """The integer factor by which videos of this height are enlarged."""
+    return max(1, WATCHABLE_HEIGHT // height)
+
+
 def write_videos(
-    pipeline: Pipeline,
-    latents: np.ndarray,
+    pieces: Iterator[np.ndarray],
+    count: int,
     files: Sequence[Path],
     settings: Sequence[dict[str, Any]],
     *,
+    fps: int,
     as_arrays: bool = False,
     contact_sheet: bool = False,
 ) -> dict[Path, str]:
-    """Decodes latents [B, T, H, W, C] into B files, all of them or none. Frames are written while others are decoded.
+    """Writes B videos into B files, all of them or none. No more than a piece and its successor are in memory.
 
     Args:
+      pieces: the videos in successive pieces, uint8 [B, F, height, width, 3].
+      count: frames of all pieces together.
       files: the .mp4 files.
       settings: of each video, to be stored in its file; "prompt" is the title of its contact sheet.
+      fps: frames per second.
       as_arrays: write uint8 [frames, height, width, 3] as .npy instead, and replace no file.
       contact_sheet: also write a few frames of each video as .png next to it.
 
@@ -56,13 +64,11 @@ def write_videos(
     Raises:
       InputError: a file cannot be written.
     """
-    count = pipeline.frame_count(latents.shape[1])
     chosen = np.linspace(0, count - 1, min(count, SHEET_FRAMES)).round().astype(int)
     sheets: list[list[np.ndarray]] = [[] for _ in files]
-    pieces = pipeline.frames(latents, progress=True)
     first = next(pieces)
     _, _, height, width, _ = first.shape
-    scale = 1 if as_arrays else max(1, WATCHABLE_HEIGHT // height)
+    scale = 1 if as_arrays else enlargement(height)
     written = [array_file(file) if as_arrays else file for file in files]
     with contextlib.ExitStack() as stack:
         writers: list[Writer] = []
@@ -70,7 +76,7 @@ def write_videos(
             if as_arrays:
                 writer = open_array(file, (count, height, width, 3))
             else:
-                writer = open_video(file, fps=pipeline.fps, scale=scale, settings=own)
+                writer = open_video(file, fps=fps, scale=scale, settings=own)
             writers.append(stack.enter_context(writer))
         done = 0
         for piece in itertools.chain([first], pieces):
