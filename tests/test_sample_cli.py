@@ -14,7 +14,7 @@ from videos import read_mp4
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.files import mp4
-from rehyat_jax.files.mp4 import NoEncoder
+from rehyat_jax.files.mp4 import NoEncoder, open_video, read_settings
 from rehyat_jax.generation import pipeline as pipelines
 from rehyat_jax.generation import video_files
 from rehyat_jax.models.wan.config import WanConfig

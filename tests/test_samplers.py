@@ -73,6 +73,20 @@ def test_unipc_equals_diffusers_in_float64(steps, shift):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shift", (3.0, 8.0))
+def test_unipc_over_50_steps_of_wans_grid(shift):
+    """Wan's own solver is diffusers' UniPC of order 2 with bh2; only its grid differs, which ends at sigma 0."""
+    scheduler, grid = diffusers_unipc(50, shift), wan_grid(50, shift)
+    scheduler.sigmas = torch.from_numpy(grid.sigmas)
+    scheduler.timesteps = torch.from_numpy(grid.timesteps).long()
+    expected, used = sample_with_diffusers(scheduler)
+    np.testing.assert_array_equal(used.sigmas, grid.sigmas)
+    np.testing.assert_array_equal(used.timesteps, grid.timesteps)
+    # Rounding, as in the test above. In float32, 50 steps of up to 2.4e-7 each; the target of sampling is 1e-5.
+    np.testing.assert_allclose(sample_with_jax(grid, "unipc", np.float64), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(sample_with_jax(grid, "unipc", np.float32), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shift", (1.0, 5.0))
 @pytest.mark.parametrize("steps", STEPS)
 def test_euler_equals_diffusers(steps, shift):
