@@ -3,6 +3,7 @@
 The parts take turns, so each is compared with the memory that is free by itself.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -59,10 +60,16 @@ def decoder_bytes(
     output of a convolution at the size of the video.
     """
     _, height, width, _ = latent_shape
+    places = videos * height * width
+    largest = 2 * 4 * places * config.time_factor * config.space_factor**2 * config.base_dim * config.dim_mult[0]
+    return module_bytes(config) + (places * _remembered_bytes(config) + largest) // devices
+
+
+@functools.cache
+def _remembered_bytes(config: WanVaeConfig) -> int:
+    """Bytes that the decoder's convolutions remember for each place of a latent frame."""
     graphdef, state = nnx.split(abstract_module(config))
-    begin = lambda params: initial_decoder_state(graphdef, params, videos, height, width)
+    side = 8  # whatever it is, the bytes of a place are the same
+    begin = lambda params: initial_decoder_state(graphdef, params, 1, side, side)
     remembered = jax.tree.leaves(jax.eval_shape(begin, nnx.to_pure_dict(state)))
-    pixels = videos * config.time_factor * height * width * config.space_factor**2
-    largest = 2 * 4 * pixels * config.base_dim * config.dim_mult[0]
-    frames = sum(leaf.size * leaf.dtype.itemsize for leaf in remembered) + largest
-    return module_bytes(config) + frames // devices
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in remembered if leaf.ndim > 1) // side**2

@@ -91,7 +91,7 @@ def write_videos(
     return dict.fromkeys(written, f"{count} frames of {height}x{width}{enlarged}")
 
 
-def _write_sheet(file: Path, prompt: str, frames: Sequence[np.ndarray], numbers: Sequence[int]) -> None:
+def _write_sheet(file: Path, prompt: str, frames: Sequence[np.ndarray], numbers: np.ndarray) -> None:
     title = "\n".join(textwrap.wrap(shown(prompt), 24, max_lines=5))
     titles = [f"frame {number}" for number in numbers]
     with warnings.catch_warnings():

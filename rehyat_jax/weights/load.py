@@ -1,5 +1,6 @@
 """Loads models from any kind of checkpoint into memory."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ def abstract_module(config: Any, **options: Any) -> Any:
     return nnx.eval_shape(lambda: spec_of(config).model(config, rngs=nnx.Rngs(0), **options))
 
 
+@functools.cache
 def module_bytes(config: Any, **options: Any) -> int:
     """Bytes of the parameters of `abstract_module`."""
     leaves = jax.tree.leaves(nnx.state(abstract_module(config, **options)))
