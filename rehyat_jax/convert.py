@@ -9,6 +9,7 @@ bit.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def convert(arguments: argparse.Namespace) -> None:
     """Runs the chosen conversion and prints a summary of the written checkpoint. Raises InputError."""
     source, destination, force = arguments.source, arguments.destination, arguments.force
     if arguments.command == "from-torch":
-        model = convert_from_torch(source, destination, models=arguments.models, replace=force)
+        models = arguments.models
+        if models is not None and os.path.lexists(models):
+            models = os.path.abspath(models)  # other commands may run elsewhere
+        model = convert_from_torch(source, destination, models=models, replace=force)
     else:
         model = convert_to_torch(source, destination, arguments.layout, replace=force)
     print_message(f"{destination}: {len(model.params)} parameters, {model.nbytes / 1e9:.2f} GB", result=True)

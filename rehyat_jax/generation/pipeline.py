@@ -55,6 +55,7 @@ class Pipeline:
       options: the options, without None.
       config: architecture of the transformer.
       codec_name, text_encoder_name: names of its codec and text encoder.
+      found_encoder: files of the text encoder; None if it has no weights.
       latent_shape: (T, H, W, C) of the videos to sample.
       fps: frames per second of the videos.
       settings: everything that decides a video, except its prompt and its noise, as JSON values.
@@ -69,7 +70,7 @@ class Pipeline:
         sizes = LATENT_SIZES[self.codec_name]
         self.fps = sizes.fps
         self._vae = self._open_vae()
-        self._found_encoder = self._open_text_encoder()
+        self.found_encoder = self._open_text_encoder()
         self._check_text()
 
         shift = None if models is None else scheduler_shift(models.folder)
@@ -302,7 +303,7 @@ class Pipeline:
 
     def _check_text(self) -> None:
         """Raises InputError unless the text encoder's embeddings fit the transformer."""
-        config, encoder = self.config, self._found_encoder
+        config, encoder = self.config, self.found_encoder
         if encoder is None:
             plain = get_text_encoder(self.text_encoder_name)
             length, text_dim = plain.length, plain.text_dim
@@ -353,8 +354,8 @@ class Pipeline:
             self.config, on_device, videos=options.batch, evaluated=self._evaluated(options), dtype=options.dtype
         )
         needs: dict[Part, int] = {"transformer": sampled // devices}
-        if self._found_encoder is not None:
-            needs["text encoder"] = text_encoder_bytes(self._found_encoder.model.config) // devices
+        if self.found_encoder is not None:
+            needs["text encoder"] = text_encoder_bytes(self.found_encoder.model.config) // devices
         if self._vae is not None:
             needs["VAE"] = decoder_bytes(self._vae[1].config, shape, videos=options.batch, devices=devices)
         return needs
@@ -410,9 +411,9 @@ class Pipeline:
     # --------------------------------------------------------------------------------------------------------- loading
 
     def _load_text_encoder(self, progress: bool) -> TextEncoder:
-        if self._found_encoder is None:
+        if self.found_encoder is None:
             return get_text_encoder(self.text_encoder_name)
-        found = self._found_encoder
+        found = self.found_encoder
         with _loading("text encoder", found.model.nbytes, progress) as update:
             return found.load(progress=update).for_prompts(min(MAX_TOKENS, self.config.text_length))
 
@@ -427,9 +428,9 @@ class Pipeline:
 
     def _text_mesh(self) -> Mesh | None:
         """The devices of the mesh, with as many shards of the text encoder as its sizes allow."""
-        if self._mesh is None or self._found_encoder is None:
+        if self._mesh is None or self.found_encoder is None:
             return None
-        config = self._found_encoder.model.config
+        config = self.found_encoder.model.config
         shards = math.gcd(self._mesh.size, config.model_dim, config.width, config.ffn_dim)
         sizes = {"data": self._mesh.size // shards, "fsdp": shards, "context": 1, "tensor": 1}
         return make_mesh(sizes, list(self._mesh.devices.flat))

@@ -16,6 +16,7 @@ from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 from rehyat_jax.weights.load import checkpoint_files
+from rehyat_jax.weights.umt5.spec import UMT5
 
 
 def prepare_trajectories(
@@ -63,6 +64,11 @@ def prepare_trajectories(
         **{"batch": sampling.batch, "keep": keep, "dtype": dtype, **fingerprints(checkpoint)},
         "latents_shape": pipeline.latent_shape,
     }
+    if (encoder := pipeline.found_encoder) is not None:
+        folder, files = checkpoint_files(encoder.source, UMT5.part)
+        options["text_encoder_files"] = fingerprint(files, folder, blocks=BLOCKS)
+        tokenizer = encoder.prompt_tokenizer().file
+        options["tokenizer_file"] = fingerprint([tokenizer], tokenizer.parent)
     inputs = lines * noises
     plan = Plan("trajectories", pipeline.codec_name, pipeline.text_encoder_name, options, inputs, unit)
 
