@@ -19,7 +19,8 @@ from transformers import T5Tokenizer, T5TokenizerFast
 from videos import read_mp4
 
 import rehyat_jax
-from rehyat_jax import Pipeline, SamplingOptions
+from rehyat_jax import Pipeline, SamplingOptions, prepare
+from rehyat_jax.data.prepared import PreparedExamples
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.mp4 import read_settings
@@ -526,3 +527,20 @@ def test_named_sizes():
         given = SamplingOptions.from_arguments(parse_arguments(["--show", "a", "--size", name]))
         assert (given.height, given.width) == size
     assert dataclasses.replace(given, height=None, width=None) == SamplingOptions()
+
+
+def test_trajectories_of_a_teacher_have_the_embeddings_of_its_pipeline(theirs, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    small = ["--steps", "1", "--keep", "1", "--size", f"{HEIGHT}x{WIDTH}", "--frames", str(FRAMES), "--batch", "2"]
+    command = ["teacher-trajectories", str(theirs[1] / "transformer"), str(tmp_path / "data"), *small]
+    command += ["--prompts", str(tmp_path / "prompts.txt"), "--dtype", "float32"]
+    assert prepare.main(command) == 2
+    assert "codec 'wan_vae': has weights, and no folder of them was given; give --models" in capsys.readouterr().err
+    assert prepare.main([*command, "--models", str(theirs[1])]) == 0
+    examples = PreparedExamples(tmp_path / "data")
+    assert (examples.codec, examples.text_encoder) == ("wan_vae", "umt5")
+    expected = Pipeline.from_pretrained(theirs[1], options()).embed([*PROMPTS, ""])
+    (bucket,) = examples.buckets
+    for number in range(2):
+        np.testing.assert_array_equal(bucket[number]["text"], expected[number])
+        assert bucket[number]["latents"].shape == (2, 4, 6, 16)
