@@ -49,8 +49,8 @@ from rehyat_jax.parallel.memory import check_host_memory, check_step_memory
 Array = jax.Array
 
 PART_CHUNKS = 4
-"""Chunks of every block's form in a part. Every part costs a fifth of a chunk more than its chunks do in one pass, most
-of it for joining the overlap to the keys; see docs/sampling.md."""
+"""Chunks of every block's form in a part. Smaller parts spend more time on copies of states and the overlap's sums;
+docs/sampling.md has figures."""
 
 
 def stream_latents(
