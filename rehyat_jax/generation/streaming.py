@@ -49,8 +49,8 @@ from rehyat_jax.parallel.memory import check_host_memory, check_step_memory
 Array = jax.Array
 
 PART_CHUNKS = 4
-"""Chunks of every block's form in a part. Every part costs a fifth of a chunk more than its chunks do in one pass, most
-of it for joining the overlap to the keys; see docs/sampling.md."""
+"""Chunks of every block's form in a part. Smaller parts spend more time on copies of states and the overlap's sums;
+docs/sampling.md has figures."""
 
 
 def stream_latents(
@@ -85,7 +85,7 @@ def stream_latents(
       before: latents [B, T0, H, W, C] of the video to continue, or of its last frames, without noise; T0 < T. The model
         reads all of them at every step. Whole chunks of frames waste no computation.
       part_chunks: chunks of every block's form in a part. Fewer of them need less memory and more time.
-      longest: see `part_positions`.
+      longest: see `part_positions`. Parts have no more frames, but at least a chunk.
       progress: show the parts' rate and remaining time.
 
     Returns:
@@ -161,6 +161,8 @@ class _Video(NamedTuple):
 def _parts(config: WanConfig, shape: tuple[int, ...], part_chunks: int, longest: int | None) -> list[_Part]:
     _, frames, height, width, _ = shape
     patch_frames, patch_height, patch_width = config.patch_size
+    if longest is not None:
+        part_chunks = max(1, min(part_chunks, longest // config.block_forms.chunk_frames))
     part_frames = part_chunks * config.block_forms.chunk_frames * patch_frames
 
     def part(begin: int) -> _Part:

@@ -129,8 +129,15 @@ def hybrid_key_sums(
     Raises:
       ValueError: see `hybrid_attention`.
     """
-    sizes = dict(tokens_per_frame=tokens_per_frame, chunk_frames=1, overlap_frames=0, causal=True, stabilizer="joint")
-    request = _checked_request((key, key, value), (phi_key, phi_key), **sizes)
+    request = _checked_request(
+        (key, key, value),
+        (phi_key, phi_key),
+        tokens_per_frame=tokens_per_frame,
+        chunk_frames=1,
+        overlap_frames=0,
+        causal=True,
+        stabilizer="joint",
+    )
     backend = choose_backend(request, implementation)
     backend.check(request)
     return backend.video_sums(request.phi_key, request.value, request.geometry, None)[1]

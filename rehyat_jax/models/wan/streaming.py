@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rehyat_jax.attention.flat_tokens import flat, with_heads
 from rehyat_jax.attention.form import AttentionInputs, Form
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.errors import InputError
@@ -50,7 +51,7 @@ def is_causal(config: WanConfig) -> bool:
 
 
 def initial_states(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.typing.DTypeLike) -> HybridState:
-    """The states of all blocks before a video's first part, with a leading layer axis.
+    """The states of all blocks before a video's first part, with a leading layer axis. Overlaps are [B, tokens, H * d].
 
     Args:
       config: the architecture.
@@ -115,7 +116,9 @@ def apply_part(graphdef: nnx.GraphDef, *, is_last: bool = False) -> Callable[...
         model = nnx.merge(graphdef, params)
         per_block = model.per_block_attention() | {"state": states}
         attend = lambda inputs, block: _attend(model, inputs, block, positions, is_last=is_last)
-        return model.forward(latents, timestep, text, attend, per_block, frames=positions.frames)
+        velocity, after = model.forward(latents, timestep, text, attend, per_block, frames=positions.frames)
+        # As a result of the scan over blocks, XLA would copy unchanged states.
+        return velocity, states if is_last else after
 
     return apply
 
@@ -174,9 +177,9 @@ def apply_block(
         arguments |= {"state": state, "later": later}
         attend = lambda inputs: _attend(model, inputs, arguments, positions, is_last=is_last)
         rope, sizes = _rope_and_sizes(model, grid, positions)
-        x, state = module(x, conditions.text, conditions.time_modulation, rope, sizes, attend)
+        x, after = module(x, conditions.text, conditions.time_modulation, rope, sizes, attend)
         following = jnp.minimum(block + 1, model.config.num_layers - 1)
-        return x, state, _key_sums(model, following, x, grid, positions, conditions)
+        return x, state if is_last else after, _key_sums(model, following, x, grid, positions, conditions)
 
     return apply
 
@@ -214,26 +217,30 @@ def _check_mesh() -> None:
 
 def _attend(
     model: WanTransformer, inputs: AttentionInputs, per_block: Any, positions: PartPositions, *, is_last: bool
-) -> tuple[jax.Array, HybridState]:
-    """One block's attention in its own form, from its own state; an `Attend` whose auxiliary output is the state."""
-    state, later = per_block["state"], per_block.get("later")
-    if positions.overlap is not None:
-        state = dataclasses.replace(state, overlap_key=_turned(state.overlap_key, positions.overlap))
+) -> tuple[jax.Array, HybridState | None]:
+    """One block's attention in its own form, from its own state; an `Attend` whose auxiliary output is the state.
 
-    def in_form(form: Form) -> Callable[[], tuple[jax.Array, HybridState]]:
+    After the last part there is no state.
+    """
+    state, later = per_block["state"], per_block.get("later")
+
+    def in_form(form: Form) -> Callable[[], tuple[jax.Array, HybridState | None]]:
         features = model.features(form, inputs, per_block.get("feature_maps"))
         own = _own_state(form, inputs)
 
-        def run() -> tuple[jax.Array, HybridState]:
+        def run() -> tuple[jax.Array, HybridState | None]:
+            before = _with_heads(jax.tree.map(_first, state, own), model.config.num_heads)
+            if positions.overlap is not None:
+                before = dataclasses.replace(before, overlap_key=_turned(before.overlap_key, positions.overlap))
             y, after = form.attend_part(
                 inputs,
                 features,
-                jax.tree.map(_first, state, own),
+                before,
                 later=None if later is None else jax.tree.map(_first, later, own.past),
                 is_last=is_last,
                 implementation=model.attention_implementation,
             )
-            return y, jax.tree.map(_grown, after, state)
+            return y, None if is_last else jax.tree.map(_grown, _flat(after), state)
 
         return run
 
@@ -287,7 +294,7 @@ def _turned(key: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 def _largest(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.typing.DTypeLike) -> Any:
     """The shapes of a state that has room for every form's."""
     sizes = batch, tokens_per_frame, config.num_heads, config.head_dim
-    make = lambda form: jax.eval_shape(lambda: form.zero_state(*sizes, dtype))
+    make = lambda form: jax.eval_shape(lambda: _flat(form.zero_state(*sizes, dtype)))
     largest = lambda *leaves: jax.ShapeDtypeStruct(
         tuple(np.max([leaf.shape for leaf in leaves], axis=0).astype(int)), leaves[0].dtype
     )
@@ -301,7 +308,19 @@ def _zeros(shapes: Any) -> Any:
 def _own_state(form: Form, inputs: AttentionInputs) -> Any:
     """The shapes of a form's own state."""
     batch, _, heads, head_dim = inputs.query.shape
-    return jax.eval_shape(lambda: form.zero_state(batch, inputs.tokens_per_frame, heads, head_dim, inputs.query.dtype))
+    sizes = batch, inputs.tokens_per_frame, heads, head_dim
+    return jax.eval_shape(lambda: _flat(form.zero_state(*sizes, inputs.query.dtype)))
+
+
+def _flat(state: HybridState) -> HybridState:
+    """The state as it is kept between parts: its overlap as flat views, see `attention.flat_tokens`."""
+    return dataclasses.replace(state, overlap_key=flat(state.overlap_key), overlap_value=flat(state.overlap_value))
+
+
+def _with_heads(state: HybridState, heads: int) -> HybridState:
+    """The inverse of `_flat`."""
+    key, value = (with_heads(view, heads) for view in (state.overlap_key, state.overlap_value))
+    return dataclasses.replace(state, overlap_key=key, overlap_value=value)
 
 
 def _first(leaf: jax.Array, own: jax.ShapeDtypeStruct) -> jax.Array:
