@@ -179,7 +179,7 @@ def test_summary_names_captions_that_were_cut_and_rejected_videos(prepared):
     assert (note["name"], note["note"]) == ("3.mp4", "caption cut") and "only the first 512" in note["detail"]
     assert [(reject["name"], reject["reason"]) for reject in summary["rejects"]] == [("tiny.mp4", "too small")]
     told = (prepared / "summary.txt").read_text()
-    assert "caption cut: 1 examples" in told and "a few of them: contact_sheet.png" in told
+    assert "caption cut: 1, named in summary.json" in told and "a few of them: contact_sheet.png" in told
     assert (prepared / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert not (prepared / units.TEXT).exists()
 

@@ -382,7 +382,7 @@ def _told(folder: Path, summary: Mapping[str, Any], item: str, sheet: str) -> st
     for bucket in summary["buckets"]:
         lines.append(f"  latents {'x'.join(map(str, bucket['latents_shape']))}: {bucket['examples']} examples")
     for note, count in summary["noted"].items():
-        lines.append(f"  {note}: {count} examples, which {SUMMARY}.json names")
+        lines.append(f"  {note}: {count}, named in {SUMMARY}.json")
     for reject in summary["rejects"][:20]:
         lines.append(
             f"  left out {shown(reject['name'])}: {reject['reason']}"
