@@ -332,10 +332,10 @@ class Pipeline:
                 f"--mesh context={devices} --stream: expected context=1, because the parts of a video follow one "
                 f"another in time; shard along data or tensor, or sample without --stream"
             )
-        part = min(PART_CHUNKS * config.block_forms.chunk_frames, self.latent_shape[0] // config.patch_size[0])
+        part = min(config.block_forms.chunk_frames, self.latent_shape[0] // config.patch_size[0])
         if options.longest is not None and options.longest < part:
             raise InputError(
-                f"--longest {options.longest}: expected at least the {part} frames of a part; choose a larger one, "
+                f"--longest {options.longest}: expected at least the {part} frames of a chunk; choose a larger one, "
                 f"such as the latent frames of a training video"
             )
 
