@@ -323,7 +323,9 @@ class WanVae:
             )
 
     def _check_state(self, state: StreamState, x: jax.Array, name: str) -> None:
-        if any(getattr(cache, "is_deleted", bool)() for cache in state.caches):
+        # Inside another program, there is nothing to ask.
+        concrete = [cache for cache in state.caches if not isinstance(cache, jax.core.Tracer)]
+        if any(getattr(cache, "is_deleted", bool)() for cache in concrete):
             raise InputError("state was consumed by an earlier call; give the state that the last call returned")
         scale = self.config.space_factor if name == "video" else 1
         places, (batch, _, *found) = _places(x, scale), state.caches[0].shape[:4]
