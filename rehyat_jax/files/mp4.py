@@ -66,6 +66,7 @@ def open_video(
     import av
 
     with (
+        _reported_encoder_errors(path),
         reported_write_errors(path),
         written_whole(path) as temporary,
         av.open(str(temporary), "w", format="mp4") as container,
@@ -88,6 +89,16 @@ def open_video(
         if stream is None:
             raise ValueError(f"{path}: expected at least one frame, found none")
         container.mux(stream.encode(None))
+
+
+@contextlib.contextmanager
+def _reported_encoder_errors(path: str | Path) -> Iterator[None]:
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise InputError(f"{path}: could not be encoded ({shown(error)}); choose another size or rate") from error
 
 
 @contextlib.contextmanager
