@@ -85,7 +85,7 @@ def stream_latents(
             for number, part in enumerate(parts):
                 before = SolverState(*(array[:, part] for array in history))
                 arguments = (params, states, before, step, positions[number], conditions)
-                run = functools.partial(_step, graphdef, number == len(parts) - 1)
+                run = functools.partial(part_step, graphdef, number == len(parts) - 1)
                 if index == 0 and number in (0, len(parts) - 1):
                     _check_memory(graphdef, number == len(parts) - 1, *arguments)
                 after, states = run(*arguments)
@@ -107,14 +107,14 @@ def _check_memory(graphdef: nnx.GraphDef, is_last: bool, *arguments: Any) -> Non
     before = arguments[2]
     batch, frames, height, width, _ = before.latents.shape
     check_step_memory(
-        _step.lower(graphdef, is_last, *arguments).compile(),
+        part_step.lower(graphdef, is_last, *arguments).compile(),
         f"a part of {batch} videos, {frames} latent frames of {height}x{width}",
         "stream fewer chunks at once, or fewer or smaller videos",
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step(
+def part_step(
     graphdef: nnx.GraphDef,
     is_last: bool,
     params: nnx.State,
