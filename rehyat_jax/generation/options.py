@@ -203,3 +203,16 @@ def axis_and_size(text: str) -> tuple[str, int]:
     if axis not in AXES or not re.fullmatch(r"-?[0-9]{1,9}", size):
         raise argparse.ArgumentTypeError(f"expected AXIS=DEVICES with an axis of {', '.join(AXES)}, found {text!r}")
     return axis, int(size)
+
+
+VIDEO_SIZES = {"480p": (480, 832), "720p": (720, 1280)}
+"""Height and width in pixels of the sizes that Wan was trained for."""
+
+
+def video_size(text: str) -> tuple[int, int]:
+    """An argparse type: height and width in pixels, "480p", "720p" or as in "480x832"."""
+    if text in VIDEO_SIZES:
+        return VIDEO_SIZES[text]
+    if not (found := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)):
+        raise argparse.ArgumentTypeError(f"expected {', '.join(VIDEO_SIZES)} or HxW in pixels, found {text!r}")
+    return int(found[1]), int(found[2])

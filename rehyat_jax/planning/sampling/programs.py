@@ -140,9 +140,8 @@ def part_frames(model: WanConfig, frames: int) -> int:
 def vae(*, model: WanVaeConfig, latents: Sequence[int]) -> AbstractProgram:
     """Decoding of one latent frame of (frames, height, width)."""
     _, height, width = latents
-    graphdef, params = _abstract_module(
-        lambda: WanAutoencoder(model, rngs=nnx.Rngs(0), dtype=DTYPE), lambda _: jnp.float32
-    )
+    make = lambda: WanAutoencoder(model, rngs=nnx.Rngs(0), dtype=DTYPE)
+    graphdef, params = _abstract_module(make, lambda _: jnp.float32)
     make_state = functools.partial(initial_decoder_state, graphdef, batch=1, height=height, width=width)
     arguments = {
         "weights": params,

@@ -16,14 +16,15 @@ from rehyat_jax.cost_model.chips import chip_of, device_count, devices_of
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
 from rehyat_jax.cost_model.traced_flops import traced_flops
 from rehyat_jax.errors import InputError
+from rehyat_jax.generation.codecs import LATENT_SIZES
 from rehyat_jax.models.umt5.config import UMT5_PRESETS, UMT5Config
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.models.wan.streaming import check_streams
 from rehyat_jax.models.wan_vae.config import WAN_VAE_PRESETS, WanVaeConfig
 from rehyat_jax.parallel.mesh import AXES, resolve_sizes
-from rehyat_jax.planning import sampling_programs
 from rehyat_jax.planning.estimate import Cost, TpuCost, bytes_asked_for, memory_by_kind, step_cost
+from rehyat_jax.planning.sampling import programs
 from rehyat_jax.planning.train_step import bytes_on_device
 
 
@@ -56,7 +57,7 @@ class SamplingRequest:
     Attributes:
       preset: key in `COMPANIONS`.
       wan: the transformer, with its hybrid blocks.
-      latents: frames, height and width of the video's latents.
+      video: its frames, height and width in pixels.
       topology: the chips.
       steps: steps of the solver.
       guided: evaluate the prompt and the negative prompt.
@@ -66,7 +67,7 @@ class SamplingRequest:
 
     preset: str
     wan: WanConfig
-    latents: tuple[int, int, int]
+    video: tuple[int, int, int]
     topology: str
     steps: int = 50
     guided: bool = True
@@ -74,10 +75,20 @@ class SamplingRequest:
     mesh: tuple[tuple[str, int], ...] = ()
 
     @property
+    def videos(self) -> int:
+        """Videos that the model evaluates in a step."""
+        return 2 if self.guided else 1
+
+    @functools.cached_property
+    def latents(self) -> tuple[int, int, int]:
+        """Frames, height and width of the video's latents. Raises InputError for a size that the VAE cannot encode."""
+        return LATENT_SIZES["wan_vae"].latent_shape(*self.video)[:3]
+
+    @property
     def parts_of_video(self) -> int:
         """Parts of a streamed video."""
         frames = self.latents[0]
-        return math.ceil(frames / sampling_programs.part_frames(self.wan, frames)) if self.stream else 1
+        return math.ceil(frames / programs.part_frames(self.wan, frames)) if self.stream else 1
 
     def programs(self) -> "dict[str, Program]":
         """The program of every part, in the order in which they run.
@@ -97,7 +108,7 @@ class SamplingRequest:
                 "text_encoder",
                 companions.text_encoder,
                 mesh | {"tensor": tensor, "fsdp": devices // tensor},
-                executions=2 if self.guided else 1,
+                executions=self.videos,
                 tokens=self.wan.text_length,
             ),
             "transformer": make(
@@ -117,7 +128,7 @@ class SamplingRequest:
     def part_frames(self) -> int:
         """Latent frames that the transformer sees at once."""
         frames = self.latents[0]
-        return sampling_programs.part_frames(self.wan, frames) if self.stream else frames
+        return programs.part_frames(self.wan, frames) if self.stream else frames
 
 
 def chosen_mesh(request: SamplingRequest, devices: int) -> dict[str, int]:
@@ -146,9 +157,9 @@ class Program:
     """A part's program on a topology.
 
     Attributes:
-      part: key in `sampling_programs.PARTS`.
+      part: key in `programs.PARTS`.
       topology: the chips.
-      case: arguments of `sampling_programs.lowered`, as JSON.
+      case: arguments of `programs.lowered`, as JSON.
       executions: how often sampling runs it. Equal programs are planned once.
     """
 
@@ -166,7 +177,7 @@ class Program:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `sampling_programs.lowered`."""
+        """The arguments of `programs.lowered`."""
         return json.loads(self.case)
 
     @property
@@ -262,8 +273,11 @@ class SamplingPlan:
             "preset": request.preset,
             "hybrid_blocks": len(request.wan.hybrid_block_indices),
             "stream": request.stream,
-            "latents": list(request.latents),
+            "frames": request.video[0],
+            "height": request.video[1],
+            "width": request.video[2],
             "steps": request.steps,
+            "evaluations_per_step": request.videos,
             "fits": self.fits,
             "seconds_low": low,
             "seconds_high": high,
@@ -274,16 +288,15 @@ class SamplingPlan:
         }
 
 
-def make_sampling_plan(request: SamplingRequest) -> SamplingPlan:
-    """The plan of sampling. Compiling its three programs takes minutes.
+def check_request(request: SamplingRequest) -> None:
+    """Finds out what is wrong before anything is compiled.
 
     Raises:
-      InputError: the compiler is missing, the topology is unknown, or the mesh cannot shard the model.
+      InputError: the VAE or the transformer cannot represent the video, the model cannot be streamed, the compiler is
+        missing, the topology is unknown, or the mesh cannot shard a part.
     """
-    programs = request.programs()
-    for program in programs.values():
-        placement(program)  # finds out what is wrong before anything is compiled
-    return SamplingPlan(request, {name: part_plan(program) for name, program in programs.items()})
+    for program in request.programs().values():
+        placement(program)
 
 
 def part_plan(program: Program) -> PartPlan:
@@ -310,14 +323,14 @@ def placement(program: Program) -> Placement:
       InputError: the compiler is missing or does not know the topology, or the mesh cannot shard the model.
     """
     case, devices = program.arguments, devices_of(program.topology)
-    with jax.set_mesh(sampling_programs.mesh_of(devices, case.pop("mesh"))):
-        abstract = sampling_programs.abstract_program(**case)
+    with jax.set_mesh(programs.mesh_of(devices, case.pop("mesh"))):
+        abstract = programs.abstract_program(**case)
         flops = _flops(case, abstract) if chip_of(program.topology).is_gpu else 0
         size = jax.sharding.get_mesh().size
     return Placement({kind: bytes_on_device(tree) for kind, tree in abstract.arguments.items()}, flops / size)
 
 
-def _flops(case: dict[str, Any], abstract: sampling_programs.AbstractProgram) -> int:
+def _flops(case: dict[str, Any], abstract: programs.AbstractProgram) -> int:
     """FLOPs of a program on all devices."""
     if case["part"] != "transformer":
         return traced_flops(abstract.trace().jaxpr)
@@ -335,9 +348,9 @@ def _flops(case: dict[str, Any], abstract: sampling_programs.AbstractProgram) ->
 def _compiled(program: Program) -> contextlib.AbstractContextManager[CompiledProgram]:
     """The compiled program; its listings last as long as the context."""
     if chip_of(program.topology).is_gpu:
-        compiled = sampling_programs.lowered(devices_of(program.topology), **program.arguments).compile()
+        compiled = programs.lowered(devices_of(program.topology), **program.arguments).compile()
         return contextlib.nullcontext(compiled_program(compiled, program.topology))
-    case = f"{sampling_programs.__name__}:lowered"
+    case = f"{programs.__name__}:lowered"
     return compiled_for_tpu(case, program.arguments, program.topology, for_all_devices=True)
 
 
@@ -358,8 +371,8 @@ def planned_part(program: Program) -> PartPlan:
     except DoesNotFitError as error:
         if "vmem" in str(error).lower():
             raise InputError(
-                f"--topology {program.topology}: a kernel of the {program.part} does not fit the chip's VMEM ({error}); "
-                f"choose another topology or --size"
+                f"--topology {program.topology}: a kernel of the {program.part} does not fit the chip's VMEM "
+                f"({error}); choose another topology or --size"
             ) from error
         peak = bytes_asked_for(error, sum(placed.arguments.values()))
         return PartPlan(program, placed.arguments, {}, peak, None, time.monotonic() - start)
