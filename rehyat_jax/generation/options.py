@@ -24,6 +24,9 @@ from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
 from rehyat_jax.weights import load_wan, read_model_metadata
 from rehyat_jax.weights.models import spec_of
 
+SIZES = {"480p": (480, 832), "720p": (720, 1280)}
+"""Height and width of the sizes that Wan was trained for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
@@ -197,22 +200,18 @@ def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]
     return parse
 
 
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: (height, width) in pixels, as a name of `SIZES` or as in "480x832"."""
+    if text in SIZES:
+        return SIZES[text]
+    if not (found := re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", text)):
+        raise argparse.ArgumentTypeError(f"expected {', '.join(SIZES)} or HEIGHTxWIDTH, as in 480x832, found {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def axis_and_size(text: str) -> tuple[str, int]:
     """An argparse type: a mesh axis and its size, as in "context=4"."""
     axis, _, size = text.partition("=")
     if axis not in AXES or not re.fullmatch(r"-?[0-9]{1,9}", size):
         raise argparse.ArgumentTypeError(f"expected AXIS=DEVICES with an axis of {', '.join(AXES)}, found {text!r}")
     return axis, int(size)
-
-
-VIDEO_SIZES = {"480p": (480, 832), "720p": (720, 1280)}
-"""Height and width in pixels of the sizes that Wan was trained for."""
-
-
-def video_size(text: str) -> tuple[int, int]:
-    """An argparse type: height and width in pixels, "480p", "720p" or as in "480x832"."""
-    if text in VIDEO_SIZES:
-        return VIDEO_SIZES[text]
-    if not (found := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)):
-        raise argparse.ArgumentTypeError(f"expected {', '.join(VIDEO_SIZES)} or HxW in pixels, found {text!r}")
-    return int(found[1]), int(found[2])

@@ -14,7 +14,7 @@ from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.cli import CommandParser, progress, report_input_errors
 from rehyat_jax.cost_model.chips import device_count
 from rehyat_jax.errors import InputError
-from rehyat_jax.generation.options import axis_and_size, number, video_size
+from rehyat_jax.generation.options import axis_and_size, number, size
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.planning.outcome import concluded
 from rehyat_jax.planning.sampling.plan import (
@@ -101,7 +101,7 @@ def parser() -> CommandParser:
         help="blocks with hybrid attention; N of them are evenly spaced" + default,
     )
     option("--stream", action="store_true", help="sample part by part, as `sample --stream`; all blocks must be hybrid")
-    option("--size", type=video_size, metavar="480p|720p|HxW", default="480p", help="of the video in pixels" + default)
+    option("--size", type=size, metavar="480p|720p|HxW", default="480p", help="of the video in pixels" + default)
     option("--frames", type=number(int, 1, 1_000_000), default=81, help="of the video" + default)
     option("--steps", type=number(int, 1, 10_000), default=50, help="of the solver" + default)
     option("--guidance-scale", type=number(float, 0, 1000), default=5.0, help="1 turns guidance off" + default)

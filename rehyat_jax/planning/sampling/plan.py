@@ -94,11 +94,11 @@ class SamplingRequest:
         """The program of every part, in the order in which they run.
 
         Raises:
-          InputError: the model cannot be streamed.
+          InputError: the VAE cannot represent the video, the model cannot be streamed, or the topology is unknown.
         """
         if self.stream:
             check_streams(self.wan)
-        devices, companions = device_count(self.topology), COMPANIONS[self.preset]
+        devices, companions = len(devices_of(self.topology)), COMPANIONS[self.preset]
         # All heads of umT5 on one device take 11 GB; sharded by heads, no weight has to be gathered.
         tensor = math.gcd(devices, companions.text_encoder.num_heads)
         mesh = dict.fromkeys(AXES, 1)
@@ -193,9 +193,10 @@ class PartPlan:
     Attributes:
       arguments: bytes of its program's arguments, by kind.
       memory: bytes by kind; empty if the compiler could not fit the program.
-      peak: bytes that the program needs; None if it does not fit and the compiler does not say.
+      peak: bytes that the program needs; None if it does not fit and nobody knows how much it needs.
       cost: cost of one execution; None if the program does not fit.
-      compile_seconds: wall-clock time of compilation, next to the machine's other work.
+      compile_seconds: wall-clock time of compilation, next to the machine's other work; 0 if the arguments alone do not
+        fit, because nothing is compiled then.
     """
 
     program: Program
@@ -316,8 +317,9 @@ class Placement(NamedTuple):
     flops: float
 
 
+@functools.cache
 def placement(program: Program) -> Placement:
-    """The placement of a program.
+    """The placement of a program. The VAE's takes seconds, because its caches are found by tracing it.
 
     Raises:
       InputError: the compiler is missing or does not know the topology, or the mesh cannot shard the model.
@@ -362,12 +364,14 @@ def planned_part(program: Program) -> PartPlan:
       InputError: see `placement`; or a kernel needs more VMEM than the chip has.
     """
     placed, chip, case = placement(program), chip_of(program.topology), program.arguments
-    mesh, start = case["mesh"], time.monotonic()
+    if sum(placed.arguments.values()) > chip.hbm_bytes:
+        return PartPlan(program, placed.arguments, {}, None, None, 0.0)
+    start = time.monotonic()
     wan = WanConfig.from_dict(case["model"]) if program.part == "transformer" else None
     try:
         with _compiled(program) as compiled:
             seconds = time.monotonic() - start
-            cost = step_cost(compiled, chip, math.prod(mesh.values()), wan, placed.flops)
+            cost = step_cost(compiled, chip, math.prod(program.mesh.values()), wan, placed.flops)
     except DoesNotFitError as error:
         if "vmem" in str(error).lower():
             raise InputError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from rehyat_jax.cost_model.chips import chip_of, larger_topology
 from rehyat_jax.errors import InputError
-from rehyat_jax.generation.options import VIDEO_SIZES
+from rehyat_jax.generation.options import SIZES
 from rehyat_jax.planning.sampling.plan import PartPlan, Program, SamplingPlan, SamplingRequest, placement
 
 
@@ -37,23 +37,28 @@ def smallest_remedy(
     Only the parts that did not fit are planned again. The first `compilations` changes that arithmetic does not rule
     out are compiled. Arithmetic decides about the others.
     """
-    failed = [name for name, part in plan.parts.items() if not part.fits]
+    failed = {name: part for name, part in plan.parts.items() if not part.fits}
     for options, request in candidates(plan.request):
         limit = chip_of(request.topology).hbm_bytes
         try:
             programs = {name: request.programs()[name] for name in failed}
-            peaks = [estimated_peak(plan.parts[name], program) for name, program in programs.items()]
+            if any(program.case == failed[name].program.case for name, program in programs.items()):
+                continue  # more of the same chips do not help a part that runs on one
+            arguments = [sum(placement(program).arguments.values()) for program in programs.values()]
         except InputError:  # the mesh cannot shard the model
             continue
-        known = [peak for peak in peaks if peak is not None]
-        if max(known, default=0) > limit:
+        estimates = [estimated_peak(failed[name], program) for name, program in programs.items()]
+        known = [estimate for estimate in estimates if estimate is not None]
+        if max(*arguments, *known) > limit:
             continue
         if compilations:
             compilations -= 1
-            found = [plan_part(program) for program in programs.values()]
-            if all(part.fits for part in found):
-                return Remedy(options, max(part.peak or 0 for part in found), compiled=True)
-        elif len(known) == len(peaks):
+            found = {name: plan_part(program) for name, program in programs.items()}
+            if all(part.fits for part in found.values()):
+                return Remedy(options, max(part.peak or 0 for part in found.values()), compiled=True)
+            # Later estimates start from what the compiler said.
+            failed |= {name: part for name, part in found.items() if part.peak is not None}
+        elif len(known) == len(failed):
             return Remedy(options, max(known), compiled=False)
     return None
 
@@ -69,13 +74,13 @@ def candidates(request: SamplingRequest) -> Iterator[tuple[str, SamplingRequest]
     while topology := larger_topology(topology):
         without = ", without --mesh" if request.mesh else ""
         yield f"--topology {topology}{without}", dataclasses.replace(request, topology=topology, mesh=())
-    frames, *size = request.video
-    for name, smaller in sorted(VIDEO_SIZES.items(), key=lambda item: -math.prod(item[1])):
-        if math.prod(smaller) < math.prod(size):
+    frames, *pixels = request.video
+    for name, smaller in sorted(SIZES.items(), key=lambda item: -math.prod(item[1])):
+        if math.prod(smaller) < math.prod(pixels):
             yield f"--size {name}", dataclasses.replace(request, video=(frames, *smaller))
     while frames > 5:
         frames = frames // 8 * 4 + 1
-        yield f"--frames {frames}", dataclasses.replace(request, video=(frames, *size))
+        yield f"--frames {frames}", dataclasses.replace(request, video=(frames, *pixels))
 
 
 def estimated_peak(plan: PartPlan, program: Program) -> int | None:
@@ -86,9 +91,9 @@ def estimated_peak(plan: PartPlan, program: Program) -> int | None:
     Raises:
       InputError: the mesh cannot shard the model.
     """
-    arguments = sum(placement(program).arguments.values())
     if plan.peak is None:
         return None
+    arguments = sum(placement(program).arguments.values())
     scale = _pixels_on_device(program) / _pixels_on_device(plan.program)
     return round(arguments + scale * max(plan.peak - sum(plan.arguments.values()), 0))
 

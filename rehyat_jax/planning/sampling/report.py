@@ -40,7 +40,7 @@ def report(plan: SamplingPlan) -> str:
 
 
 def _part(part: PartPlan) -> str:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in part.mesh.items() if size > 1) or "one device"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in part.program.mesh.items() if size > 1) or "one device"
     peak = gib(part.peak) if part.peak else "unknown"
     weights = f"{gib(part.arguments['weights'])} of weights"
     if part.seconds is None:
