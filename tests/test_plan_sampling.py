@@ -12,6 +12,7 @@ from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, topology_devices
 from rehyat_jax.cost_model.traced_flops import traced_flops
 from rehyat_jax.models.umt5.config import UMT5_PRESETS
 from rehyat_jax.models.wan.config import WAN_PRESETS
+from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.models.wan_vae.config import WAN_VAE_PRESETS, WanVaeConfig
 from rehyat_jax.parallel.mesh import AXES, make_mesh
 from rehyat_jax.plan import main
@@ -98,6 +99,23 @@ def test_sampling_is_planned_from_end_to_end_on_one_chip(tmp_path, monkeypatch, 
     twice = json.loads(file.read_text())["parts"]
     assert twice["transformer"]["seconds"]["low"] == pytest.approx(2 * parts["transformer"]["seconds"]["low"])
     assert twice["vae"] == parts["vae"]
+
+
+def test_on_gpus_arithmetic_gives_the_time(monkeypatch):
+    # CI has no CUDA plugin; the program is then made for a CPU device.
+    monkeypatch.setattr(plan, "devices_of", lambda topology: jax.devices()[: int(topology.split(":")[1])])
+    asked = request("--preset=tiny", "--size=32x48", "--frames=17", "--topology=h100:2", "--hybrid-blocks=3")
+    programs_of = asked.programs()
+    found = plan.part_plan(programs_of["text_encoder"])
+    data, peak = found.to_json(), chip_of("h100:2").peak_flops
+    flops = traced("text_encoder", plan.COMPANIONS["tiny"].text_encoder, tokens=8)
+    # Two prompts, on two devices. This is so little arithmetic that the least HBM traffic takes longer.
+    assert found.cost.compute_seconds == pytest.approx((flops / 2 / 0.75 / peak, flops / 2 / 0.3 / peak))
+    assert data["seconds"]["low"] == 2 * found.cost.step_seconds[0] and data["static_cycles"] is None
+    assert data["hbm_bytes_peak"] == sum(data["memory"].values())
+    count = forward_flops(asked.wan, (5, 4, 6))
+    # Each of the two evaluations is on a device of its own.
+    assert plan.placement(programs_of["transformer"]).flops == count.outside + count.blocks
 
 
 def placed(*options: str) -> dict[str, dict[str, int]]:

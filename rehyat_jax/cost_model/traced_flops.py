@@ -2,8 +2,7 @@
 
 import math
 
-import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 
 def traced_flops(traced: ClosedJaxpr | Jaxpr) -> int:
@@ -19,7 +18,7 @@ def traced_flops(traced: ClosedJaxpr | Jaxpr) -> int:
     return sum(map(_flops, jaxpr.eqns))
 
 
-def _flops(equation: "jax.extend.core.JaxprEqn") -> int:
+def _flops(equation: JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]

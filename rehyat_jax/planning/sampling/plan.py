@@ -16,7 +16,7 @@ from rehyat_jax.cost_model.chips import chip_of, device_count, devices_of
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
 from rehyat_jax.cost_model.traced_flops import traced_flops
 from rehyat_jax.errors import InputError
-from rehyat_jax.generation.codecs import LATENT_SIZES
+from rehyat_jax.generation.codecs import WanVaeLatents
 from rehyat_jax.models.umt5.config import UMT5_PRESETS, UMT5Config
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import forward_flops
@@ -82,7 +82,7 @@ class SamplingRequest:
     @functools.cached_property
     def latents(self) -> tuple[int, int, int]:
         """Frames, height and width of the video's latents. Raises InputError for a size that the VAE cannot encode."""
-        return LATENT_SIZES["wan_vae"].latent_shape(*self.video)[:3]
+        return WanVaeLatents().latent_shape(*self.video)[:3]
 
     @property
     def parts_of_video(self) -> int:
@@ -220,7 +220,7 @@ class PartPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The part as --json writes it."""
-        of_kernels = isinstance(self.cost, TpuCost)
+        tpu = self.cost if isinstance(self.cost, TpuCost) else None
         return {
             "fits": self.fits,
             "hbm_bytes_peak": self.peak,
@@ -228,8 +228,8 @@ class PartPlan:
             "executions": self.program.executions,
             "mesh": self.program.mesh,
             "memory": self.memory or self.arguments,
-            "static_cycles": self.cost.cycles if of_kernels else None,
-            "least_cycles": self.cost.least_cycles if of_kernels else None,
+            "static_cycles": tpu and tpu.cycles,
+            "least_cycles": tpu and tpu.least_cycles,
             "collective_bytes": self.cost.collective_bytes if self.cost else None,
             "hbm_traffic_bytes": self.cost.hbm_traffic if self.cost else None,
             "compile_seconds": round(self.compile_seconds, 1),
@@ -251,8 +251,8 @@ class SamplingPlan:
     @property
     def peak(self) -> int | None:
         """The largest peak of a part; None if it is not known."""
-        peaks = [part.peak for part in self.parts.values()]
-        return None if None in peaks else max(peaks)
+        peaks = [part.peak for part in self.parts.values() if part.peak is not None]
+        return max(peaks) if len(peaks) == len(self.parts) else None
 
     @property
     def seconds(self) -> tuple[float, float] | None:

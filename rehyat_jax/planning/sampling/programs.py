@@ -73,7 +73,7 @@ def _whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=everywhere), tree)
 
 
-def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def _array(*shape: int, dtype: Any = jnp.float32) -> Any:
     return _whole(jax.ShapeDtypeStruct(shape, dtype))
 
 
@@ -110,7 +110,7 @@ def transformer(*, model: WanConfig, latents: Sequence[int], guided: bool, strea
     )
     frames, height, width = latents
     frames = part_frames(model, frames) if stream else frames
-    history = SolverState(*(_array(1, frames, height, width, model.in_channels) for _ in SolverState._fields))
+    history = SolverState(*[_array(1, frames, height, width, model.in_channels)] * 4)
     step = _whole(Coefficients(*(column[0] for column in coefficient_table(wan_grid(2, 5.0), "unipc"))))
     text = _array(1, model.text_length, model.text_dim)
     conditions = (text, text, _array()) if guided else (text,)

@@ -70,17 +70,17 @@ def candidates(request: SamplingRequest) -> Iterator[tuple[str, SamplingRequest]
     """
     if not request.stream and all(form.streams for form in request.wan.block_forms.of_block):
         yield "--stream", dataclasses.replace(request, stream=True, mesh=())
-    topology: str | None = request.topology
-    while topology := larger_topology(topology):
-        without = ", without --mesh" if request.mesh else ""
+    without, larger = ", without --mesh" if request.mesh else "", larger_topology(request.topology)
+    while larger is not None:
+        topology, larger = larger, larger_topology(larger)
         yield f"--topology {topology}{without}", dataclasses.replace(request, topology=topology, mesh=())
-    frames, *pixels = request.video
+    frames, height, width = request.video
     for name, smaller in sorted(SIZES.items(), key=lambda item: -math.prod(item[1])):
-        if math.prod(smaller) < math.prod(pixels):
+        if math.prod(smaller) < height * width:
             yield f"--size {name}", dataclasses.replace(request, video=(frames, *smaller))
     while frames > 5:
         frames = frames // 8 * 4 + 1
-        yield f"--frames {frames}", dataclasses.replace(request, video=(frames, *pixels))
+        yield f"--frames {frames}", dataclasses.replace(request, video=(frames, height, width))
 
 
 def estimated_peak(plan: PartPlan, program: Program) -> int | None:
