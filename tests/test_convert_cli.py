@@ -3,6 +3,7 @@
 import errno
 import json
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from oracles import random_wan
 from safetensors.torch import load_file, save_file
 
 from rehyat_jax.convert import main
+from rehyat_jax.errors import InputError
 from rehyat_jax.weights import load_params, safetensors_file
+from rehyat_jax.weights.torch_folder import find_tensors
 
 VERSION_1 = Path(__file__).parent / "fixtures" / "version_1"
 
@@ -359,6 +362,19 @@ def test_pickle_is_refused_by_its_name_without_being_opened(work, capsys, name):
 
     (work / name).write_bytes(pickle.dumps(Trap()))
     assert_refused(capsys, work, work / name, name, "pickle")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_the_command_that_replaces_a_pickle_writes_its_tensors(tmp_path, monkeypatch, is_zip):
+    source, values = tmp_path / "model's weights.pth", torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": values.T, "b": values}, source, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(InputError) as caught:
+        find_tensors(source)
+    _, _, code, *paths = shlex.split(str(caught.value)[str(caught.value).index("python -c") :])
+    monkeypatch.setattr(sys, "argv", ["-c", *paths])
+    exec(code, {})
+    written = load_file(source.with_suffix(".safetensors"))
+    assert torch.equal(written["a"], values.T) and torch.equal(written["b"], values)
 
 
 def test_one_shard_alone_is_refused(work, capsys):

@@ -25,7 +25,7 @@ from attention_oracles import (
 )
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
-from tpu_topologies import TOPOLOGIES, compiled_for_tpu
+from tpu_topologies import compiled_for_tpu
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention, interpreted_tpu
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
@@ -245,10 +245,17 @@ def gradients(attend, argnums):
     return jax.value_and_grad(loss, argnums)
 
 
+# Tiles do not depend on the generation. v5e and v5p have the least VMEM.
 @pytest.mark.parametrize(
-    "preset, tokens_per_frame, stabilizer", [("t2v-1.3B", 1560, "row_max"), ("t2v-14B", 3600, "joint")]
+    "preset, tokens_per_frame, stabilizer, topology",
+    [
+        ("t2v-1.3B", 1560, "row_max", "v5e:2x2"),
+        ("t2v-14B", 3600, "joint", "v5e:2x2"),
+        ("t2v-14B", 3600, "joint", "v5p:2x2x1"),
+        ("t2v-1.3B", 1560, "row_max", "v6e:2x2"),
+        ("t2v-14B", 3600, "joint", "tpu7x:2x2x1"),
+    ],
 )
-@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_wan_layers_compile_for_tpus_in_their_default_vmem(topology, preset, tokens_per_frame, stabilizer, for_tpu):
     attend, shape, parameters = layer(tokens_per_frame, preset, stabilizer)
     array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)

@@ -338,7 +338,7 @@ def test_no_usable_video_at_all_is_an_error_with_the_reasons(tmp_path, capsys):
         (["--size", "21x24"], "FRAMESxHEIGHTxWIDTH"),
         (["--size", "21x23x24"], "multiples of 4"),
         (["--codec", "wan"], "unknown codec 'wan'"),
-        (["--text-encoder", "umt5"], "not available yet"),
+        (["--text-encoder", "umt5"], "give --models"),
         (["--num-hosts", "2", "--host", "2"], "--host: expected 0 to 1, found 2"),
     ],
 )

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 from einops import rearrange, repeat
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.shown import closest
 
 Array = Any
 """A numpy or JAX array; a codec returns the kind that it was given."""
@@ -93,16 +92,3 @@ class SpaceToDepth:
 
 LATENT_SIZES = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
 """`default_size` and `latent_shape` (see `Codec`), by the codec's name."""
-
-
-def get_codec(name: str) -> Codec:
-    """The codec that a model's checkpoint names. Raises InputError for an unknown or not yet available one."""
-    if name == "space_to_depth":
-        return SpaceToDepth()
-    if name == "wan_vae":
-        raise InputError(
-            'codec "wan_vae" is not available yet in this command: the transformer can be converted, trained on '
-            "latents that were encoded elsewhere, and sampled to latents; rehyat_jax.load_vae decodes these"
-        )
-    known = closest(name, ("space_to_depth", "wan_vae"))
-    raise InputError(f"unknown codec {name!r}; the known ones, closest first: {', '.join(known)}")

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from rehyat_jax.diffusion.samplers import Sampler
 from rehyat_jax.errors import InputError
-from rehyat_jax.generation.codecs import Codec, get_codec
+from rehyat_jax.generation.codecs import Codec
 from rehyat_jax.generation.generate import latent_shape
-from rehyat_jax.generation.text_encoders import TextEncoder, get_text_encoder
+from rehyat_jax.generation.opening import get_codec, get_text_encoder
+from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.models.wan.streaming import check_streams
 from rehyat_jax.parallel.memory import check_device_memory

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.shown import closest, is_text, shown
+from rehyat_jax.files.shown import is_text, shown
 
 
 class TextEncoder(Protocol):
@@ -66,16 +66,3 @@ def checked_text(prompt: str) -> str:
     if not is_text(prompt):
         raise InputError(f"prompt '{shown(prompt)}': expected text in UTF-8, found other bytes; write it in UTF-8")
     return prompt
-
-
-def get_text_encoder(name: str) -> TextEncoder:
-    """The encoder that a model's checkpoint names. Raises InputError for an unknown or not yet available one."""
-    if name == "word_vectors":
-        return WordVectors()
-    if name == "umt5":
-        raise InputError(
-            'text encoder "umt5" is not available yet in the commands of rehyat_jax; only "word_vectors" is, so encode '
-            "prompts with rehyat_jax.load_text_encoder and give the embeddings to the programming interface"
-        )
-    known = closest(name, ("word_vectors", "umt5"))
-    raise InputError(f"unknown text encoder {name!r}; the known ones, closest first: {', '.join(known)}")

@@ -11,7 +11,7 @@ from rehyat_jax.data.prepared import Bucket, read_null_text
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.pictures import save_frames
 from rehyat_jax.files.shown import shown
-from rehyat_jax.generation.codecs import get_codec
+from rehyat_jax.generation.opening import get_codec
 
 FILE = "contact_sheet.png"
 EXAMPLES = 6

@@ -12,8 +12,7 @@ from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import is_text
 from rehyat_jax.files.video import UnreadableVideo, find_ffmpeg, frame_size, read_clip
-from rehyat_jax.generation.codecs import get_codec
-from rehyat_jax.generation.text_encoders import get_text_encoder
+from rehyat_jax.generation.opening import get_codec, get_text_encoder
 from rehyat_jax.preparation.captions import Captioned, captioned_videos
 from rehyat_jax.preparation.units import STORED, Hosts, NotNow, Plan, UnitWriter, prepare
 

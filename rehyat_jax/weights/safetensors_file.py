@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -207,9 +208,11 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[int, np.dtype, tupl
 
 def pickle_remedy(file: Path) -> str:
     """The end of a message about a PyTorch pickle: the command that writes its tensors as safetensors."""
+    # Only the newer of torch's two formats, a zip archive, can stay on disk until a tensor is copied.
+    mapped = file.is_file() and zipfile.is_zipfile(file)
     code = (
         "import sys, torch; from safetensors.torch import save_file; "
-        "tensors = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+        f"tensors = torch.load(sys.argv[1], map_location='cpu', weights_only=True, mmap={mapped}); "
         "save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, sys.argv[2])"
     )
     paths = f"{shlex.quote(str(file))} {shlex.quote(str(file.with_suffix('.safetensors')))}"

@@ -87,8 +87,9 @@ def _file_in_folder(folder: Path, part: str) -> Path:
     if (folder / "model.json").exists():
         raise InputError(f"{folder}: is a model checkpoint of rehyat_jax already; to-torch converts it to PyTorch")
     if (folder / f"{part}_2").is_dir():
+        experts = " (Wan2.2's two experts)" if part == "transformer" else ""
         raise InputError(
-            f"{folder}: is a pipeline of two transformers (Wan2.2's two experts), expected one; "
+            f"{folder}: expected one {part}, found {part}/ and {part}_2/{experts}; "
             f"give {folder / part} or {folder / f'{part}_2'}"
         )
     if (folder / part).is_dir():
