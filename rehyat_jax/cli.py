@@ -6,7 +6,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from logging import CRITICAL, ERROR, LogRecord, getLogger
 from typing import Any, NoReturn
 
@@ -106,6 +108,26 @@ def report_input_errors(run: Callable[[], Any]) -> int:
             os._exit(refusal.exit_code)
         return refusal.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def progress(message: str) -> Iterator[None]:
+    """Prints a message on stderr, and the elapsed time every half minute until the block ends."""
+    print(message, file=sys.stderr, flush=True)
+    done, start = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not done.wait(30):
+            print(f"  {time.monotonic() - start:.0f} seconds", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        print(f"  done in {time.monotonic() - start:.0f} seconds", file=sys.stderr, flush=True)
 
 
 def print_message(message: str, *, result: bool = False) -> None:

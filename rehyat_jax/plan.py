@@ -12,6 +12,7 @@ Options:
   --frames N --height H --width W    size of a video in pixels; 81 x 480 x 832 by default
   --json FILE                        also write all figures
   --table                            alone: plan the runs that configs/ lists, and write docs/planned_runs.md
+  --sample                           plan sampling a video in place of training; `plan --sample --help` has its options
 
 Exit codes:
 
@@ -24,60 +25,38 @@ Example:
   python -m rehyat_jax.plan --config configs/wan_1_3b_distill.py --topology v5e:4x4 --config.remat=block
 """
 
-import json
 import shlex
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
 from absl import flags
 
-from rehyat_jax.cli import printed_help, report_input_errors
+from rehyat_jax.cli import printed_help, progress, report_input_errors
 from rehyat_jax.cost_model.chips import device_count
 from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.write import check_place, written_whole
 from rehyat_jax.generation.codecs import LATENT_SIZES
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.planning import table
+from rehyat_jax.planning.outcome import concluded
 from rehyat_jax.planning.planner import Plan, Request, make_plan
 from rehyat_jax.planning.remedies import smallest_remedy
 from rehyat_jax.planning.report import report
+from rehyat_jax.planning.sampling import command as sampling_command
 from rehyat_jax.training.command_line import parsed_config
 from rehyat_jax.training.setup import student_config
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.weights.load import open_checkpoint
 
-DOES_NOT_FIT = 3
-
 
 def plan(request: Request, json_file: Path | None = None) -> int:
     """Plans, reports and returns the exit code. Raises InputError."""
-    if json_file is not None:
-        check_place(json_file)
-    found = announced_plan(request)
-    print(report(found), flush=True)
-    result = found.to_json()
-    if json_file is not None:
-        _write(json_file, result)
-    if found.fits:
-        return 0
-    remedy = smallest_remedy(found, announced_plan)
-    print(f"\nwould fit: {remedy}" if remedy else "\nno change of those known here would fit")
-    if json_file is not None:
-        _write(json_file, {**result, "remedy": remedy and str(remedy)})
-    return DOES_NOT_FIT
-
-
-def _write(json_file: Path, result: dict[str, Any]) -> None:
-    with written_whole(json_file) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    remedy = lambda found: smallest_remedy(found, announced_plan)
+    return concluded(lambda: announced_plan(request), report, remedy, json_file)
 
 
 def announced_plan(request: Request) -> Plan:
@@ -91,48 +70,15 @@ def announced_plan(request: Request) -> Plan:
 
 
 def plan_table(arguments: Sequence[str] = ("--table",)) -> None:
-    """Plans the runs that the configurations list and docs/measurements/planned_runs.json lacks; writes both files.
-
-    A run that cannot be planned here, because its compiler is not installed, is named and keeps its record, if any.
+    """Plans the runs that the configurations list and the record lacks; see `PlanTable.update`.
 
     Raises:
       InputError: there are other arguments, this is not the repository's root, or the recorded plans are damaged.
     """
     if list(arguments) != ["--table"]:
         raise InputError(f"--table takes no other arguments, found {list(arguments)}")
-    runs, records = table.planned_runs(), table.read_records()
-    for number, run in enumerate(runs, 1):
-        if run in records:
-            continue
-        print(f"run {number} of {len(runs)}: {run}", file=sys.stderr, flush=True)
-        try:
-            records[run] = table.record(announced_plan(parse_arguments(["plan", *shlex.split(run)]).request))
-        except InputError as error:
-            print(f"  not planned: {error}", file=sys.stderr, flush=True)
-            continue
-        table.write_records({run: records[run] for run in runs if run in records})
-    table.write_table(runs, records)
-    print(f"wrote {table.TABLE}")
-
-
-@contextmanager
-def progress(message: str) -> Iterator[None]:
-    """Prints a message on stderr, and the elapsed time every half minute until the block ends."""
-    print(message, file=sys.stderr, flush=True)
-    done, start = threading.Event(), time.monotonic()
-
-    def tick() -> None:
-        while not done.wait(30):
-            print(f"  {time.monotonic() - start:.0f} seconds", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        print(f"  done in {time.monotonic() - start:.0f} seconds", file=sys.stderr, flush=True)
+    of_run = lambda run: announced_plan(parse_arguments(["plan", *shlex.split(run)]).request)
+    table.TRAINING.update(table.planned_runs(), lambda run: table.record(of_run(run)))
 
 
 def planned_model(config: ml_collections.ConfigDict) -> WanConfig:
@@ -193,10 +139,12 @@ def parse_arguments(argv: list[str]) -> Arguments:
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and plans; returns the exit code."""
     argv = sys.argv if argv is None else ["plan", *argv]
-    if printed_help(argv, __doc__):
-        return 0
     # The plan is for the topology, not for devices of this machine.
     jax.config.update("jax_platforms", "cpu")
+    if "--sample" in argv:
+        return sampling_command.main(argv[1:])
+    if printed_help(argv, __doc__):
+        return 0
     if "--table" in argv:
         return report_input_errors(lambda: plan_table(argv[1:]))
     code = 0

@@ -381,9 +381,9 @@ def test_a_small_run_is_planned_from_end_to_end(tmp_path, monkeypatch):
     )
     assert data["hours"]["low"] == pytest.approx(1000 * data["step_seconds_low"] / 3600)
     run = "--config configs/small.py --topology v5e:2x2 --config.batch_size=4"
-    monkeypatch.setattr(table, "TABLE", tmp_path / "runs.md")
-    table.write_table([run, "--config configs/small.py --topology v5e:4x4"], {run: table.record(plan)})
-    page = table.TABLE.read_text()
+    runs = dataclasses.replace(table.TRAINING, page=tmp_path / "runs.md")
+    runs.write_page([run, "--config configs/small.py --topology v5e:4x4"], {run: table.record(plan)})
+    page = runs.page.read_text()
     assert "## `small`" in page and f"libtpu {data['versions']['libtpu']}" in page
     assert "| `--topology v5e:4x4` | not planned yet |" in page
     row = f"| `--topology v5e:2x2 --config.batch_size=4` | {data['hbm_bytes_peak'] / 2**20:.1f} MiB of 15.75 GiB |"
@@ -469,8 +469,8 @@ def test_a_run_that_does_not_fit_ends_with_code_3(monkeypatch, capsys, tmp_path)
 
 
 def test_the_table_keeps_every_plan_that_is_there_and_makes_the_others(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(table, "RECORDS", tmp_path / "runs.json")
-    monkeypatch.setattr(table, "TABLE", tmp_path / "runs.md")
+    files = dict(records=tmp_path / "runs.json", page=tmp_path / "runs.md")
+    monkeypatch.setattr(table, "TRAINING", dataclasses.replace(table.TRAINING, **files))
     planned = []
 
     def make_plan(request):
@@ -489,7 +489,7 @@ def test_the_table_keeps_every_plan_that_is_there_and_makes_the_others(monkeypat
     # Every configuration of a real model lists runs; options and sizes are those of the command lines.
     assert {Path(run.split()[1]).stem for run in runs} == {path.stem for path in Path("configs").glob("wan_*.py")}
     assert {request.latents for request in planned} == {(21, 60, 104), (161, 60, 104), (21, 90, 160)}
-    page = table.TABLE.read_text()
+    page = table.TRAINING.page.read_text()
     assert page.count("20.00 GiB of 15.75 GiB: does not fit") == sum("v5e" in run for run in runs)
     assert "`--topology h100:8` | not planned yet" in page and "no plugin" in capsys.readouterr().err
 

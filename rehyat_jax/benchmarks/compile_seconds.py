@@ -19,9 +19,9 @@ import time
 
 import jax
 
-from rehyat_jax.cli import printed_help, report_input_errors
+from rehyat_jax.cli import printed_help, progress, report_input_errors
 from rehyat_jax.cost_model.chips import devices_of
-from rehyat_jax.plan import parse_arguments, progress
+from rehyat_jax.plan import parse_arguments
 from rehyat_jax.planning import train_step
 from rehyat_jax.planning.planner import Request
 

@@ -17,11 +17,11 @@ import sys
 
 import jax
 
-from rehyat_jax.cli import printed_help, report_input_errors
+from rehyat_jax.cli import printed_help, progress, report_input_errors
 from rehyat_jax.cost_model.chips import chip_of, device_count
 from rehyat_jax.cost_model.tpu_compile import compiled_for_tpu
 from rehyat_jax.errors import InputError
-from rehyat_jax.plan import parse_arguments, progress
+from rehyat_jax.plan import parse_arguments
 from rehyat_jax.planning.estimate import step_cost
 from rehyat_jax.planning.planner import Request
 

@@ -28,6 +28,7 @@ from rehyat_jax.generation.options import number
 from rehyat_jax.generation.tokenizer import MAX_TOKENS
 from rehyat_jax.models.umt5.config import UMT5_PRESETS, UMT5Config
 from rehyat_jax.models.wan_vae.config import WanVaeConfig
+from rehyat_jax.models.wan_vae.flops import encode_flops
 from rehyat_jax.preparation.caption_embeddings import CaptionEmbeddings, open_caption_encoder
 from rehyat_jax.preparation.captions import captioned_videos
 from rehyat_jax.preparation.clips import ClipReader, read_best_clip
@@ -42,9 +43,6 @@ VAE = WanVaeConfig(base_dim=8)
 TEXT_ENCODER = UMT5Config(vocab_size=96, model_dim=64, num_heads=2, head_dim=32, ffn_dim=128, num_layers=2)
 SIZE = 17, 64, 112
 WORDS = "a cat runs across the green field while dogs watch the camera pans left over ocean waves"
-
-ENCODE_FLOPS = 164e12
-"""FLOPs of the encoder of Wan2.1's VAE for one clip of 81x480x832: its convolutions and the products of attention."""
 
 PLANNED = {
     ("v5e:4x4", "bfloat16"): (chip_of("v5e:4x4").peak_flops, (1.5, 3)),
@@ -147,7 +145,7 @@ def planned() -> Iterator[tuple[str, str, float, float, float, float]]:
     text_flops = 2 * weights * MAX_TOKENS + attention
     for (topology, dtype), (peak, factors) in PLANNED.items():
         text = text_flops / (TEXT_SHARE * chip_of(topology).peak_flops)
-        best, worst = (factor * ENCODE_FLOPS / peak for factor in factors)
+        best, worst = (factor * encode_flops(WanVaeConfig(), 81, 480, 832) / peak for factor in factors)
         rates = [3600 * device_count(topology) / (vae + text) for vae in (worst, best)]
         yield topology, dtype, best, worst, *rates
 

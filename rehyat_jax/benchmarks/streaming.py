@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rehyat_jax.attention.form import HybridConfig
@@ -42,9 +42,6 @@ from rehyat_jax.models.wan.streaming import initial_states, part_positions
 LATENTS = (60, 104)
 """Height and width of the latents of 480x832."""
 
-FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm", "head", "feature_maps")
-"""Parts of the names of parameters that a TPU program is given in float32; it is given the others in bfloat16."""
-
 
 def lowered(devices: Sequence[jax.Device], *, frames: int, kind: str) -> jax.stages.Lowered:
     """One step of the solver for `frames` latent frames; a case of `compiled_for_tpu`.
@@ -55,11 +52,9 @@ def lowered(devices: Sequence[jax.Device], *, frames: int, kind: str) -> jax.sta
       kind: "part", "last part", or "one pass" for the complete video at once.
     """
     config = WAN_PRESETS["t2v-1.3B"].replace(hybrid_blocks="all", hybrid=HybridConfig())
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
-    named = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
-    held = lambda name: jnp.float32 if any(part in name for part in FLOAT32) else jnp.bfloat16
-    named = {name: jax.ShapeDtypeStruct(leaf.shape, held(name)) for name, leaf in named.items()}
-    params = traverse_util.unflatten_dict(named, sep=".")
+    dtypes = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **dtypes)))
+    params = nnx.to_pure_dict(state)
 
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     history = SolverState(*[array(1, frames, *LATENTS, config.in_channels)] * len(SolverState._fields))

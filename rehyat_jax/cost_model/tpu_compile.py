@@ -82,9 +82,17 @@ def topology_devices(topology: str) -> list[jax.Device]:
     check_libtpu()
     os.environ.update(NO_TPU)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return _described(topology)
     except Exception as error:  # jaxlib's own error, or one of libtpu's plugin
         raise _unknown_topology(topology, str(error).splitlines()[0]) from error
+
+
+def _described(topology: str) -> list[jax.Device]:
+    """The devices of a topology, from libtpu."""
+    # libtpu divides a slice into hosts of 2x2 chips unless it is told otherwise. A single chip is a host of its own.
+    single = set(topology.partition(":")[2].split("x")) == {"1"}
+    options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 @contextmanager
@@ -97,7 +105,8 @@ def compiled_for_tpu(
       case: "module:function". The function takes `arguments` as keywords, and returns a function, jitted or not, and a
         tuple of its arguments, trees of `jax.ShapeDtypeStruct`: for one chip.
       arguments: JSON-ready.
-      topology: as in `jax.experimental.topologies`: "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1" or larger.
+      topology: as in `jax.experimental.topologies`: "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1" or
+        larger, or a single chip: "v5e:1x1", "v5p:1x1x1".
       for_all_devices: True if the case is a program for all devices of the topology: the function takes them first,
         and returns a `jax.stages.Lowered`.
 
@@ -147,7 +156,7 @@ def _unknown_topology(topology: str, message: str) -> InputError:
 def _compile(case: str, arguments: dict, topology: str, directory: Path, *, for_all_devices: bool) -> None:
     """Compiles in the child process, and writes result.json next to the listings."""
     module, function = case.split(":")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = _described(topology)
     make_case = getattr(importlib.import_module(module), function)
     compiled = (
         make_case(devices, **arguments) if for_all_devices else _for_one(devices[0], make_case, arguments)

@@ -100,9 +100,9 @@ def generate_latents(
     table = coefficient_table(wan_grid(steps, flow_shift), sampler, noise.dtype)
     state = initial_state(noise)
     if guidance_scale == 1:
-        advance, conditions = _conditional_step, (text,)
+        advance, conditions = conditional_step, (text,)
     else:
-        advance, conditions = _guided_step, (text, negative_text, guidance_scale)
+        advance, conditions = guided_step, (text, negative_text, guidance_scale)
     for index in tqdm(range(steps), desc="sampling", unit="step", disable=not progress):
         step = Coefficients(*(column[index] for column in table))
         if on_step is not None:
@@ -149,15 +149,16 @@ def _check_memory(advance: Any, graphdef: nnx.GraphDef, params: nnx.State, state
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _conditional_step(
+def conditional_step(
     graphdef: nnx.GraphDef, params: nnx.State, state: SolverState, step: Coefficients, text: Array
 ) -> SolverState:
+    """One step of the solver without guidance."""
     model = functools.partial(apply_model(graphdef), params)
     return solver_step(lambda latents, timestep: model(latents, timestep, text), state, step)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _guided_step(
+def guided_step(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     state: SolverState,
@@ -166,5 +167,6 @@ def _guided_step(
     negative_text: Array,
     guidance_scale: Array,
 ) -> SolverState:
+    """One step of the solver with guidance."""
     model = functools.partial(apply_model(graphdef), params)
     return solver_step(guided_velocity(model, text, negative_text, guidance_scale), state, step)

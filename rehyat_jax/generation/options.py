@@ -109,7 +109,7 @@ def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]
 
 
 def size(text: str) -> tuple[int, int]:
-    """An argparse type: (height, width), as a name of `SIZES` or as in "480x832"."""
+    """An argparse type: (height, width) in pixels, as a name of `SIZES` or as in "480x832"."""
     if text in SIZES:
         return SIZES[text]
     if not (found := re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", text)):

@@ -1,1 +1,1 @@
-"""Estimates of the memory and the time of a training run, without the devices it runs on; see docs/plan.md."""
+"""Estimates of the memory and the time of training and of sampling, without the devices; see docs/plan.md."""

@@ -118,8 +118,14 @@ class GpuCost(Cost):
         return low, high
 
 
-def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig, flops: float) -> Cost:
-    """The cost of a compiled program of the model `wan`, which takes `flops` FLOPs on each device."""
+def step_cost(program: CompiledProgram, chip: Chip, devices: int, wan: WanConfig | None, flops: float) -> Cost:
+    """The cost of a compiled program.
+
+    Args:
+      devices: those that the program runs on.
+      wan: the model, whose blocks choose among its forms; None for a program that runs no transformer.
+      flops: FLOPs of the program on each device.
+    """
     operations = list(executed_operations(program.hlo, of_fusions=True))
     common = dict(
         hbm_traffic=program.argument_bytes + program.result_bytes + 2 * program.temporary_bytes,
@@ -158,7 +164,7 @@ def cycles_of_kernels(static: ProgramCost, moved: Mapping[str, int], chip: Chip)
     )
 
 
-def program_cost(program: CompiledProgram, wan: WanConfig) -> ProgramCost:
+def program_cost(program: CompiledProgram, wan: WanConfig | None) -> ProgramCost:
     """Static cycles.
 
     Kernels take the usual path: full masks in splash attention, fixed shifts in hybrid attention.
@@ -168,13 +174,15 @@ def program_cost(program: CompiledProgram, wan: WanConfig) -> ProgramCost:
     )
 
 
-def shares_of_forms(wan: WanConfig) -> ShareOf:
+def shares_of_forms(wan: WanConfig | None) -> ShareOf:
     """The shares in which the branches of a program's conditionals run.
 
     A block chooses its form once, and the branches of that conditional are the model's forms in their order. Its name
     scope identifies it. For any other conditional the largest branch counts: inside `shard_map`, devices may choose
     differently, and the slowest one decides.
     """
+    if wan is None:
+        return lambda branch: None
     forms = wan.block_forms
     blocks_of_form = [forms.indices.count(index) for index in range(len(forms.forms))]
 

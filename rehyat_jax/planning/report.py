@@ -18,7 +18,7 @@ def report(plan: Plan) -> str:
             f"{config.stage}, {config.batch_size} videos a step, accumulation_steps {config.accumulation_steps}, "
             f"remat {config.remat}",
         ),
-        ("model", f"{wan.num_layers} blocks of width {wan.width}, {_forms(wan)}"),
+        ("model", f"{wan.num_layers} blocks of width {wan.width}, {forms_of(wan)}"),
         ("latents", f"{frames} frames of {height} x {width}"),
         ("devices", f"{plan.devices} ({plan.chips} chips), {mesh}"),
         ("", ""),
@@ -33,7 +33,7 @@ def report(plan: Plan) -> str:
     return "\n".join([*lines, *(["", f"Nothing was run. Step time, {plan.cost.assumptions}."] if plan.fits else [])])
 
 
-def _forms(wan: WanConfig) -> str:
+def forms_of(wan: WanConfig) -> str:
     """The number of hybrid blocks; if their forms differ, the number of blocks with each form."""
     forms = wan.block_forms
     different = {forms.of_block[block] for block in forms.converted}

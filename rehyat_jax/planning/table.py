@@ -1,8 +1,14 @@
-"""The table of planned runs: each production configuration lists its runs, and each run's plan is one row."""
+"""Tables of planned runs: one plan is one row. A table is made row by row, from a record that keeps every plan.
 
+Each production configuration lists its training runs; `TRAINING` is their table.
+"""
+
+import dataclasses
 import json
 import runpy
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +17,6 @@ from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.planning.planner import Plan
 from rehyat_jax.planning.report import gib
-
-RECORDS = Path("docs/measurements/planned_runs.json")
-TABLE = Path("docs/planned_runs.md")
 
 HEADER = """# Planned runs
 
@@ -27,7 +30,74 @@ This command writes the page. It plans only the runs that [the record](measureme
     python -m rehyat_jax.plan --table
 """
 
-COLUMNS = ("options", "memory", "static cycles", "least cycles", "seconds a step", "model FLOPs use", "chip-hours")
+
+@dataclasses.dataclass(frozen=True)
+class PlanTable:
+    """A page with a table for each group of runs, and the record from which it is written.
+
+    Attributes:
+      records: JSON file of plans by run; a run is its command line.
+      page: the page.
+      header: its text before the tables.
+      columns: titles of all columns.
+      split: a run -> (its group, the options that its row shows).
+      cells: a recorded plan -> its row's cells after the options. A plan that does not fit may have fewer.
+    """
+
+    records: Path
+    page: Path
+    header: str
+    columns: tuple[str, ...]
+    split: Callable[[str], tuple[str, str]]
+    cells: Callable[[dict[str, Any]], tuple[str, ...]]
+
+    def update(self, runs: list[str], plan: Callable[[str], dict[str, Any]]) -> None:
+        """Plans the runs that have no record, in their order, and writes record and page after each.
+
+        A run that cannot be planned here, because its compiler is not installed, is named and keeps its record, if any.
+
+        Raises:
+          InputError: the recorded plans are damaged.
+        """
+        records = self.read_records()
+        for number, run in enumerate(runs, 1):
+            if run in records:
+                continue
+            print(f"run {number} of {len(runs)}: {run}", file=sys.stderr, flush=True)
+            try:
+                records[run] = plan(run)
+            except InputError as error:
+                print(f"  not planned: {error}", file=sys.stderr, flush=True)
+                continue
+            self.write_records({run: records[run] for run in runs if run in records})
+            self.write_page(runs, records)
+        self.write_page(runs, records)
+        print(f"wrote {self.page}")
+
+    def read_records(self) -> dict[str, Any]:
+        """Recorded plans by command line. Raises InputError if the file is damaged."""
+        return read_json_object(self.records) if self.records.exists() else {}
+
+    def write_records(self, records: dict[str, Any]) -> None:
+        """Writes the plans; `read_records` reads them."""
+        with written_whole(self.records) as temporary:
+            temporary.write_text(json.dumps(records, indent=1) + "\n")
+
+    def write_page(self, runs: list[str], records: dict[str, Any]) -> None:
+        """Writes the page. It says so of runs without a record."""
+        groups: dict[str, list[str]] = {}
+        for run in runs:
+            group, options = self.split(run)
+            cells = self.cells(records[run]) if run in records else ("not planned yet",)
+            cells = (f"`{options}`", *cells, *[""] * (len(self.columns) - 1 - len(cells)))
+            groups.setdefault(group, []).append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|\n")
+        title = "| " + " | ".join(self.columns) + " |\n" + "|---" * len(self.columns) + "|\n"
+        sections = [f"\n## {group}\n\n" + title + "".join(rows) for group, rows in groups.items()]
+        shown = lambda versions: ", ".join(f"{name} {version}" for name, version in versions.items())
+        compilers = sorted({shown(plan["versions"]) for plan in records.values()})
+        with written_whole(self.page) as temporary:
+            planned = f"\nPlanned with {'; '.join(compilers)}.\n" if compilers else ""
+            temporary.write_text(self.header + "".join(sections) + planned)
 
 
 def planned_runs(configs: Path = Path("configs")) -> list[str]:
@@ -43,49 +113,30 @@ def planned_runs(configs: Path = Path("configs")) -> list[str]:
     return runs
 
 
-def read_records() -> dict[str, Any]:
-    """Recorded plans by command line. Raises InputError if the file is damaged."""
-    return read_json_object(RECORDS) if RECORDS.exists() else {}
-
-
-def write_records(records: dict[str, Any]) -> None:
-    """Writes the plans; `read_records` reads them."""
-    with written_whole(RECORDS) as temporary:
-        temporary.write_text(json.dumps(records, indent=1) + "\n")
-
-
 def record(plan: Plan) -> dict[str, Any]:
     """What is recorded of a plan: the JSON of `plan --json`, and the sizes of the run."""
     config = plan.request.config
     return {"steps": config.steps, "videos_per_step": config.batch_size, **plan.to_json()}
 
 
-def write_table(runs: list[str], records: dict[str, Any]) -> None:
-    """Writes the page, with a table for each configuration. It says so of runs without a record."""
-    by_config: dict[str, list[str]] = {}
-    for run in runs:
-        _, config, *options = shlex.split(run)
-        by_config.setdefault(config, []).append(_row(" ".join(options), records.get(run)))
-    title = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|\n"
-    sections = [f"\n## `{Path(config).stem}`\n\n" + title + "".join(rows) for config, rows in by_config.items()]
-    shown = lambda versions: ", ".join(f"{name} {version}" for name, version in versions.items())
-    compilers = sorted({shown(plan["versions"]) for plan in records.values()})
-    page = HEADER + "".join(sections)
-    with written_whole(TABLE) as temporary:
-        temporary.write_text(page + f"\nPlanned with {'; '.join(compilers)}.\n")
+def memory_cell(peak: int | None, limit: int) -> str:
+    """The memory that a program needs of a chip."""
+    return f"{gib(peak)} of {gib(limit)}" if peak else "unknown"
 
 
-def _row(options: str, plan: dict[str, Any] | None) -> str:
-    if plan is None:
-        return f"| `{options}` | not planned yet |" + " |" * (len(COLUMNS) - 2) + "\n"
-    memory = f"{gib(plan['hbm_bytes_peak'])} of {gib(plan['hbm_bytes_limit'])}" if plan["hbm_bytes_peak"] else "unknown"
+def _split(run: str) -> tuple[str, str]:
+    _, config, *options = shlex.split(run)
+    return f"`{Path(config).stem}`", " ".join(options)
+
+
+def _cells(plan: dict[str, Any]) -> tuple[str, ...]:
+    memory = memory_cell(plan["hbm_bytes_peak"], plan["hbm_bytes_limit"])
     if not plan["fits"]:
-        return f"| `{options}` | {memory}: does not fit |" + " |" * (len(COLUMNS) - 2) + "\n"
+        return (f"{memory}: does not fit",)
     cycles = lambda name: f"{plan[name] / 1e6:,.0f} M" if plan[name] else ""
     low_use, high_use = (plan["model_flops_utilization"][end] for end in ("low", "high"))
     hours = plan["chip_hours"]
-    cells = (
-        f"`{options}`",
+    return (
         memory,
         cycles("static_cycles"),
         cycles("least_cycles"),
@@ -93,4 +144,14 @@ def _row(options: str, plan: dict[str, Any] | None) -> str:
         f"{low_use:.0%} to {high_use:.0%}",
         f"{hours['low']:.0f} to {hours['high']:.0f} ({plan['steps']:,} steps)",
     )
-    return "| " + " | ".join(cells) + " |\n"
+
+
+TRAINING = PlanTable(
+    records=Path("docs/measurements/planned_runs.json"),
+    page=Path("docs/planned_runs.md"),
+    header=HEADER,
+    columns=("options", "memory", "static cycles", "least cycles", "seconds a step", "model FLOPs use", "chip-hours"),
+    split=_split,
+    cells=_cells,
+)
+"""The runs that the configurations list."""
