@@ -25,6 +25,7 @@ from rehyat_jax.models.wan_vae.places import Places
 from rehyat_jax.models.wan_vae.tiles import assembled
 
 Params = dict[str, Any]
+Array = jax.Array | np.ndarray
 
 
 class StreamState(NamedTuple):
@@ -117,8 +118,8 @@ def _initial_state(graphdef: nnx.GraphDef, params: Params, method: str, shape: t
         getattr(nnx.merge(graphdef, params), method)(jnp.zeros(shape), stream)
         return stream.after
 
-    factor = nnx.merge(graphdef, params).config.space_factor
-    places = Places.of(shape[0], *(size // (factor if method == "encode" else 1) for size in shape[2:4]))
+    factor = nnx.merge(graphdef, params).config.space_factor if method == "encode" else 1
+    places = Places.of(shape[0], shape[2] // factor, shape[3] // factor)
     shapes = jax.eval_shape(caches, params)
     zeros = (places.shard(jnp.zeros(cache.shape, cache.dtype)) for cache in shapes)
     return StreamState(jnp.array(True), tuple(zeros))
@@ -163,7 +164,7 @@ class WanVae:
         self.graphdef, state = nnx.split(model)
         self.params = nnx.to_pure_dict(state)
 
-    def encode(self, video: jax.Array, *, whole: bool = False, tile: int | None = None) -> jax.Array:
+    def encode(self, video: Array, *, whole: bool = False, tile: int | None = None) -> Array:
         """The normalised mean latents (posterior mean - latents_mean) / latents_std of clips.
 
         Args:
@@ -180,7 +181,7 @@ class WanVae:
           InputError: the shape is none of these, or `tile` cannot be used.
         """
         self._check_video(video, first=True)
-        if self._tiled(tile, whole, video.shape[2:4]):
+        if tile is not None and self._tiled(tile, whole, video.shape[2:4]):
             video = _with_padding(video, self.config, np)
             options: dict[str, Any] = {"frames": self.config.time_factor, "scales": (self.config.space_factor, 1)}
             return self._in_tiles(encode_stream, initial_encoder_state, video, tile, **options)
@@ -188,7 +189,7 @@ class WanVae:
             return encode_clip(self.graphdef, self.params, video)
         return self.encode_chunk(video)[0]
 
-    def decode(self, latents: jax.Array, *, whole: bool = False, tile: int | None = None) -> jax.Array:
+    def decode(self, latents: Array, *, whole: bool = False, tile: int | None = None) -> Array:
         """The clips of normalised latents.
 
         Args:
@@ -206,7 +207,9 @@ class WanVae:
           InputError: the shape is none of these, or `tile` cannot be used.
         """
         self._check_latents(latents)
-        if self._tiled(tile, whole, [self.config.space_factor * size for size in latents.shape[2:4]]):
+        if tile is not None and self._tiled(
+            tile, whole, [self.config.space_factor * size for size in latents.shape[2:4]]
+        ):
             options: dict[str, Any] = {"frames": 1, "scales": (1, self.config.space_factor)}
             video = self._in_tiles(decode_stream, initial_decoder_state, latents, tile, **options)
             return video[:, self.config.time_factor - 1 :].clip(-1, 1)
@@ -214,7 +217,7 @@ class WanVae:
             return decode_clip(self.graphdef, self.params, latents)
         return self.decode_chunk(latents)[0]
 
-    def encode_chunk(self, video: jax.Array, state: StreamState | None = None) -> tuple[jax.Array, StreamState]:
+    def encode_chunk(self, video: Array, state: StreamState | None = None) -> tuple[jax.Array, StreamState]:
         """The latents of the next frames of clips, with the same memory for every length.
 
         Args:
@@ -235,7 +238,7 @@ class WanVae:
         self._check_state(state, video, "video")
         return encode_stream(self.graphdef, self.params, video, state)
 
-    def decode_chunk(self, latents: jax.Array, state: StreamState | None = None) -> tuple[jax.Array, StreamState]:
+    def decode_chunk(self, latents: Array, state: StreamState | None = None) -> tuple[jax.Array, StreamState]:
         """The frames of the next latents of clips, with the same memory for every length.
 
         Args:
@@ -259,10 +262,8 @@ class WanVae:
         video, state = decode_stream(self.graphdef, self.params, latents, state)
         return video[:, padding:], state
 
-    def _tiled(self, tile: int | None, whole: bool, size: Sequence[int]) -> bool:
+    def _tiled(self, tile: int, whole: bool, size: Sequence[int]) -> bool:
         """True if frames of that height and width are coded in tiles."""
-        if tile is None:
-            return False
         # A quarter of a tile is shared, in complete latents.
         unit = 4 * self.config.space_factor
         if tile < unit or tile % unit:
@@ -272,7 +273,7 @@ class WanVae:
         return max(size) > tile
 
     def _in_tiles(
-        self, stream: Any, initial: Any, x: jax.Array, tile: int, *, frames: int, scales: tuple[int, int]
+        self, stream: Any, initial: Any, x: Array, tile: int, *, frames: int, scales: tuple[int, int]
     ) -> np.ndarray:
         """Codes tiles of `x` as streams, `frames` frames in a step.
 
@@ -286,8 +287,8 @@ class WanVae:
 
         def code(rows: slice, columns: slice) -> np.ndarray:
             valid = np.array([rows.stop - rows.start, columns.stop - columns.start], np.int32)
-            part = x[:, :, before * rows.start : before * rows.stop, before * columns.start : before * columns.stop]
-            part = np.pad(part, ((0, 0), (0, 0), (0, shape[0] - part.shape[2]), (0, shape[1] - part.shape[3]), (0, 0)))
+            own = x[:, :, before * rows.start : before * rows.stop, before * columns.start : before * columns.stop]
+            part = np.pad(own, ((0, 0), (0, 0), (0, shape[0] - own.shape[2]), (0, shape[1] - own.shape[3]), (0, 0)))
             state = initial(self.graphdef, self.params, x.shape[0], *shape)
             coded = []
             for at in range(0, x.shape[1], frames):
@@ -297,7 +298,7 @@ class WanVae:
 
         return assembled(code, height, width, tile, after)
 
-    def _check_video(self, video: jax.Array, *, first: bool) -> None:
+    def _check_video(self, video: Array, *, first: bool) -> None:
         time, space = self.config.time_factor, self.config.space_factor
         frames = f"{time}n + 1" if first else f"{time}n"
         shape = video.shape
@@ -314,7 +315,7 @@ class WanVae:
                 f"that are multiples of {space}, found shape {tuple(shape)}; crop it"
             )
 
-    def _check_latents(self, latents: jax.Array) -> None:
+    def _check_latents(self, latents: Array) -> None:
         shape = latents.shape
         if len(shape) != 5 or shape[4] != self.config.z_dim or not min(shape):
             raise InputError(
