@@ -125,7 +125,7 @@ def _initial_state(graphdef: nnx.GraphDef, params: Params, method: str, shape: t
     return StreamState(jnp.array(True), tuple(zeros))
 
 
-def _places(x: jax.Array, space_factor: int = 1, tile: jax.Array | None = None) -> Places:
+def _places(x: Array, space_factor: int = 1, tile: jax.Array | None = None) -> Places:
     """The places of a video, with the factor between its sides and those of the latents, or of latents."""
     batch, _, height, width, _ = x.shape
     return Places.of(batch, height // space_factor, width // space_factor, tile)
@@ -323,7 +323,7 @@ class WanVae:
                 f"found shape {tuple(shape)}; transpose them"
             )
 
-    def _check_state(self, state: StreamState, x: jax.Array, name: str) -> None:
+    def _check_state(self, state: StreamState, x: Array, name: str) -> None:
         # Inside another program, there is nothing to ask.
         concrete = [cache for cache in state.caches if not isinstance(cache, jax.core.Tracer)]
         if any(getattr(cache, "is_deleted", bool)() for cache in concrete):
