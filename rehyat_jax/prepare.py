@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from rehyat_jax.cli import CommandParser, report_input_errors
+from rehyat_jax.generation.hub import open_models
 from rehyat_jax.generation.options import SamplingOptions, number
 from rehyat_jax.preparation.latent_files import prepare_latent_files
 from rehyat_jax.preparation.trajectories import prepare_trajectories
@@ -71,7 +72,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
     else:
         option("--codec", default="space_to_depth", help="of the model to be trained, wan_vae for Wan" + default)
         option("--text-encoder", default="word_vectors", help="of the model to be trained, umt5 for Wan" + default)
-        option("--models", type=Path, help="folder with the weights of wan_vae and umt5, such as Wan2.1's pipeline")
+        models = "with the weights of wan_vae and umt5: folder of Wan2.1, or its Hub name"
+        option("--models", metavar="PIPELINE", help=models)
         option(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="in which wan_vae computes" + default
         )
@@ -104,7 +106,7 @@ def run(command: str, arguments: argparse.Namespace) -> str:
     return prepare_videos(
         *places,
         **names,
-        models=arguments.models,
+        models=open_models(arguments.models).folder if arguments.models else None,
         sizes=arguments.size,
         compute_dtype=arguments.dtype,
         workers=arguments.workers,

@@ -30,6 +30,7 @@ from rehyat_jax.generation.hub import open_models
 from rehyat_jax.generation.needs import decoder_bytes, text_encoder_bytes, transformer_bytes
 from rehyat_jax.models.umt5.config import UMT5_PRESETS
 from rehyat_jax.parallel import memory
+from rehyat_jax.preparation.video_encoder import VaeEncoder
 from rehyat_jax.sample import main, parse_arguments
 from rehyat_jax.weights.conversion import convert_from_torch
 from rehyat_jax.weights.models import VAES
@@ -193,6 +194,8 @@ def test_original_folder_and_student_have_the_same_weights(theirs, tmp_path):
     original = Pipeline.from_pretrained(as_original(folder, tmp_path / "original"), options())
     assert_same(original)
     assert original.options.flow_shift == 5
+    prepared = VaeEncoder("wan_vae", tmp_path / "original", "float32").codec().vae.params
+    jax.tree.map(np.testing.assert_array_equal, prepared, expected[1])
     # A converted checkpoint, as a student is one, names its pipeline; another one can be given.
     convert_from_torch(folder / "transformer", tmp_path / "named", models=str(folder))
     convert_from_torch(folder / "transformer", tmp_path / "nameless")

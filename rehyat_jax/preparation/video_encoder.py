@@ -86,6 +86,7 @@ class VaeEncoder:
     """
 
     def __init__(self, name: str, models: Path, dtype: str):
+        models = VAES[name].find(models)
         self._models, self._dtype, self._name = models, jnp.dtype(dtype), name
         model = open_torch_checkpoint(models, specs=VAES)
         folder, files = checkpoint_files(models, VAES[name].part)
