@@ -199,7 +199,7 @@ def test_original_folder_and_student_have_the_same_weights(theirs, tmp_path):
     # A converted checkpoint, as a student is one, names its pipeline; another one can be given.
     convert_from_torch(folder / "transformer", tmp_path / "named", models=str(folder))
     convert_from_torch(folder / "transformer", tmp_path / "nameless")
-    for student, models in ((tmp_path / "named", None), (tmp_path / "nameless", folder)):
+    for student, models in ((tmp_path / "named", None), (tmp_path / "nameless", folder), (folder, None)):
         ours = Pipeline.from_pretrained(models, options(), student=student)
         assert_same(ours)
         assert ours.settings["transformer"] == str(student) and ours.settings["models"] == str(folder)

@@ -102,7 +102,7 @@ class Pipeline:
           models: the folder of a pipeline in diffusers' layout (`model_index.json`, `transformer/`, `vae/`,
             `text_encoder/`, `tokenizer/`, `scheduler/`), or of one of Wan's original repositories with safetensors
             files; or a name on the Hugging Face Hub, as "owner/name" or "owner/name@revision". None for the pipeline
-            that the student names, or for none.
+            that the student names, that it is itself, or for none.
           options: options of sampling; None for the defaults.
           student: checkpoint of another transformer than the folder's: a model checkpoint or a PyTorch folder.
 
@@ -120,7 +120,8 @@ class Pipeline:
         else:
             checkpoint = Path(student)
         model = open_checkpoint(checkpoint)
-        place = models or model.metadata.get("models")
+        is_pipeline = (checkpoint / "model_index.json").is_file()
+        place = models or model.metadata.get("models") or (checkpoint if is_pipeline else None)
         if opened is None and place:
             opened = open_models(place)
             check_pipeline(opened.folder)
