@@ -523,7 +523,7 @@ def test_a_kernel_that_does_not_fit_vmem_is_no_matter_of_hbm(monkeypatch):
         (["--config=configs/demo_teacher.py"], "--topology is required: python -m rehyat_jax.plan"),
         (["--config=configs/demo_teacher.py", "--topology=v9:2x2"], "v5e, v5p, v6e, tpu7x"),
         (["--config=configs/demo_teacher.py", "--topology=v5e:big"], "expected NAME:SIZE, as v5e:4x4"),
-        (["--config=configs/wan_1_3b_distill.py", "--topology=v5e:4x4", "--frames=80"], "nearest below are 77 frames"),
+        (["--config=configs/wan_1_3b_distill.py", "--topology=v5e:4x4", "--frames=80"], "nearest are 81 frames"),
         (["--config=configs/demo_finetune.py", "--topology=v5e:2x2", "--config.init_from=nowhere"], "hybrid.blocks"),
         (["--config=configs/demo_teacher.py", "--topology=v5e:2x2", "--config.batch=3"], "is not a field"),
     ],

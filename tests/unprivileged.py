@@ -13,6 +13,7 @@ from tiny_runs import digits_config, write_config
 
 from rehyat_jax import convert, plan, prepare, sample, train
 from rehyat_jax.files.mp4 import write_video
+from rehyat_jax.generation.pipeline import Pipeline
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def test_a_conversion_that_may_not_be_replaced_stays_as_it_is(model, tmp_path, r
 def test_outputs_that_may_not_be_written_are_found_before_the_work(model, tmp_path, refused, monkeypatch):
     place = tmp_path / "place"
     place.mkdir()
-    monkeypatch.setattr(sample, "generate", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(Pipeline, "sample_latents", lambda *_, **__: pytest.fail("sampled"))
     monkeypatch.setattr(plan, "make_plan", lambda *_: pytest.fail("planned"))
     write_config(tmp_path / "config.py", digits_config(tmp_path, "finetune"))
     with mode(place, 0o555):

@@ -102,7 +102,6 @@ class SamplingRequest:
         # All heads of umT5 on one device take 11 GB; sharded by heads, no weight has to be gathered.
         tensor = math.gcd(devices, companions.text_encoder.num_heads)
         mesh = dict.fromkeys(AXES, 1)
-        transformer_mesh = resolve_sizes(mesh | (dict(self.mesh) or chosen_mesh(self, devices)), devices)
         make = functools.partial(Program.of, topology=self.topology)
         return {
             "text_encoder": make(
@@ -115,16 +114,14 @@ class SamplingRequest:
             "transformer": make(
                 "transformer",
                 self.wan,
-                transformer_mesh,
+                resolve_sizes(mesh | (dict(self.mesh) or chosen_mesh(self, devices)), devices),
                 executions=self.steps * self.parts_of_video,
                 # A streamed program does not depend on the video's length.
                 latents=[self.part_frames, *self.latents[1:]],
                 guided=self.guided,
                 stream=self.stream,
             ),
-            "vae": make(
-                "vae", companions.vae, transformer_mesh, executions=self.latents[0], latents=[1, *self.latents[1:]]
-            ),
+            "vae": make("vae", companions.vae, mesh, executions=self.latents[0], latents=[1, *self.latents[1:]]),
         }
 
     @property
