@@ -1,7 +1,8 @@
 """The demo's last step: python -m rehyat_jax.demo.report --runs runs/demo.
 
-Compares the softmax teacher with the hybrid student that the recipe made from it, and writes `report.md`,
-`metrics.json`, pictures, `teacher.mp4` and `student.mp4` into the folder of runs.
+Compares the softmax teacher with the hybrid student that the recipe made from it, streams videos from the student that
+are six times as long as those of training, and writes `report.md`, `metrics.json`, pictures, `teacher.mp4`,
+`student.mp4` and `long.mp4` into the folder of runs.
 """
 
 import json
@@ -12,7 +13,9 @@ from einops import rearrange
 
 from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.demo import measure
+from rehyat_jax.demo.digits import NUM_FRAMES
 from rehyat_jax.demo.judge import Judge
+from rehyat_jax.demo.long_video import POSITIONS, SEGMENTS, Segment, by_position, sample_long
 from rehyat_jax.demo.plots import save_block_errors, save_losses
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.files.pictures import save_frames
@@ -79,6 +82,18 @@ def report(runs: Path) -> dict[str, float]:
             "finetuning": runs / "finetune",
         },
     )
+
+    # --------------------------------------------------------------------------------------------------- long videos
+    for positions, longest in POSITIONS.items():
+        print(f"streaming videos of {SEGMENTS * NUM_FRAMES} frames, {positions} positions", flush=True)
+        videos["long"], captions = sample_long(student, longest)
+        chunk_frames = student.config.block_forms.chunk_frames
+        for index, segment in enumerate(by_position(judge, videos["long"], captions, chunk_frames)):
+            metrics |= {f"long_{positions}_{field}_{index}": value for field, value in segment._asdict().items()}
+    sheet = rearrange(videos["long"], "(r c) t h w rgb -> t (r h) (c w) rgb", r=4)
+    write_video(runs / "long.mp4", sheet, fps=8, scale=6)
+    rows = {captions[i]: videos["long"][i] for i in shown}
+    save_frames(pictures / "long_video.png", rows, frames=range(4, SEGMENTS * NUM_FRAMES, 10))
 
     # -------------------------------------------------------------------------------------------------------- export
     metrics["export_max_abs_diff"] = measure.export_difference(student, runs / "student_pytorch")
