@@ -34,13 +34,12 @@ class Segment(NamedTuple):
     part_jump: float
 
 
-def sample_long(student: WanTransformer) -> tuple[np.ndarray, list[str]]:
-    """Streams one long video for every caption, with positions below those of training.
-
-    With absolute positions, 70% of the last frames show the digit; with these, 90% do.
+def sample_long(student: WanTransformer, longest: int | None = NUM_FRAMES) -> tuple[np.ndarray, list[str]]:
+    """Streams one long video for every caption.
 
     Args:
       student: causal hybrid attention in every block.
+      longest: see `stream_latents`. docs/sampling.md compares the default with None.
 
     Returns:
       (videos [20, 126, 24, 24, 3] in [0, 1], their captions).
@@ -48,7 +47,7 @@ def sample_long(student: WanTransformer) -> tuple[np.ndarray, list[str]]:
     captions, codec, encoder = list(CAPTIONS), SpaceToDepth(), WordVectors()
     noise = host_noise(0, len(captions), codec.latent_shape(SEGMENTS * NUM_FRAMES, FRAME_SIZE, FRAME_SIZE))
     text, negative_text = encoder(captions), encoder([""] * len(captions))
-    latents = stream_latents(student, text, negative_text, noise, longest=NUM_FRAMES, progress=True, **SOLVER)
+    latents = stream_latents(student, text, negative_text, noise, longest=longest, progress=True, **SOLVER)
     return codec.decode(latents), captions
 
 
