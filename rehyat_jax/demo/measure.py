@@ -27,9 +27,8 @@ from rehyat_jax.training.step import Batch
 BATCH_SIZE = 16
 EVALUATION_SEED = 1000
 
-GUIDANCE_SCALE = 3.0
-STEPS = 25
-FLOW_SHIFT = 5.0
+SOLVER = dict(steps=25, guidance_scale=3.0, flow_shift=5.0, sampler="unipc")
+"""Options of all samples."""
 
 
 def held_out_batches(count: int) -> Iterator[tuple[Batch, jax.Array]]:
@@ -93,8 +92,7 @@ def sample_captions(model: WanTransformer, count: int, description: str) -> tupl
     videos = []
     for start in tqdm(range(0, count, 2 * len(CAPTIONS)), desc=description, unit="batch"):
         part = slice(start, start + 2 * len(CAPTIONS))
-        options = dict(steps=STEPS, guidance_scale=GUIDANCE_SCALE, flow_shift=FLOW_SHIFT, sampler="unipc")
-        videos.append(generate(model, SpaceToDepth(), WordVectors(), captions[part], noise[part], **options))
+        videos.append(generate(model, SpaceToDepth(), WordVectors(), captions[part], noise[part], **SOLVER))
     return np.concatenate(videos), captions
 
 

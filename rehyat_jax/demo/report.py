@@ -1,7 +1,8 @@
 """The demo's last step: python -m rehyat_jax.demo.report --runs runs/demo.
 
-Compares the softmax teacher with the hybrid student that the recipe made from it, and writes `report.md`,
-`metrics.json`, pictures, `teacher.mp4` and `student.mp4` into the folder of runs.
+Compares the softmax teacher with the hybrid student that the recipe made from it, streams videos from the student that
+are six times as long as those of training, and writes `report.md`, `metrics.json`, pictures, `teacher.mp4`,
+`student.mp4` and `long.mp4` into the folder of runs.
 """
 
 import json
@@ -12,11 +13,14 @@ from einops import rearrange
 
 from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.demo import measure
+from rehyat_jax.demo.digits import NUM_FRAMES
 from rehyat_jax.demo.judge import Judge
+from rehyat_jax.demo.long_video import SEGMENTS, Segment, by_position, sample_long
 from rehyat_jax.demo.plots import save_block_errors, save_losses
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.files.pictures import save_frames
 from rehyat_jax.files.write import written_whole
+from rehyat_jax.generation.streaming import PART_CHUNKS
 from rehyat_jax.training.config import load_config
 from rehyat_jax.weights import load_wan
 
@@ -79,6 +83,17 @@ def report(runs: Path) -> dict[str, float]:
             "finetuning": runs / "finetune",
         },
     )
+
+    # --------------------------------------------------------------------------------------------------- long videos
+    print(f"streaming videos of {SEGMENTS * NUM_FRAMES} frames", flush=True)
+    videos["long"], captions = sample_long(student)
+    chunk_frames = student.config.block_forms.chunk_frames
+    for index, segment in enumerate(by_position(judge, videos["long"], captions, chunk_frames)):
+        metrics |= {f"long_{field}_{index}": value for field, value in segment._asdict().items()}
+    sheet = rearrange(videos["long"], "(r c) t h w rgb -> t (r h) (c w) rgb", r=4)
+    write_video(runs / "long.mp4", sheet, fps=8, scale=6)
+    rows = {captions[i]: videos["long"][i] for i in shown}
+    save_frames(pictures / "long_video.png", rows, frames=range(4, SEGMENTS * NUM_FRAMES, 10))
 
     # -------------------------------------------------------------------------------------------------------- export
     metrics["export_max_abs_diff"] = measure.export_difference(student, runs / "student_pytorch")
@@ -160,6 +175,29 @@ def markdown(metrics: dict[str, float]) -> str:
             "|---|---|---|",
             *accuracy,
             "",
+            f"## Videos of {SEGMENTS * NUM_FRAMES} frames",
+            "",
+            f"The student was trained on {NUM_FRAMES} frames. Streaming holds {PART_CHUNKS} chunks of a video on the "
+            "device. In the training videos, the digit crosses the picture once. Nothing there "
+            "shows what comes next: the student's digits stop there.",
+            "",
+            "![long videos](pictures/long_video.png)",
+            "",
+            "All captions: [long.mp4](long.mp4).",
+            "",
+            "| frames | digit, every frame | axis of motion | jump from chunk to chunk | from part to part |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {index * NUM_FRAMES + 1} to {(index + 1) * NUM_FRAMES} | "
+                + " | ".join(f"{metrics[f'long_{field}_{index}']:.3f}" for field in Segment._fields)
+                + " |"
+                for index in range(SEGMENTS)
+            ),
+            "",
+            "A jump is the mean change of pixels there, divided by that from frame to frame within chunks. It is 1 if "
+            "the boundary cannot be seen. A part has "
+            f"{PART_CHUNKS} chunks; where positions are limited, the next part has another origin of positions.",
+            "",
             "## Attention error of each block",
             "",
             "Mean relative L1 on held-out digits. Window only: no linear branch. Exact causal softmax: perfect feature "
@@ -175,7 +213,7 @@ def markdown(metrics: dict[str, float]) -> str:
             "",
             "| metric | value |",
             "|---|---|",
-            *(f"| `{name}` | {value:.4g} |" for name, value in metrics.items()),
+            *(f"| `{name}` | {value:.4g} |" for name, value in metrics.items() if not name.startswith("long_")),
             "",
         ]
     )
