@@ -371,7 +371,7 @@ def _counted(words: Iterable[str]) -> dict[str, int]:
 
 
 def _counts(rejected: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in rejected.items()) or "none left out"
+    return ", ".join(f"{count} {reason}" for reason, count in rejected.items()) or "none"
 
 
 def _told(folder: Path, summary: Mapping[str, Any], item: str, sheet: str) -> str:
