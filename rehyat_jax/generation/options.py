@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 from rehyat_jax.diffusion.samplers import Sampler
 from rehyat_jax.errors import InputError
@@ -85,11 +85,6 @@ class SamplingOptions:
                 raise InputError("--size: expected without --height and --width, found both; give one of them")
             values |= dict(zip(("height", "width"), arguments.size, strict=True))
         return cls(**values | {"mesh": tuple(arguments.mesh)})
-
-    @property
-    def solver(self) -> dict[str, Any]:
-        """Keyword arguments of `rehyat_jax.generation.generate.generate` and `generate_latents`."""
-        return {name: getattr(self, name) for name in ("steps", "guidance_scale", "flow_shift", "sampler")}
 
 
 def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]:
