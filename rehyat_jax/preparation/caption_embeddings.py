@@ -44,7 +44,7 @@ class CaptionEncoder(Protocol):
     """A text encoder for the preparation of videos; its weights are on disk.
 
     Attributes:
-      options: what identifies the encoder, besides its name, as JSON values.
+      options: JSON values that identify the encoder, in addition to its name.
     """
 
     options: dict[str, Any]

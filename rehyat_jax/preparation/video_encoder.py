@@ -28,7 +28,7 @@ class VideoEncoder(Protocol):
 
     Attributes:
       rows: number of clips that are encoded at once.
-      options: what identifies the codec, besides its name, as JSON values.
+      options: JSON values that identify the codec, in addition to its name.
     """
 
     rows: int

@@ -150,7 +150,7 @@ PARTS = {
     "transformer": Part(transformer, WanConfig),
     "vae": Part(vae, WanVaeConfig),
 }
-"""In the order in which they run."""
+"""The parts of sampling, in the order in which they run."""
 
 
 def abstract_program(part: str, model: dict[str, Any], **sizes: Any) -> AbstractProgram:
