@@ -256,7 +256,7 @@ def test_no_models_or_a_wrong_size_are_refused(videos, models, tmp_path, capsys)
     assert "give --models" in capsys.readouterr().err
     command = [str(videos), str(tmp_path / "data"), "--models", str(models), *OPTIONS, "--size", "8x20x40"]
     assert main(command) == 2
-    assert "nearest below are 5 frames of 16x32" in capsys.readouterr().err
+    assert "nearest are 9 frames of 16x48" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 
 
