@@ -34,7 +34,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import numpy as np
 
-from rehyat_jax import convert, plan, prepare, sample, train
+from rehyat_jax import HybridConfig, convert, plan, prepare, sample, train
 from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.training.config import default_config
@@ -105,6 +105,7 @@ class Command:
 
 
 SMALL_VIDEO = (("--steps", "2"), ("--frames", "2"), ("--height", "8"), ("--width", "16"))
+SMALL_WAN_VIDEO = (("--steps", "2"), ("--frames", "5"), ("--size", "32x32"))
 COMMANDS = {
     "from-torch": Command(convert.main, (("from-torch",), ("torch",), ("new",)), ("torch",), ("new",)),
     "to-torch": Command(
@@ -116,10 +117,63 @@ COMMANDS = {
         ("model",),
         ("new.mp4",),
     ),
+    "sample-prompts": Command(
+        sample.main,
+        (
+            ("--checkpoint", "model"),
+            ("--prompts", "prompts.txt"),
+            ("--out", "new"),
+            ("--seeds", "1", "2"),
+            *SMALL_VIDEO,
+        ),
+        ("model", "prompts.txt"),
+        (),
+    ),
+    "sample-wan": Command(
+        sample.main,
+        (("--models", "pipeline"), ("--prompt", "a cat"), ("--out", "new.mp4"), ("--contact-sheet",), *SMALL_WAN_VIDEO),
+        ("pipeline",),
+        ("new.mp4",),
+    ),
+    "sample-latents": Command(
+        sample.main,
+        (("--models", "pipeline"), ("--latents", "latents.safetensors"), ("--out", "new.mp4")),
+        ("pipeline", "latents.safetensors"),
+        ("new.mp4",),
+    ),
+    "sample-continue": Command(
+        sample.main,
+        (
+            ("--checkpoint", "student"),
+            ("--stream",),
+            ("--continue", "student.mp4"),
+            ("--prompt", "a seven"),
+            ("--longest", "4"),
+            ("--out", "new.mp4"),
+            *SMALL_VIDEO,
+        ),
+        ("student", "student.mp4"),
+        ("new.mp4",),
+    ),
+    "sample-show": Command(sample.main, (("--show", "student.mp4"),), ("student.mp4",), ()),
     "prepare": Command(
         prepare.main,
         (("videos",), ("new",), ("--size", "5x8x8"), ("--workers", "2")),
         ("videos",),
+        ("new/dataset.json",),
+    ),
+    "prepare-wan": Command(
+        prepare.main,
+        (
+            ("videos",),
+            ("new",),
+            ("--codec", "wan_vae"),
+            ("--text-encoder", "umt5"),
+            ("--models", "pipeline"),
+            ("--size", "5x16x16"),
+            ("--store", "bfloat16"),
+        ),
+        ("videos", "pipeline/vae", "pipeline/text_encoder", "pipeline/tokenizer", "pipeline/model_index.json"),
         ("new/dataset.json",),
     ),
     "trajectories": Command(
@@ -149,8 +203,23 @@ COMMANDS = {
         ("new.json",),
         (3,),
     ),
+    "plan-sample": Command(
+        plan.main,
+        (
+            ("--sample",),
+            ("--preset", "tiny"),
+            ("--topology", "v5e:1x1"),
+            ("--hybrid-blocks", "all"),
+            ("--stream",),
+            ("--json", "new.json"),
+            ("--frames", "x"),
+        ),
+        (),
+        ("new.json",),
+        (3,),
+    ),
 }
-"""`plan` compiles for minutes, so its own command line is never valid."""
+"""Plans compile for minutes, so their own command lines are never valid."""
 
 CONFIG = """
 from rehyat_jax.training.config import default_config
@@ -167,10 +236,16 @@ def get_config():
 def make_inputs(folder: Path) -> None:
     """Valid inputs of all commands, made by the commands themselves."""
     sys.path.insert(0, str(Path(__file__).parent))
+    from test_pipeline import save_random_pipeline
+    from test_sample_cli import CONFIG as MODEL
     from test_sample_cli import save_random_model
 
     os.chdir(folder)
     save_random_model(folder / "model")
+    form = HybridConfig(chunk_frames=1, overlap_frames=1, causal=True)
+    save_random_model(folder / "student", config=dataclasses.replace(MODEL, hybrid_blocks="all", hybrid=form))
+    save_random_pipeline(folder)
+    os.rename("folder", "pipeline")
     Path("config.py").write_text(CONFIG)
     Path("prompts.txt").write_text("a seven\na three\n")
     Path("videos").mkdir()
@@ -180,6 +255,12 @@ def make_inputs(folder: Path) -> None:
     Path("videos/captions.jsonl").write_text("\n".join(rows))
     assert convert.main(["to-torch", "model", "torch", "--layout", "diffusers"]) == 0
     assert prepare.main(["videos", "data", "--size", "5x8x8"]) == 0
+    small = [text for option in SMALL_VIDEO for text in option]
+    student = ["--checkpoint", "student", "--stream", "--prompt", "a seven", "--out", "student.mp4", *small]
+    assert sample.main(student) == 0
+    small = [text for option in SMALL_WAN_VIDEO for text in option]
+    wan = ["--models", "pipeline", "--prompt", "a cat", "--out", "latents.mp4", "--keep-latents", *small]
+    assert sample.main(wan) == 0
 
 
 def hostile_places(folder: Path) -> None:
@@ -261,11 +342,12 @@ def make_case(draw: random.Random, inputs: Path, folder: Path) -> Case:
     command = COMMANDS[name]
     for path in command.inputs:
         source = inputs / path
+        (folder / path).parent.mkdir(exist_ok=True)
         shutil.copytree(source, folder / path) if source.is_dir() else shutil.copy(source, folder / path)
     hostile_places(folder)
     groups, changes, asks_for_more = [list(group) for group in command.arguments], [], True
     for _ in range(draw.choice((1, 1, 2))):
-        if draw.random() < 0.5 and name != "plan":
+        if draw.random() < 0.5 and command.inputs and name != "plan":
             files = sorted(
                 file
                 for path in command.inputs

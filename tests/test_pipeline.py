@@ -67,17 +67,22 @@ class Euler(OnWansGrid, FlowMatchEulerDiscreteScheduler):
 UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory) -> tuple[WanPipeline, Path]:
-    """diffusers' pipeline, and its folder as diffusers writes it. Tests do not change it."""
-    path = tmp_path_factory.mktemp("pipeline")
+def save_random_pipeline(path: Path) -> WanPipeline:
+    """Writes the folder of a tiny pipeline to path/folder, as diffusers does."""
     train_tokenizer(path / "spiece.model")
     T5Tokenizer.from_pretrained(path, extra_ids=0).save_pretrained(path / "their_tokenizer")
     tokenizer = T5TokenizerFast.from_pretrained(path / "their_tokenizer", extra_ids=0)
     models = dict(text_encoder=random_umt5(), vae=random_wan_vae(), transformer=random_wan())
     pipeline = WanPipeline(tokenizer, scheduler=UniPCMultistepScheduler(**UNIPC), **models)
     pipeline.save_pretrained(path / "folder")
-    return pipeline, path / "folder"
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> tuple[WanPipeline, Path]:
+    """diffusers' pipeline, and its folder. Tests do not change it."""
+    path = tmp_path_factory.mktemp("pipeline")
+    return save_random_pipeline(path), path / "folder"
 
 
 @pytest.fixture
