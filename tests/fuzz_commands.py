@@ -95,6 +95,7 @@ class Command:
       inputs: files and folders that it reads.
       results: files and folders that only success creates.
       codes: exit codes that it may end with, in addition to 0, 2 and Ctrl-C's.
+      weight: how often it is drawn. Commands that take five seconds when all is well are drawn less often.
     """
 
     main: Callable[[list[str]], int]
@@ -102,6 +103,7 @@ class Command:
     inputs: tuple[str, ...]
     results: tuple[str, ...]
     codes: tuple[int, ...] = ()
+    weight: float = 1.0
 
 
 SMALL_VIDEO = (("--steps", "2"), ("--frames", "2"), ("--height", "8"), ("--width", "16"))
@@ -134,6 +136,7 @@ COMMANDS = {
         (("--models", "pipeline"), ("--prompt", "a cat"), ("--out", "new.mp4"), ("--contact-sheet",), *SMALL_WAN_VIDEO),
         ("pipeline",),
         ("new.mp4",),
+        weight=0.3,
     ),
     "sample-latents": Command(
         sample.main,
@@ -175,6 +178,7 @@ COMMANDS = {
         ),
         ("videos", "pipeline/vae", "pipeline/text_encoder", "pipeline/tokenizer", "pipeline/model_index.json"),
         ("new/dataset.json",),
+        weight=0.3,
     ),
     "trajectories": Command(
         prepare.main,
@@ -195,6 +199,7 @@ COMMANDS = {
         ("config.py", "model", "data"),
         ("new/model",),
         (4,),
+        weight=0.3,
     ),
     "plan": Command(
         plan.main,
@@ -338,7 +343,7 @@ class Case:
 
 def make_case(draw: random.Random, inputs: Path, folder: Path) -> Case:
     """Draws a case, and fills its folder with the inputs."""
-    name = draw.choice(list(COMMANDS))
+    name = draw.choices(list(COMMANDS), [command.weight for command in COMMANDS.values()])[0]
     command = COMMANDS[name]
     for path in command.inputs:
         source = inputs / path
