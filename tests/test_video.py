@@ -121,6 +121,14 @@ def test_files_without_settings_are_explained(tmp_path):
         read_settings(tmp_path / "a.mp4")
     with pytest.raises(InputError, match=r"b\.mp4: is not a readable video"):
         read_settings(tmp_path / "b.mp4")
+    content = (tmp_path / "a.mp4").read_bytes()
+    assert b"avc1" in content and b"Lavf" in content
+    (tmp_path / "c.mp4").write_bytes(content.replace(b"avc1", b"none"))
+    with pytest.raises(InputError, match=r"c\.mp4: its video has no codec"):
+        read_settings(tmp_path / "c.mp4")
+    (tmp_path / "d.mp4").write_bytes(content.replace(b"Lavf", b"\xff\xfe\xff\xfe"))  # in the metadata
+    with pytest.raises(InputError, match=r"d\.mp4: has no settings in its comment"):
+        read_settings(tmp_path / "d.mp4")
     assert issubclass(NoEncoder, InputError)
 
 

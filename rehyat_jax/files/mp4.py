@@ -177,8 +177,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
     check_regular_file(path)
     try:
-        with av.open(str(path)) as container:
-            yield container, container.streams.video[0]
+        # Other programs' metadata may be no UTF-8.
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise InputError(f"{path}: its video has no codec that this PyAV knows; give another file")
+            yield container, stream
     except (av.FFmpegError, IndexError) as error:
         raise InputError(f"{path}: is not a readable video ({shown(error)}); give another file") from error
 
