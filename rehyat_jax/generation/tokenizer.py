@@ -60,7 +60,9 @@ class Tokenizer:
         self.file = file
         try:
             opened = _from_json(file) if file.suffix == ".json" else _from_sentencepiece(file)
-        except Exception as error:  # Each package has its own errors; tokenizers raises plain Exceptions.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # Each package has its own errors. Panics of tokenizers are no Exceptions.
             raise InputError(f"{file}: is not a tokenizer ({shown(error)}); get the file again") from error
         self._encode, special, self.size = opened
         for name, expected in (("<pad>", PAD), ("</s>", END)):
