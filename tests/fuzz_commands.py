@@ -486,7 +486,10 @@ def faults(case: Case, end: End, cwd: Path, before: set[str]) -> list[str]:
         if made := [result for result in command.results if result not in before and (cwd / result).exists()]:
             found.append(f"left a result {made} with exit code 2")
     if end.code == 0 and "--help" not in case.argv and "-h" not in case.argv:
-        lines = [line for line in printed.splitlines() if "warning" in line.lower()]
+        # Lines that begin so are this program's own.
+        lines = [
+            line for line in printed.splitlines() if "warning" in line.lower() and not line.startswith("warning: ")
+        ]
         if lines:
             found.append(f"warned: {lines[0][:200]}")
     if not end.interrupted:
