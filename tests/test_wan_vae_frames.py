@@ -19,7 +19,6 @@ from test_wan_vae import (
 
 import rehyat_jax
 from rehyat_jax.errors import InputError
-from rehyat_jax.models.wan_vae import places
 from rehyat_jax.models.wan_vae.modeling import WanAutoencoder
 from rehyat_jax.models.wan_vae.vae import decode_clip, decode_stream, encode_stream
 from rehyat_jax.parallel.mesh import AXES, make_mesh
@@ -81,29 +80,6 @@ def test_devices_exchange_rows_and_gather_only_keys_and_values(small):
     # A row at a time: no exchange has more than one row of frames.
     rows = [[int(n) for n in size.split(",")] for size, kind in moved if kind == "collective-permute"]
     assert rows and all(1 in size[1:-2] or size[-3] == 1 for size in rows)
-
-
-# ------------------------------------------------------------------------------------------------------------ strips
-
-
-# 4 columns of latents in strips of 1 need no padding; 5 do.
-@pytest.mark.parametrize("width", [4, 5])
-def test_strips_of_a_frame_give_the_frame(small, monkeypatch, width):
-    latents, video = random_latents(2, 3, 3, width), random_video(9, 12, 4 * width)
-    expected = small.decode(latents), small.encode(video), small.decode(latents), small.encode(video)
-    jax.clear_caches()
-    monkeypatch.setattr(places, "STRIPS", {"cpu": 4})
-    first, state = small.decode_chunk(latents[:, :1])
-    second, _ = small.decode_chunk(latents[:, 1:], state)
-    assert state.caches[0].shape == (4 * 2, 2, 3, 1 + width // 5, 16)
-    found = np.concatenate([first, second], axis=1), small.encode(video)
-    for ours, theirs in zip(
-        (*found, small.decode(latents, whole=True), small.encode(video, whole=True)), expected, strict=True
-    ):
-        assert np.abs(ours - theirs).max() < FORM_TOLERANCE
-    with jax.set_mesh(mesh_of(1, 1, 2, 1)):
-        assert np.abs(np.asarray(small.decode(latents)) - expected[0]).max() < FORM_TOLERANCE
-    jax.clear_caches()
 
 
 # ------------------------------------------------------------------------------------------------------------- tiles

@@ -23,6 +23,7 @@ def call_kernel(
     *,
     parallel: int,
     aliases: dict[str, str] | None = None,
+    vmem_bytes: int | None = None,
     interpret: bool = False,
 ) -> dict[str, jax.Array]:
     """Runs `kernel(inputs, outputs, scratch)`, three dictionaries of references, over a grid.
@@ -33,6 +34,7 @@ def call_kernel(
       scratch: name -> memory.
       parallel: number of leading grid axes that carry nothing from step to step; the others run in order.
       aliases: output name -> name of the input whose memory it reuses; blocks that are never written keep their values.
+      vmem_bytes: VMEM that the kernel may use, if more than the compiler's limit for kernels.
       interpret: interpret the kernel, on any platform and slowly.
 
     Returns: name -> array or tuple of arrays, as `outputs`.
@@ -51,7 +53,8 @@ def call_kernel(
             _leaf(arrays, source): _leaf(shapes, target) for target, source in (aliases or {}).items()
         },
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            vmem_limit_bytes=vmem_bytes,
         ),
         name=name,
         interpret=interpret,

@@ -3,7 +3,7 @@
 The VAE's modules are written once. They are given an object with these three methods, which take a convolution and
 its input [B, T, H, W, C]:
 
-- `causal`: a convolution over every frame and the two frames before it;
+- `causal`: a convolution over every frame and the two frames before it, after a norm with SiLU and before a residual;
 - `doubled`: twice as many frames, from a convolution with twice as many channels;
 - `halved`: half as many frames, from a convolution with stride 2.
 
@@ -19,18 +19,32 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import nnx
 
+from rehyat_jax.models.wan_vae.convolutions import WINDOW, causal_step, first_caches, norm_silu, shortened
 from rehyat_jax.models.wan_vae.places import Places
-
-WINDOW = 3
-"""Frames that a convolution in time sees."""
 
 
 class TimeConvolution(Protocol):
-    """A convolution of `WINDOW` frames: [B, before + T, H, W, C] -> [B, T or T / 2, H, W, C']."""
+    """A convolution of `WINDOW` frames: [B, before + T, H, W, C] -> [B, T or T / 2, H, W, C'].
 
-    def __call__(self, x: jax.Array, places: Places, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
+    Attributes:
+      kernel, bias: parameters.
+      dtype: compute dtype.
+    """
+
+    kernel: nnx.Param
+    bias: nnx.Param
+    dtype: jnp.dtype
+
+    def __call__(self, x: jax.Array, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
         """The convolution of `x`, with frames of zeros before it, at every `time_stride`-th frame."""
+
+
+class Norm(Protocol):
+    """A norm with the scale [C]."""
+
+    scale: nnx.Param
 
 
 class Frames(Protocol):
@@ -38,8 +52,18 @@ class Frames(Protocol):
 
     places: Places
 
-    def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        """[B, T, H, W, C] -> [B, T, H, W, C']."""
+    def causal(
+        self,
+        convolution: TimeConvolution,
+        x: jax.Array,
+        norm: Norm | None = None,
+        residual: jax.Array | None = None,
+        shortcut: TimeConvolution | None = None,
+    ) -> jax.Array:
+        """convolution(silu(norm(x))) + shortcut(residual): [B, T, H, W, C] -> [B, T, H, W, C'].
+
+        Without a shortcut, the residual is added as it is.
+        """
 
     def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         """[B, T, H, W, C] -> [B, 2T, H, W, C], or 2T - 1 frames of a complete clip."""
@@ -54,19 +78,28 @@ class WholeClip:
     def __init__(self, places: Places):
         self.places = places
 
-    def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        return convolution(self.places.without_padding(x), self.places, zeros_before=WINDOW - 1)
+    def causal(
+        self,
+        convolution: TimeConvolution,
+        x: jax.Array,
+        norm: Norm | None = None,
+        residual: jax.Array | None = None,
+        shortcut: TimeConvolution | None = None,
+    ) -> jax.Array:
+        x = norm_silu(self.places.without_padding(x), _scale(norm))
+        y = convolution(x, zeros_before=WINDOW - 1)
+        return y if residual is None else y + shortened(residual, _parameters(shortcut))
 
     def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         if x.shape[1] == 1:
             return x
-        later = convolution(x[:, 1:], self.places, zeros_before=WINDOW - 1)
+        later = convolution(x[:, 1:], zeros_before=WINDOW - 1)
         return jnp.concatenate([x[:, :1], _channels_to_frames(later)], axis=1)
 
     def halved(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         if x.shape[1] == 1:
             return x
-        return jnp.concatenate([x[:, :1], convolution(x, self.places, time_stride=2)], axis=1)
+        return jnp.concatenate([x[:, :1], convolution(x, time_stride=2)], axis=1)
 
 
 class Stream:
@@ -92,17 +125,29 @@ class Stream:
         self._first = first
         self._caches = None if caches is None else iter(caches)
 
-    def causal(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        is_frame = jnp.arange(x.shape[1]) == x.shape[1] - 1
-        x = jnp.where((is_frame | ~self._first)[:, None, None, None], x, 0) if x.shape[1] > 1 else x
-        return convolution(self._with_past(self.places.without_padding(x), WINDOW - 1), self.places)
+    def causal(
+        self,
+        convolution: TimeConvolution,
+        x: jax.Array,
+        norm: Norm | None = None,
+        residual: jax.Array | None = None,
+        shortcut: TimeConvolution | None = None,
+    ) -> jax.Array:
+        x = self.places.without_padding(x.astype(convolution.dtype))
+        past = first_caches(x, self.places) if self._caches is None else next(self._caches)
+        kernel, bias = _parameters(convolution)
+        y, after = causal_step(
+            x, past, kernel, bias, _scale(norm), residual, _parameters(shortcut), self._first, self.places
+        )
+        self.after.append(after)
+        return y
 
     def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        later = convolution(self._with_past(jnp.where(self._first, 0, x), WINDOW - 1), self.places)
+        later = convolution(self._with_past(jnp.where(self._first, 0, x), WINDOW - 1))
         return jnp.where(self._first, jnp.repeat(x, 2, axis=1), _channels_to_frames(later))
 
     def halved(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
-        return jnp.where(self._first, x[:, 1::2], convolution(self._with_past(x, 1), self.places, time_stride=2))
+        return jnp.where(self._first, x[:, 1::2], convolution(self._with_past(x, 1), time_stride=2))
 
     def _with_past(self, x: jax.Array, frames: int) -> jax.Array:
         """`x` after the last `frames` frames of the steps before; caches those of this step."""
@@ -111,6 +156,14 @@ class Stream:
         window = jax.lax.optimization_barrier(jnp.concatenate([past, x], axis=1))
         self.after.append(window[:, -frames:])
         return window
+
+
+def _parameters(convolution: TimeConvolution | None) -> tuple[jax.Array, jax.Array] | None:
+    return None if convolution is None else (convolution.kernel[...], convolution.bias[...])
+
+
+def _scale(norm: Norm | None) -> jax.Array | None:
+    return None if norm is None else norm.scale[...]
 
 
 def _channels_to_frames(x: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rehyat_jax.models.wan_vae.config import Stage, WanVaeConfig
+from rehyat_jax.models.wan_vae.convolutions import convolve, doubled, halved, rms_norm
 from rehyat_jax.models.wan_vae.frames import Frames
-from rehyat_jax.models.wan_vae.places import Places
 
 PIXEL_CHANNELS = 3
 
@@ -45,25 +45,14 @@ class VideoConvolution(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, places: Places, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, *, zeros_before: int = 0, time_stride: int = 1) -> jax.Array:
         """[B, T, H, W, C] -> [B, (zeros_before + T - kernel frames) / time_stride + 1, H, W, C']."""
-        height, width = (size // 2 for size in self.kernel.shape[1:3])
-
-        def convolve(x: jax.Array, kernel: jax.Array, columns: tuple[int, int]) -> jax.Array:
-            return jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(time_stride, 1, 1),
-                padding=((zeros_before, 0), (height, height), columns),
-                dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-            )
-
-        y = places.convolve(convolve, x.astype(self.dtype), self.kernel[...].astype(self.dtype), (width, width))
-        return y + self.bias[...].astype(self.dtype)
+        options: dict[str, Any] = dict(zeros_before=zeros_before, time_stride=time_stride)
+        return convolve(x.astype(self.dtype), self.kernel[...], self.bias[...], **options)
 
 
 class FrameConvolution(nnx.Module):
-    """Convolution over the height and width of every frame."""
+    """The parameters of a convolution over the height and width of every frame."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -71,47 +60,20 @@ class FrameConvolution(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels))
         self.dtype = dtype
 
-    def __call__(
-        self, x: jax.Array, places: Places, *, stride: int = 1, padding: tuple[int, int] | None = None
-    ) -> jax.Array:
-        """[B, T, H, W, C] -> [B, T, H', W', C'].
-
-        Args:
-          stride: stride in height and width.
-          padding: zeros before and after both axes; None keeps their sizes for stride 1.
-        """
-        padding = padding or (self.kernel.shape[0] // 2,) * 2
-
-        def convolve(x: jax.Array, kernel: jax.Array, columns: tuple[int, int]) -> jax.Array:
-            y = jax.lax.conv_general_dilated(
-                x.reshape(-1, *x.shape[2:]),
-                kernel,
-                window_strides=(stride, stride),
-                padding=(padding, columns),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-            return y.reshape(*x.shape[:2], *y.shape[1:])
-
-        y = places.convolve(convolve, x.astype(self.dtype), self.kernel[...].astype(self.dtype), padding)
-        return y + self.bias[...].astype(self.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, H, W, C] -> [B, T, H, W, C']."""
+        return convolve(x.astype(self.dtype), self.kernel[...][None], self.bias[...])
 
 
 class RMSNorm(nnx.Module):
-    """x / max(|x|, 1e-12) * sqrt(C) * scale over the channels; float32 inside."""
+    """The scale of an RMS norm over the channels; see `rms_norm`."""
 
     def __init__(self, channels: int):
         self.scale = nnx.Param(jnp.ones(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C] -> float32 [..., C]."""
-        x = x.astype(jnp.float32)
-        # The maximum keeps the gradient finite at zero.
-        squares = jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24)
-        return x * jax.lax.rsqrt(squares) * (x.shape[-1] ** 0.5 * self.scale[...])
-
-    def silu(self, x: jax.Array) -> jax.Array:
-        """SiLU of the norm, in the dtype of `x`."""
-        return nnx.silu(self(x)).astype(x.dtype)
+        return rms_norm(x, self.scale[...])
 
 
 class ResidualBlock(nnx.Module):
@@ -128,9 +90,8 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
         """[B, T, H, W, in] -> [B, T, H, W, out]."""
-        y = frames.causal(self.conv_1, self.norm_1.silu(x))
-        y = frames.causal(self.conv_2, self.norm_2.silu(y))
-        return y + (self.shortcut(x, frames.places) if hasattr(self, "shortcut") else x)
+        y = frames.causal(self.conv_1, x, self.norm_1)
+        return frames.causal(self.conv_2, y, self.norm_2, x, getattr(self, "shortcut", None))
 
 
 class AttentionBlock(nnx.Module):
@@ -143,8 +104,7 @@ class AttentionBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
-        attended = frames.places.attend(*jnp.split(self.query_key_value(self.norm(x), frames.places), 3, axis=-1))
-        return x + self.output(attended, frames.places)
+        return x + self.output(frames.places.attend(*jnp.split(self.query_key_value(self.norm(x)), 3, axis=-1)))
 
 
 class Downsample(nnx.Module):
@@ -156,7 +116,8 @@ class Downsample(nnx.Module):
             self.time_conv = VideoConvolution(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
-        x = self.conv(frames.places.without_padding(x), frames.places, stride=2, padding=(0, 1))
+        places = frames.places
+        x = halved(places.without_padding(x), self.conv.kernel[...], self.conv.bias[...], places)
         return frames.halved(self.time_conv, x) if hasattr(self, "time_conv") else x
 
 
@@ -170,8 +131,8 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: jax.Array, frames: Frames) -> jax.Array:
         x = frames.doubled(self.time_conv, x) if hasattr(self, "time_conv") else x
-        x = jnp.repeat(jnp.repeat(frames.places.without_padding(x), 2, axis=2), 2, axis=3)
-        return self.conv(x, frames.places)
+        places = frames.places
+        return doubled(places.without_padding(x), self.conv.kernel[...], self.conv.bias[...], places)
 
 
 class ResolutionStage(nnx.Module):
@@ -232,7 +193,7 @@ class Coder(nnx.Module):
         stages = [getattr(self, f"stage_{index}") for index in range(self.num_stages)]
         for part in [self.middle, *stages] if self.middle_first else [*stages, self.middle]:
             x = part(x, frames)
-        return frames.causal(self.conv_out, self.norm_out.silu(x))
+        return frames.causal(self.conv_out, x, self.norm_out)
 
 
 class WanAutoencoder(nnx.Module):
@@ -267,7 +228,7 @@ class WanAutoencoder(nnx.Module):
         """
         video = frames.places.pad(video)
         with self._precision():
-            moments = frames.places.crop(self.quant_conv(self.encoder(video.astype(self.dtype), frames), frames.places))
+            moments = frames.places.crop(self.quant_conv(self.encoder(video.astype(self.dtype), frames)))
         mean, std = self._statistics()
         return (moments[..., : self.config.z_dim].astype(jnp.float32) - mean) / std
 
@@ -276,7 +237,7 @@ class WanAutoencoder(nnx.Module):
         mean, std = self._statistics()
         latents = (frames.places.pad(latents).astype(jnp.float32) * std + mean).astype(self.dtype)
         with self._precision():
-            video = frames.places.crop(self.decoder(self.post_quant_conv(latents, frames.places), frames))
+            video = frames.places.crop(self.decoder(self.post_quant_conv(latents), frames))
         return video.astype(jnp.float32)
 
     def _statistics(self) -> tuple[jax.Array, jax.Array]:

@@ -330,7 +330,7 @@ class WanVae:
             raise InputError("state was consumed by an earlier call; give the state that the last call returned")
         scale = self.config.space_factor if name == "video" else 1
         places, (batch, _, *found) = _places(x, scale), state.caches[0].shape[:4]
-        size = batch // places.strips, found[0], found[1] * places.strips
+        size = batch, *found
         if (x.shape[0], *(scale * padded for padded in places.padded)) != size:
             raise InputError(
                 f"{name} must be [batch, height, width] = {size} as in the call before, found "
