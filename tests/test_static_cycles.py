@@ -221,14 +221,18 @@ def test_command_line_writes_rows(tmp_path, capsys):
 
 
 def test_a_clip_of_the_vae_is_told_with_what_its_products_need():
-    cost = {"cycles": 3 * 10**8, "cycles_of": {"products": 2, "layout": 1, "rest": 0}, "peak_bytes": 2**31}
-    row = vae_static.row("v5e:2x2", "decode", 480, 832, 21, cost)
+    cost = {
+        "cycles": 3 * 10**8,
+        "cycles_of": {"kernels": 2, "products": 2, "layout": 1, "rest": 0},
+        "peak_bytes": 2**31,
+    }
+    row = vae_static.row("v5e:2x2", "decode", 480, 832, 21, 1, cost)
     # 275 and 164 TF are in the literature of ports; a v5e makes 131,072 FLOP a cycle.
     assert row["frames"] == 81 and round(row["flops"] / 1e12) == 275
     assert row["ratio"] == pytest.approx(21 * 3e8 * 131_072 / row["flops"])
-    assert round(vae_static.row("v5e:2x2", "encode", 480, 832, 21, None)["flops"] / 1e12) == 164
-    assert "does not fit into memory" in vae_static.line(vae_static.row("v5e:2x2", "encode", 480, 832, 21, None))
-    assert "480x832x81 | 300.0 | 100.0 | 3.00 " in vae_static.line(row)
+    unfit = vae_static.row("v5e:2x2", "encode", 480, 832, 21, 21, None)
+    assert round(unfit["flops"] / 1e12) == 164 and "21 | does not fit into memory" in vae_static.line(unfit)
+    assert "480x832x81 | 1 | 300.0 | 100.0 | 3.00 " in vae_static.line(row)
 
 
 def test_growth_is_told_as_an_exponent():

@@ -29,8 +29,8 @@ LAYOUT = ("copy", "pad", "broadcast", "transpose", "reshape", "slice", "concaten
 """Operations that only move data."""
 
 _COLUMNS = (
-    "TPU | method | size | M cycles a latent frame | least of the products | ratio | with products | layout | rest | "
-    "s a clip | peak HBM, GiB"
+    "TPU | method | size | latent frames a call | M cycles a latent frame | least of the products | ratio | kernels | "
+    "other products | layout | rest | s a clip | peak HBM, GiB"
 )
 
 
@@ -53,27 +53,29 @@ def stream_step(method: str, height: int, width: int, steps: int = 1, config: di
 
 
 def report(topologies: list[str], height: int, width: int, latent_frames: list[int], json_file: Path | None) -> None:
-    """Prints the table, and writes its rows.
+    """Prints the table, and writes its rows: for calls of one latent frame, as sampling makes them, and of a clip.
 
     Raises:
       InputError: libtpu is missing, or a topology is unknown.
     """
-    print(f"| {_COLUMNS} |\n{'|---' * 11}|")
+    print(f"| {_COLUMNS} |\n{'|---' * 13}|")
     rows = []
     for topology, method in itertools.product(topologies, METHODS):
-        cost = step_cost(topology, method, height, width)
-        for frames in latent_frames:
-            rows.append(row(topology, method, height, width, frames, cost))
+        costs = {steps: step_cost(topology, method, height, width, steps=steps) for steps in {1, *latent_frames}}
+        for clip, steps in [(clip, steps) for clip in latent_frames for steps in sorted({1, clip})]:
+            rows.append(row(topology, method, height, width, clip, steps, costs[steps]))
             print(line(rows[-1]), flush=True)
     if json_file:
         with written_whole(json_file) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def step_cost(topology: str, method: str, height: int, width: int, **keywords: Any) -> dict[str, Any] | None:
-    """The cost of `stream_step`, as a part of `row`; None if it does not fit into the chip's memory."""
+def step_cost(
+    topology: str, method: str, height: int, width: int, *, steps: int = 1, **keywords: Any
+) -> dict[str, Any] | None:
+    """The cost of one of the steps of `stream_step`, as a part of `row`; None if they do not fit into memory."""
     function = f"{__name__}:{stream_step.__name__}"
-    arguments = {"method": method, "height": height, "width": width, **keywords}
+    arguments = {"method": method, "height": height, "width": width, "steps": steps, **keywords}
     try:
         with compiled_for_tpu(function, arguments, topology) as program:
             cost = StaticProgram(program).cost()
@@ -81,29 +83,28 @@ def step_cost(topology: str, method: str, height: int, width: int, **keywords: A
         return None
     # Operations with a matrix product are not among these.
     moved = memory_bytes(executed_operations(program.hlo, of_fusions=True))
-    cycles_of = dict.fromkeys(("products", "layout", "rest"), 0)
+    cycles_of = {"kernels": cost.kernel_cycles} | dict.fromkeys(("products", "layout", "rest"), 0)
     for operation in cost.xla:
         kind = "products" if operation.name not in moved else "layout" if operation.kind in LAYOUT else "rest"
         cycles_of[kind] += operation.estimated_cycles * operation.executions
-    cycles_of["products"] += cost.kernel_cycles
     return {
-        "cycles": cost.cycles,
-        "cycles_of": cycles_of,
-        "other_traffic_seconds": sum(moved.values()) / chip_of(topology).hbm_bandwidth,
+        "cycles": cost.cycles / steps,
+        "cycles_of": {kind: cycles / steps for kind, cycles in cycles_of.items()},
+        "other_traffic_seconds": sum(moved.values()) / steps / chip_of(topology).hbm_bandwidth,
         "peak_bytes": program.peak_bytes,
         "output_bytes": program.output_bytes,
     }
 
 
 def row(
-    topology: str, method: str, height: int, width: int, latent_frames: int, cost: dict[str, Any] | None
+    topology: str, method: str, height: int, width: int, latent_frames: int, steps: int, cost: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The cost of one step, and of a clip, as a JSON object.
 
-    All steps of a clip run one program, so they cost the same. `least_cycles` are those of a step if the FLOPs of the
-    clip ran at the peak of the matrix units. `cycles_of` divides the cycles of a step among operations with matrix
-    products, operations that only change layouts, and the rest. `other_traffic_seconds` is the least time of HBM for
-    the last two, `peak_bytes` the memory of the program that `decode_chunk` runs for one latent frame.
+    A call codes `steps` latent frames. All calls run one program, so they cost the same. `least_cycles` are those of a step if the FLOPs of the
+    clip ran at the peak of the matrix units. `cycles_of` divides the cycles of a step among Pallas kernels, XLA's
+    operations with matrix products, operations that only move data, and the rest. `other_traffic_seconds` is the least
+    time of HBM for the last two. `peak_bytes` is the memory of the call.
     """
     config, chip = WanVaeConfig(), chip_of(topology)
     frames = config.time_factor * (latent_frames - 1) + 1
@@ -116,6 +117,7 @@ def row(
         "width": width,
         "frames": frames,
         "steps": latent_frames,
+        "steps_of_a_call": steps,
         "flops": flops,
         "least_cycles": least,
         "ratio": cost and cost["cycles"] / least,
@@ -127,8 +129,9 @@ def row(
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     cells = [row["topology"], row["method"], f"{row['height']}x{row['width']}x{row['frames']}"]
+    cells.append(str(row["steps_of_a_call"]))
     if row["cycles"] is None:
-        return f"| {' | '.join([*cells, 'does not fit into memory', *[''] * 7])} |"
+        return f"| {' | '.join([*cells, 'does not fit into memory', *[''] * 8])} |"
     millions = lambda cycles: f"{cycles / 1e6:,.1f}"
     cells += [millions(row["cycles"]), millions(row["least_cycles"]), f"{row['ratio']:.2f}"]
     cells += map(millions, row["cycles_of"].values())

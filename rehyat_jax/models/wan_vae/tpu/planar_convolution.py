@@ -19,6 +19,9 @@ TAPS = 27
 _WINDOW = 3  # frames, and rows, of the kernel
 
 
+_UNROLLED = 5  # rows that the compiler interleaves
+
+
 def is_planar(channels: int) -> bool:
     """True if this kernel takes frames with so few channels."""
     return TAPS * channels <= LANES
@@ -78,7 +81,8 @@ def planar_convolution(
             y = jax.lax.dot_general(seen, inputs["matrix"][...], contract, preferred_element_type=jnp.float32)
             outputs["y"][row] = (y[:width] + inputs["bias"][...]).astype(dtype)
 
-        jax.lax.fori_loop(0, rows, convolve, None)
+        # A row by itself waits for its own results.
+        jax.lax.fori_loop(0, rows, convolve, None, unroll=_UNROLLED)
 
     def rows_spec(count, frame, place):
         return pl.BlockSpec((None, None, count, channels, width), lambda b, t, i: (b, t + frame, place(i), 0, 0))

@@ -176,7 +176,8 @@ def _resampled(
         lines[0, :width] = edge("above", block == 0, above)
         lines[1 : block_rows + 1, :width] = inputs["x"][...]
         lines[block_rows + 1, :width] = edge("below", block == blocks - 1, below)
-        jax.lax.fori_loop(0, rows, lambda row, _: convolve(lines, row, outputs, inputs), None)
+        # Unrolling lets the compiler interleave two rows.
+        jax.lax.fori_loop(0, rows, lambda row, _: convolve(lines, row, outputs, inputs), None, unroll=2)
 
     def row_spec(row):
         return pl.BlockSpec((None, None, 1, width, channels), lambda b, t, i: (b, t, row(i), 0, 0))
