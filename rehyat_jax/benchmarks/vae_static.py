@@ -62,9 +62,10 @@ def report(topologies: list[str], height: int, width: int, latent_frames: list[i
     rows = []
     for topology, method in itertools.product(topologies, METHODS):
         costs = {steps: step_cost(topology, method, height, width, steps=steps) for steps in {1, *latent_frames}}
-        for clip, steps in [(clip, steps) for clip in latent_frames for steps in sorted({1, clip})]:
-            rows.append(row(topology, method, height, width, clip, steps, costs[steps]))
-            print(line(rows[-1]), flush=True)
+        for frames in latent_frames:
+            for steps in sorted({1, frames}):
+                rows.append(row(topology, method, height, width, frames, steps, costs[steps]))
+                print(line(rows[-1]), flush=True)
     if json_file:
         with written_whole(json_file) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")
@@ -101,10 +102,10 @@ def row(
 ) -> dict[str, Any]:
     """The cost of one step, and of a clip, as a JSON object.
 
-    A call codes `steps` latent frames. All calls run one program, so they cost the same. `least_cycles` are those of a step if the FLOPs of the
-    clip ran at the peak of the matrix units. `cycles_of` divides the cycles of a step among Pallas kernels, XLA's
-    operations with matrix products, operations that only move data, and the rest. `other_traffic_seconds` is the least
-    time of HBM for the last two. `peak_bytes` is the memory of the call.
+    A call codes `steps` latent frames. All calls run one program, so they cost the same. `least_cycles` are those of a
+    step if the FLOPs of the clip ran at the peak of the matrix units. `cycles_of` divides the cycles of a step among
+    Pallas kernels, XLA's operations with matrix products, operations that only move data, and the rest.
+    `other_traffic_seconds` is the least time of HBM for the last two. `peak_bytes` is the memory of the call.
     """
     config, chip = WanVaeConfig(), chip_of(topology)
     frames = config.time_factor * (latent_frames - 1) + 1

@@ -52,24 +52,30 @@ def text_encoder_bytes(config: UMT5Config) -> int:
 
 
 def decoder_bytes(
-    config: WanVaeConfig, latent_shape: tuple[int, int, int, int], *, videos: int, devices: int = 1
+    config: WanVaeConfig,
+    latent_shape: tuple[int, int, int, int],
+    *,
+    videos: int,
+    dtype: str = "float32",
+    devices: int = 1,
 ) -> int:
-    """Bytes on each device while the VAE decodes a latent frame of every video, in float32.
+    """Bytes on each device while the VAE decodes a latent frame of every video.
 
-    These are its parameters, and the device's share of the frames that its convolutions remember, and of the input and
-    output of a convolution at the size of the video.
+    These are its parameters in float32, and the device's share of the frames that its convolutions remember, and of the
+    input and output of a convolution at the size of the video.
     """
     _, height, width, _ = latent_shape
     places = videos * height * width
-    largest = 2 * 4 * places * config.time_factor * config.space_factor**2 * config.base_dim * config.dim_mult[0]
-    return module_bytes(config) + (places * _remembered_bytes(config) + largest) // devices
+    itemsize = jnp.dtype(dtype).itemsize
+    largest = 2 * itemsize * places * config.time_factor * config.space_factor**2 * config.base_dim * config.dim_mult[0]
+    return module_bytes(config) + (places * itemsize * _remembered(config) + largest) // devices
 
 
 @functools.cache
-def _remembered_bytes(config: WanVaeConfig) -> int:
-    """Bytes that the decoder's convolutions remember for each place of a latent frame."""
+def _remembered(config: WanVaeConfig) -> int:
+    """Numbers that the decoder's convolutions remember for each place of a latent frame."""
     graphdef, state = nnx.split(abstract_module(config))
-    side = 8  # whatever it is, the bytes of a place are the same
+    side = 8  # whatever it is, a place has as many
     begin = lambda params: initial_decoder_state(graphdef, params, 1, side, side)
     remembered = jax.tree.leaves(jax.eval_shape(begin, nnx.to_pure_dict(state)))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in remembered if leaf.ndim > 1) // side**2
+    return sum(leaf.size for leaf in remembered if leaf.ndim > 1) // side**2

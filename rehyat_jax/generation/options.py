@@ -28,6 +28,7 @@ class SamplingOptions:
       frames, height, width: size of the videos, height and width in pixels; None for the codec's default.
       batch: number of videos that are sampled at once.
       dtype: compute dtype of the transformer, and of the weights that it multiplies by; None for the codec's default.
+      vae_dtype: compute dtype of Wan's VAE; None for `wan_codec.default_dtype`.
       stream: keep only a part of the video on the device; see `rehyat_jax.generation.streaming`.
       longest: of streamed videos, see `rehyat_jax.models.wan.streaming.part_positions`; None for no limit.
       mesh: sizes of mesh axes; empty for one device.
@@ -44,6 +45,7 @@ class SamplingOptions:
     width: int | None = None
     batch: int = 1
     dtype: str | None = None
+    vae_dtype: str | None = None
     stream: bool = False
     longest: int | None = None
     mesh: tuple[tuple[str, int], ...] = ()
@@ -68,6 +70,8 @@ class SamplingOptions:
         option("--batch", type=number(int, 1, 10_000), help="videos that are sampled at once" + default)
         dtype = "compute dtype of the transformer (default: float32 for the demo's models, else bfloat16)"
         option("--dtype", choices=("float32", "bfloat16"), help=dtype)
+        dtype = "compute dtype of Wan's VAE (default: bfloat16 on TPUs, float32 elsewhere)"
+        option("--vae-dtype", choices=("float32", "bfloat16"), help=dtype)
         option(
             "--mesh",
             nargs="+",

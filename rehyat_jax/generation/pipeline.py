@@ -28,7 +28,7 @@ from rehyat_jax.generation.pipeline_folder import check_pipeline, find_part, sch
 from rehyat_jax.generation.streaming import PART_CHUNKS, stream_latents
 from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.generation.umt5 import MAX_TOKENS, FoundTextEncoder, find_text_encoder
-from rehyat_jax.generation.wan_codec import load_wan_codec
+from rehyat_jax.generation.wan_codec import default_dtype, load_wan_codec
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.models.wan.streaming import check_streams
 from rehyat_jax.parallel.memory import check_device_memory, check_host_memory, fits_device
@@ -81,6 +81,7 @@ class Pipeline:
             **dict(zip(("frames", "height", "width"), size, strict=True)),
             flow_shift=options.flow_shift or shift or DEFAULT_SHIFT,
             dtype=options.dtype or sizes.default_dtype,
+            vae_dtype=options.vae_dtype or default_dtype(),
         )
         self.latent_shape = latent_shape(config, sizes, *size)
         self._mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(options.mesh)) if options.mesh else None
@@ -156,13 +157,14 @@ class Pipeline:
         names = ("negative_prompt", "steps", "guidance_scale", "flow_shift", "sampler", "frames", "height", "width")
         streamed = {"stream": True, "longest": options.longest} if options.stream else {}
         models = {} if self._models is None else {"models": self._models.name, "revision": self._models.revision}
+        rounded = {} if self._vae is None or options.vae_dtype == "float32" else {"vae_dtype": options.vae_dtype}
         return {
             "program": f"rehyat_jax {importlib.metadata.version('rehyat_jax')}",
             "transformer": str(self._checkpoint),
             **models,
             **{"codec": self.codec_name, "text_encoder": self.text_encoder_name},
             **{name: getattr(options, name) for name in names},
-            **{"dtype": options.dtype, "fps": self.fps, **streamed},
+            **{"dtype": options.dtype, "fps": self.fps, **rounded, **streamed},
         }
 
     # ------------------------------------------------------------------------------------------------------- the parts
@@ -260,7 +262,8 @@ class Pipeline:
         if self._vae is None:
             return get_codec(self.codec_name)
         source, vae = self._vae
-        return self._hold("VAE", vae.nbytes, lambda update: load_wan_codec(source, progress=update), progress)
+        load = lambda update: load_wan_codec(source, dtype=self.options.vae_dtype, progress=update)
+        return self._hold("VAE", vae.nbytes, load, progress)
 
     def free(self, *parts: Part) -> None:
         """Forgets parts. Their memory is free as soon as the caller has no reference to them either."""
@@ -358,7 +361,8 @@ class Pipeline:
         if self.found_encoder is not None:
             needs["text encoder"] = text_encoder_bytes(self.found_encoder.model.config) // devices
         if self._vae is not None:
-            needs["VAE"] = decoder_bytes(self._vae[1].config, shape, videos=options.batch, devices=devices)
+            vae, dtype = self._vae[1].config, options.vae_dtype or default_dtype()
+            needs["VAE"] = decoder_bytes(vae, shape, videos=options.batch, dtype=dtype, devices=devices)
         return needs
 
     def _check_memory(self) -> None:

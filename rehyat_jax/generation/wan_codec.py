@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rehyat_jax.attention.platform import target_platform
 from rehyat_jax.generation.codecs import Array, WanVaeLatents
 from rehyat_jax.models.wan_vae.vae import WanVae
 from rehyat_jax.weights import load_vae
@@ -49,8 +50,13 @@ def _as_bytes(video: jax.Array) -> jax.Array:
     return jnp.round((video.clip(-1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
+def default_dtype() -> str:
+    """The VAE's compute dtype: bfloat16 on TPUs, whose kernels take only that; float32 elsewhere, as in diffusers."""
+    return "bfloat16" if target_platform() == "tpu" else "float32"
+
+
 def load_wan_codec(
-    models: Path, *, dtype: jnp.dtype = jnp.float32, progress: Callable[[int], object] = lambda nbytes: None
+    models: Path, *, dtype: str | None = None, progress: Callable[[int], object] = lambda nbytes: None
 ) -> WanCodec:
     """The codec of a pipeline's folder, or of another path that `load_vae` takes. Raises InputError."""
-    return WanCodec(load_vae(models, dtype=dtype, progress=progress))
+    return WanCodec(load_vae(models, dtype=jnp.dtype(dtype or default_dtype()), progress=progress))

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
 from rehyat_jax.generation.codecs import LATENT_SIZES, Array, Codec
 from rehyat_jax.generation.opening import get_codec, given_models
-from rehyat_jax.generation.wan_codec import WanCodec, load_wan_codec
+from rehyat_jax.generation.wan_codec import WanCodec, default_dtype, load_wan_codec
 from rehyat_jax.models.wan_vae.vae import WanVae
 from rehyat_jax.parallel.memory import check_device_memory, device_bytes
 from rehyat_jax.preparation.clips import Size
@@ -47,7 +47,7 @@ class VideoEncoder(Protocol):
         """
 
 
-def open_video_encoder(name: str, models: Path | None, dtype: str) -> VideoEncoder:
+def open_video_encoder(name: str, models: Path | None, dtype: str | None) -> VideoEncoder:
     """The encoder of a codec's name; no weights are read. Arguments as in `prepare_videos`. Raises InputError."""
     if name in VAES:
         return VaeEncoder(name, given_models(models, f"codec {name!r}"), dtype)
@@ -82,16 +82,17 @@ class VaeEncoder:
     Args:
       name: name of the codec.
       models: path of the weights, as for `load_vae`.
-      dtype: compute dtype.
+      dtype: compute dtype; None for `wan_codec.default_dtype`.
     """
 
-    def __init__(self, name: str, models: Path, dtype: str):
+    def __init__(self, name: str, models: Path, dtype: str | None):
         models = VAES[name].find(models)
-        self._models, self._dtype, self._name = models, jnp.dtype(dtype), name
+        dtype = dtype or default_dtype()
+        self._models, self._dtype, self._name = models, dtype, name
         model = open_torch_checkpoint(models, specs=VAES)
         folder, files = checkpoint_files(models, VAES[name].part)
         self.options = {"codec_dtype": dtype, "codec_files": fingerprint(files, folder, blocks=BLOCKS)}
-        abstract = nnx.eval_shape(lambda: VAES[name].model(model.config, rngs=nnx.Rngs(0), dtype=self._dtype))
+        abstract = nnx.eval_shape(lambda: VAES[name].model(model.config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
         graphdef, state = nnx.split(abstract)
         devices = jax.local_devices()
         # The axis is none of `parallel.mesh.AXES`: within `shard_map`, the VAE must not shard its clip any further.

@@ -79,12 +79,13 @@ class Places:
         return x[:, :, : scale * self.height, : scale * self.width]
 
     @property
-    def _spec(self) -> PartitionSpec:
+    def spec(self) -> PartitionSpec:
+        """The sharding of arrays [B, T, H, W, C]."""
         return PartitionSpec(self.batch or None, None, self.rows or None, self.columns or None, None)
 
     def shard(self, x: jax.Array) -> jax.Array:
         """[B, T, H, W, C], sharded."""
-        return constrain(x, tuple(self._spec))
+        return constrain(x, tuple(self.spec))
 
     def use_kernels(self, dtype: jnp.dtype) -> bool:
         """True if Pallas kernels compute convolutions in this dtype."""
@@ -99,8 +100,8 @@ class Places:
         """
         if not self.batch + self.rows:
             return kernel(pixels, others)
-        specs = self._spec, PartitionSpec()
-        return jax.shard_map(kernel, in_specs=specs, out_specs=self._spec, check_vma=False)(pixels, others)
+        specs = self.spec, PartitionSpec()
+        return jax.shard_map(kernel, in_specs=specs, out_specs=self.spec, check_vma=False)(pixels, others)
 
     def rows_around(self, first: jax.Array, last: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """The rows above and below a device's own rows, zeros beyond the frame; None if it has complete frames.

@@ -101,6 +101,8 @@ class SamplingRequest:
         devices, companions = len(devices_of(self.topology)), COMPANIONS[self.preset]
         # All heads of umT5 on one device take 11 GB; sharded by heads, no weight has to be gathered.
         tensor = math.gcd(devices, companions.text_encoder.num_heads)
+        # The VAE's frames are sharded by rows, of which every device needs some.
+        rows = max(n for n in range(1, devices + 1) if devices % n == 0 and n <= self.latents[1])
         mesh = dict.fromkeys(AXES, 1)
         make = functools.partial(Program.of, topology=self.topology)
         return {
@@ -121,7 +123,13 @@ class SamplingRequest:
                 guided=self.guided,
                 stream=self.stream,
             ),
-            "vae": make("vae", companions.vae, mesh, executions=self.latents[0], latents=[1, *self.latents[1:]]),
+            "vae": make(
+                "vae",
+                companions.vae,
+                mesh | {"context": rows},
+                executions=self.latents[0],
+                latents=[1, *self.latents[1:]],
+            ),
         }
 
     @property

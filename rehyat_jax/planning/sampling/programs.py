@@ -21,6 +21,7 @@ from rehyat_jax.diffusion.samplers import Coefficients, SolverState, coefficient
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.generation.generate import conditional_step, guided_step
 from rehyat_jax.generation.streaming import PART_CHUNKS, part_step
+from rehyat_jax.generation.wan_codec import default_dtype
 from rehyat_jax.models.umt5.config import UMT5Config
 from rehyat_jax.models.umt5.modeling import UMT5Encoder, apply_encoder
 from rehyat_jax.models.wan.config import WanConfig
@@ -28,12 +29,13 @@ from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.models.wan.streaming import initial_states, part_positions
 from rehyat_jax.models.wan_vae.config import WanVaeConfig
 from rehyat_jax.models.wan_vae.modeling import WanAutoencoder
-from rehyat_jax.models.wan_vae.vae import decode_stream, initial_decoder_state
+from rehyat_jax.models.wan_vae.places import Places
+from rehyat_jax.models.wan_vae.vae import StreamState, decode_stream, initial_decoder_state
 from rehyat_jax.parallel.mesh import check_batch, check_heads, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, param_specs, shardings
 
 DTYPE = jnp.bfloat16
-"""The compute dtype of the text encoder and the transformer. The VAE's is float32, as in `sample`."""
+"""The compute dtype of the text encoder and the transformer."""
 
 
 class AbstractProgram(NamedTuple):
@@ -126,14 +128,16 @@ def part_frames(model: WanConfig, frames: int) -> int:
 
 
 def vae(*, model: WanVaeConfig, latents: Sequence[int]) -> AbstractProgram:
-    """Decoding of one latent frame of (frames, height, width)."""
+    """Decoding of one latent frame of (frames, height, width), whose rows all devices share."""
     _, height, width = latents
-    graphdef, params = _abstract_module(lambda: WanAutoencoder(model, rngs=nnx.Rngs(0)))
+    dtype = jnp.dtype(default_dtype())
+    graphdef, params = _abstract_module(lambda: WanAutoencoder(model, rngs=nnx.Rngs(0), dtype=dtype))
     make_state = functools.partial(initial_decoder_state, graphdef, batch=1, height=height, width=width)
+    caches, placed = jax.eval_shape(make_state, params).caches, shardings(Places.of(1, height, width).spec)
     arguments = {
         "weights": params,
         "latents": _array(1, 1, height, width, model.z_dim),
-        "cached frames": _whole(jax.eval_shape(make_state, params)),
+        "cached frames": StreamState(_array(dtype=bool), tuple(abstract_arrays(list(caches), [placed] * len(caches)))),
     }
     return AbstractProgram(decode_stream, (graphdef,), arguments)
 
