@@ -464,3 +464,14 @@ def test_a_teacher_given_as_a_file_is_known_by_its_configuration_too(tmp_path):
     config = tmp_path / "teacher/config.json"
     config.write_text(config.read_text() + "\n")
     assert fingerprints(tmp_path / "teacher" / WEIGHTS) != before
+
+
+def test_a_data_set_whose_path_is_not_utf8_is_refused_in_time(tmp_path, capsys):
+    videos = write_videos(tmp_path / "videos", "a.mp4")
+    assert main([str(videos), str(tmp_path / "\udcff"), *OPTIONS]) == 2
+    assert r"\udcff: expected a path in UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "\udcff").exists()
+    assert main([str(videos), str(tmp_path / "data"), *OPTIONS]) == 0
+    os.rename(tmp_path / "data", tmp_path / "\udcff")
+    with pytest.raises(InputError, match="expected a path in UTF-8"):
+        PreparedExamples(tmp_path / "\udcff")

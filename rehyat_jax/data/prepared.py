@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from rehyat_jax.data.array_records import start_reader
+from rehyat_jax.data.array_records import check_utf8, start_reader
 from rehyat_jax.data.manifest import MANIFEST, NULL_TEXT, BucketFiles, read_manifest
 from rehyat_jax.data.records import RANKS, CorruptRecord, describe, unpack
 from rehyat_jax.errors import InputError
@@ -52,8 +52,8 @@ class Bucket:
       latents_shape: (T, H, W, C).
 
     Raises:
-      InputError: a shard's index cannot be read, or has another number of records than the manifest; or the system
-        refuses the reader's threads.
+      InputError: a shard's index cannot be read, or has another number of records than the manifest; the folder's path
+        is not UTF-8; or the system refuses the reader's threads.
     """
 
     def __init__(self, folder: Path, files: BucketFiles, kind: str, text_shape: tuple[int, int]):
@@ -61,6 +61,7 @@ class Bucket:
         shapes = {"latents": files.latents_shape, "text": text_shape, "timestep": ()}
         self._shapes = {name: shapes[name] for name in RANKS[kind]}
         # ArrayRecord checks a 64-bit hash of every record: a flipped bit raises an error and never changes a number.
+        check_utf8(folder)
         start_reader()
         self._shards, self._ends, end = [], [], 0
         for shard in files.shards:

@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from rehyat_jax.data.array_records import start_reader
+from rehyat_jax.data.array_records import check_utf8, start_reader
 from rehyat_jax.data.manifest import (
     NULL_TEXT,
     SHARD_SUFFIX,
@@ -175,10 +175,12 @@ def prepare(
       A message for the user: the summary of the complete data set, or the number of units left to other hosts.
 
     Raises:
-      InputError: the folder has other files or cannot be written, or no input gave an example; or some inputs cannot be
-        read on this machine now, and the units of all others are done.
+      InputError: the folder has other files, cannot be written or has a path that is not UTF-8; no input gave an
+        example; or some inputs cannot be read on this machine now, and the units of all others are done.
     """
-    start_reader()  # raises here, before any work: completing the data set needs it
+    # Both raise here, before any work: completing the data set needs them.
+    check_utf8(folder)
+    start_reader()
     content = _content(plan)
     _open(folder, content)
     for place in (folder, folder / UNITS, (folder / PLAN).parent):
