@@ -77,8 +77,7 @@ def causal_convolution(
     matrix = joined_kernel(columns, dtype)
     rows = _rows(height, pitch, channels, outside, steps, matrix, 8 if is_planar else 1)
     blocks = height // rows
-    held = 2 * rows + 1
-    """Rows of a frame in VMEM: this block, the block above, and one more row above it."""
+    held = 2 * rows + 1  # rows of a frame in VMEM: this block, the block above, and one more row above it
 
     def kernel_body(inputs, outputs, scratch):
         block, step = pl.program_id(1), pl.program_id(2)
@@ -216,7 +215,7 @@ def causal_convolution(
             "lines": pltpu.VMEM((steps, held, pitch, channels), dtype),
             "staged": pltpu.VMEM((width, channels), dtype),
         },
-        parallel=0,
+        parallel=1,
         aliases={"past": "past"},
         vmem_bytes=VMEM_BYTES,
     )

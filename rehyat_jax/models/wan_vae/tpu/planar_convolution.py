@@ -106,6 +106,6 @@ def planar_convolution(
         {**inputs, "matrix": whole(matrix), "bias": whole(bias.astype(jnp.float32)[None])},
         {"y": (shape, pl.BlockSpec((None, None, rows, width, outside), lambda b, t, i: (b, t, i, 0, 0)))},
         {"lines": pltpu.VMEM((_WINDOW, rows + 2, channels, pitch), jnp.float32)},
-        parallel=0,
+        parallel=3,
         vmem_bytes=VMEM_BYTES,
     )["y"]

@@ -200,6 +200,6 @@ def _resampled(
         {"x": (x, block(block_rows, width, channels)), **around, **whole},
         {"y": (shape, block(rows * rows_out, width_out, outside))},
         {"lines": pltpu.VMEM((block_rows + 2, pitch, channels), x.dtype)},
-        parallel=0,
+        parallel=3,
         vmem_bytes=VMEM_BYTES,
     )["y"]
