@@ -56,7 +56,7 @@ def decoder_bytes(
     latent_shape: tuple[int, int, int, int],
     *,
     videos: int,
-    dtype: str = "float32",
+    dtype: jnp.dtype,
     devices: int = 1,
 ) -> int:
     """Bytes on each device while the VAE decodes a latent frame of every video.
@@ -66,16 +66,16 @@ def decoder_bytes(
     """
     _, height, width, _ = latent_shape
     places = videos * height * width
-    itemsize = jnp.dtype(dtype).itemsize
-    largest = 2 * itemsize * places * config.time_factor * config.space_factor**2 * config.base_dim * config.dim_mult[0]
-    return module_bytes(config) + (places * itemsize * _remembered(config) + largest) // devices
+    pixels = places * config.time_factor * config.space_factor**2
+    largest = 2 * dtype.itemsize * pixels * config.base_dim * config.dim_mult[0]
+    return module_bytes(config) + (places * _remembered_bytes(config, dtype) + largest) // devices
 
 
 @functools.cache
-def _remembered(config: WanVaeConfig) -> int:
-    """Numbers that the decoder's convolutions remember for each place of a latent frame."""
-    graphdef, state = nnx.split(abstract_module(config))
-    side = 8  # whatever it is, a place has as many
+def _remembered_bytes(config: WanVaeConfig, dtype: jnp.dtype) -> int:
+    """Bytes that the decoder's convolutions remember for each place of a latent frame."""
+    graphdef, state = nnx.split(abstract_module(config, dtype=dtype))
+    side = 64  # more devices than that would pad frames
     begin = lambda params: initial_decoder_state(graphdef, params, 1, side, side)
     remembered = jax.tree.leaves(jax.eval_shape(begin, nnx.to_pure_dict(state)))
-    return sum(leaf.size for leaf in remembered if leaf.ndim > 1) // side**2
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in remembered if leaf.ndim > 1) // side**2

@@ -157,14 +157,14 @@ class Pipeline:
         names = ("negative_prompt", "steps", "guidance_scale", "flow_shift", "sampler", "frames", "height", "width")
         streamed = {"stream": True, "longest": options.longest} if options.stream else {}
         models = {} if self._models is None else {"models": self._models.name, "revision": self._models.revision}
-        rounded = {} if self._vae is None or options.vae_dtype == "float32" else {"vae_dtype": options.vae_dtype}
+        vae = {} if self._vae is None or options.vae_dtype == "float32" else {"vae_dtype": options.vae_dtype}
         return {
             "program": f"rehyat_jax {importlib.metadata.version('rehyat_jax')}",
             "transformer": str(self._checkpoint),
             **models,
             **{"codec": self.codec_name, "text_encoder": self.text_encoder_name},
             **{name: getattr(options, name) for name in names},
-            **{"dtype": options.dtype, "fps": self.fps, **rounded, **streamed},
+            **{"dtype": options.dtype, "fps": self.fps, **vae, **streamed},
         }
 
     # ------------------------------------------------------------------------------------------------------- the parts
@@ -361,7 +361,7 @@ class Pipeline:
         if self.found_encoder is not None:
             needs["text encoder"] = text_encoder_bytes(self.found_encoder.model.config) // devices
         if self._vae is not None:
-            vae, dtype = self._vae[1].config, options.vae_dtype or default_dtype()
+            vae, dtype = self._vae[1].config, jnp.dtype(options.vae_dtype)
             needs["VAE"] = decoder_bytes(vae, shape, videos=options.batch, dtype=dtype, devices=devices)
         return needs
 
@@ -388,6 +388,8 @@ class Pipeline:
             with contextlib.suppress(InputError):
                 check_streams(config)
                 changes += [("--stream", {"stream": True}, devices)] * (not options.stream)
+        if part == "VAE" and options.vae_dtype != "bfloat16":
+            changes += [("--vae-dtype bfloat16", {"vae_dtype": "bfloat16"}, devices)]
         others = jax.device_count()
         changes += [(f"a mesh of {others} devices", {}, others)] * (others > devices)
         batch = options.batch

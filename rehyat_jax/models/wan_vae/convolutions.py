@@ -81,14 +81,17 @@ def convolve(
 
 
 def first_caches(x: jax.Array, places: Places) -> jax.Array:
-    """The zeros that a clip's first `causal_step` sees as its past."""
+    """The zeros that a clip's first `causal_step` sees as its past, [B, 2, H, W, C].
+
+    A kernel's past has more channels: a multiple of 128. The last ones are never read.
+    """
     channels = x.shape[-1]
     if places.use_kernels(x.dtype):
         # imported where they are used, as all kernels are
         from rehyat_jax.models.wan_vae.tpu.causal_convolution import padded
-        from rehyat_jax.models.wan_vae.tpu.planar_convolution import is_planar
+        from rehyat_jax.models.wan_vae.tpu.planar_convolution import takes_planes
 
-        channels = channels if is_planar(channels) else padded(channels)
+        channels = channels if takes_planes(channels) else padded(channels)
     return jnp.zeros((x.shape[0], WINDOW - 1, *x.shape[2:4], channels), x.dtype)
 
 
@@ -137,14 +140,14 @@ def causal_step(
 
     def by_kernel(pixels: Any, others: Any) -> tuple[jax.Array, jax.Array]:
         from rehyat_jax.models.wan_vae.tpu.causal_convolution import causal_convolution
-        from rehyat_jax.models.wan_vae.tpu.planar_convolution import is_planar, planar_convolution
+        from rehyat_jax.models.wan_vae.tpu.planar_convolution import planar_convolution, takes_planes
 
         (x, past, residual), (kernel, bias, norm_scale, shortcut, only_last) = pixels, others
         rows = lambda at: jnp.concatenate(
             [past[:, :, at, :, :channels], seen(x[:, :, at], norm_scale, only_last)], axis=1
         )
         above, below = places.rows_around(rows(slice(0, 1)), rows(slice(-1, None)))
-        if is_planar(channels):
+        if takes_planes(channels):
             window = rows(slice(None))
             y = planar_convolution(window, kernel, bias, above=above, below=below)
             return y if residual is None else y + shortened(residual, shortcut), window[:, 1 - WINDOW :]
@@ -202,7 +205,7 @@ def halved(x: jax.Array, kernel: jax.Array, bias: jax.Array, places: Places) -> 
 
 
 def _choose(by_xla: Callable, by_kernel: Callable, pixels: Any, others: Any, places: Places) -> Any:
-    """by_xla(pixels, others); or by_kernel, on each device, with the derivatives of by_xla."""
+    """by_xla(pixels, others), or by_kernel on each device. Differentiation runs by_xla."""
     if not places.use_kernels(jax.tree.leaves(pixels)[0].dtype):
         return by_xla(pixels, others)
     fast = jax.custom_jvp(lambda pixels, others: places.on_devices(by_kernel, pixels, others))

@@ -92,7 +92,7 @@ class Places:
         return self.has_kernels and dtype == jnp.bfloat16
 
     def on_devices(self, kernel: Callable, pixels: Any, others: Any) -> Any:
-        """kernel(pixels, others) on each device. It calls `rows_around` for the rows of other devices.
+        """kernel(pixels, others) on each device. The kernel calls `rows_around` for the rows of other devices.
 
         Args:
           pixels: tree of arrays [B, T, H, W, C], as are the results; every device has its part.

@@ -33,7 +33,8 @@ class StreamState(NamedTuple):
 
     Attributes:
       first: bool [], true before the first step of a clip.
-      caches: the last input frames of every convolution in time, [B, 2 or 1, H, W, C] in the compute dtype.
+      caches: the last input frames of every convolution in time, [B, 2 or 1, H, W, C] in the compute dtype. Those of
+        TPU kernels have more channels, which are not read (see `convolutions.first_caches`).
     """
 
     first: jax.Array

@@ -11,6 +11,8 @@ So HBM is read and written once. The product of one row joins the channels of 9 
 The compiler runs it at the same time as the norm of a row of the next block.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -21,6 +23,7 @@ from rehyat_jax.attention.tpu.kernel_call import call_kernel, scalars
 from rehyat_jax.models.wan_vae.tpu.rows import (
     SUBLANES,
     VMEM_BYTES,
+    checked,
     from_left,
     from_right,
     group,
@@ -53,8 +56,8 @@ def causal_convolution(
 
     Args:
       x: bfloat16 [B, T, H, W, C].
-      past: the last two frames that the convolution saw, after norm and SiLU, bfloat16 [B, 2, H, W, `padded`(C)]. Its
-        memory becomes that of the result.
+      past: the last two frames that the convolution saw, after norm and SiLU, bfloat16 [B, 2, H, W, `padded`(C)]. The
+        channels from C on are never read, and may be NaN. Its memory becomes that of the result.
       kernel: [3, 3, 3, C, N]; `bias`: [N].
       norm_scale: scale of the RMS norm before SiLU, [C]; None for neither.
       residual: bfloat16 [B, T, H, W, M], or None.
@@ -64,18 +67,21 @@ def causal_convolution(
 
     Returns:
       (bfloat16 [B, T, H, W, N], bfloat16 like `past`).
+
+    Raises:
+      InputError: a row of the frames does not fit into VMEM.
     """
     batch, frames, height, width, channels = x.shape
     outside, dtype, steps = kernel.shape[-1], x.dtype, PAST + frames
-    # Few output channels leave most lanes empty: they become rows of registers, and the columns of a frame lanes.
-    is_planar = _SHIFTS * outside <= SUBLANES and residual is None
-    pitch = round_up(width, LANES if is_planar else SUBLANES)
     if shortcut is not None:
         bias = bias + shortcut[1]
     # One group for each column of the kernel. Rows of each: frames, rows, channels.
     columns = [kernel[:, :, column].reshape(-1, outside) for column in range(_SHIFTS)]
     matrix = joined_kernel(columns, dtype)
-    rows = _rows(height, pitch, channels, outside, steps, matrix, 8 if is_planar else 1)
+    sizes = _Sizes(height, width, channels, outside, 0 if residual is None else residual.shape[-1], steps, matrix.shape)
+    # Few output channels leave most lanes empty. They become rows of registers, and the columns of a frame lanes.
+    has_planes = _SHIFTS * outside <= SUBLANES and residual is None and sizes.rows(in_planes=True) is not None
+    rows, pitch = checked(sizes.rows(has_planes), width), sizes.pitch(has_planes)
     blocks = height // rows
     held = 2 * rows + 1  # rows of a frame in VMEM: this block, the block above, and one more row above it
 
@@ -125,7 +131,7 @@ def causal_convolution(
             """Row `row` of the outputs of the block above."""
             first = (block - 1) * rows + row - 1 + held  # positive
             pieces = [lines[step - PAST + t, (first + y) % held] for t in range(3) for y in range(3)]
-            if is_planar:
+            if has_planes:
                 planes = convolve_planes(joined(pieces, dtype))
                 for channel in range(outside):
                     outputs["y"][channel, pl.ds(row, 1)] = planes[channel : channel + 1, :width]
@@ -168,7 +174,8 @@ def causal_convolution(
             jax.lax.fori_loop(0, rows, convolve_and_norm, None)
 
     frame = lambda step: jnp.maximum(step - PAST, 0)
-    # Blocks that a step does not use are those of a step before or after: nothing is moved for them.
+    # A step that does not use a block keeps the last one, so that nothing is moved for it.
+    until_below = lambda block, index, last: jnp.where(block < blocks, index, last)
     above_block = lambda block: jnp.maximum(block - 1, 0)
     here = lambda block: jnp.minimum(block, blocks - 1)
 
@@ -178,14 +185,14 @@ def causal_convolution(
     output_frame = lambda i, s: jnp.where(i > 0, frame(s), 0)
     output = spec(outside, output_frame, above_block)
     y = jax.ShapeDtypeStruct((*x.shape[:-1], outside), dtype), output
-    if is_planar:
+    if has_planes:
         place = lambda b, i, s: (b, output_frame(i, s), 0, above_block(i), 0)
         y = (
             jax.ShapeDtypeStruct((batch, frames, outside, height, width), jnp.float32),
             pl.BlockSpec((None, None, outside, rows, width), place),
         )
         matrix, bias = matrix[:, : round_up(_SHIFTS * outside, 8)].T, bias[None].T
-    edge = pl.BlockSpec((None, None, 1, width, channels), lambda b, i, s: (b, s, 0, 0, 0))
+    edge = lambda step: pl.BlockSpec((None, None, 1, width, channels), lambda b, i, s: (b, step(i, s), 0, 0, 0))
     whole = lambda array: (array, pl.BlockSpec(array.shape, lambda b, i, s: (0, 0)))
     width_held = past.shape[-1]
     results = call_kernel(
@@ -194,21 +201,21 @@ def causal_convolution(
         (batch, blocks + 1, steps),
         {
             "only_last": scalars(only_last.astype(jnp.int32).reshape(1)),
-            "past": (past, spec(width_held, lambda i, s: jnp.minimum(s, PAST - 1), here)),
-            "x": (x, spec(channels, lambda i, s: frame(s), here)),
+            "past": (past, spec(width_held, lambda i, s: until_below(i, jnp.minimum(s, PAST - 1), PAST - 1), here)),
+            "x": (x, spec(channels, lambda i, s: until_below(i, frame(s), frames - 1), here)),
             "matrix": whole(matrix),
-            "bias": whole((bias if is_planar else bias[None]).astype(jnp.float32)),
+            "bias": whole((bias if has_planes else bias[None]).astype(jnp.float32)),
             "half_scale": None if norm_scale is None else whole((0.5 * channels**0.5 * norm_scale)[None]),
             "residual": None if residual is None else (residual, spec(residual.shape[-1], output_frame, above_block)),
             "shortcut": None if shortcut is None else whole(shortcut[0].astype(dtype)),
-            "above": None if above is None else (above, edge),
-            "below": None if below is None else (below, edge),
+            "above": None if above is None else (above, edge(lambda i, s: jnp.where(i == 0, s, steps - 1))),
+            "below": None if below is None else (below, edge(lambda i, s: until_below(i, 0, s))),
         },
         {
             "y": y,
             "past": (
                 jax.ShapeDtypeStruct(past.shape, past.dtype),
-                spec(width_held, lambda i, s: jnp.where(i < blocks, jnp.maximum(s - frames, 0), PAST - 1), here),
+                spec(width_held, lambda i, s: until_below(i, jnp.maximum(s - frames, 0), PAST - 1), here),
             ),
         },
         {
@@ -219,7 +226,7 @@ def causal_convolution(
         aliases={"past": "past"},
         vmem_bytes=VMEM_BYTES,
     )
-    y = jnp.moveaxis(results["y"], 2, -1).astype(dtype) if is_planar else results["y"]
+    y = jnp.moveaxis(results["y"], 2, -1).astype(dtype) if has_planes else results["y"]
     return y, results["past"]
 
 
@@ -228,11 +235,35 @@ def padded(channels: int) -> int:
     return round_up(channels, LANES)
 
 
-def _rows(height: int, pitch: int, channels: int, outside: int, steps: int, matrix: jax.Array, unit: int) -> int:
-    """The rows of a block."""
-    row = lambda channels: 2 * pitch * padded(channels)
-    # Everything that moves is held twice: x, past and its successor; the residual and the output.
-    of_row = 2 * steps * row(channels) + 2 * (3 * row(channels) + 2 * row(outside))
-    inside, columns = matrix.shape
-    besides = steps * row(channels) + 4 * inside * columns + pitch * (2 * inside + 2 * 4 * columns)
-    return rows_of_block(height, of_row, besides, unit)
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """The sizes of a call: height, width and channels of the frames, of outputs and residuals; frames; the matrix."""
+
+    height: int
+    width: int
+    channels: int
+    outside: int
+    added: int
+    steps: int
+    matrix: tuple[int, int]
+
+    def pitch(self, in_planes: bool) -> int:
+        """Columns of a row in VMEM, with zeros."""
+        return round_up(self.width, LANES if in_planes else SUBLANES)
+
+    def rows(self, in_planes: bool) -> int | None:
+        """The rows of a block; None if not one fits into VMEM.
+
+        Args:
+          in_planes: outputs are planes of rows and columns, whose blocks need a multiple of 8 rows.
+        """
+        pitch, (inside, columns) = self.pitch(in_planes), self.matrix
+        row = lambda channels: 2 * pitch * padded(channels)
+        line, joined_row = row(self.channels), 2 * pitch * inside
+        product, output = 4 * pitch * columns, row(self.outside)
+        if in_planes:
+            product, output = 4 * pitch * SUBLANES, 4 * pitch * self.outside
+        # All that moves is held twice: x, past and its successor; the residual and the output.
+        of_row = 2 * self.steps * line + 2 * (3 * line + row(self.added) + output)
+        fixed = (self.steps + 1) * line + 2 * 2 * inside * columns + joined_row + 2 * product
+        return rows_of_block(self.height, of_row, fixed, 8 if in_planes else 1)

@@ -12,17 +12,23 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.tpu.blocks import LANES
 from rehyat_jax.attention.tpu.kernel_call import call_kernel
-from rehyat_jax.models.wan_vae.tpu.rows import SUBLANES, VMEM_BYTES, from_left, from_right, round_up, rows_of_block
+from rehyat_jax.models.wan_vae.tpu.rows import (
+    SUBLANES,
+    VMEM_BYTES,
+    checked,
+    from_left,
+    from_right,
+    round_up,
+    rows_of_block,
+)
 
 TAPS = 27
 
 _WINDOW = 3  # frames, and rows, of the kernel
-
-
 _UNROLLED = 5  # rows that the compiler interleaves
 
 
-def is_planar(channels: int) -> bool:
+def takes_planes(channels: int) -> bool:
     """True if this kernel takes frames with so few channels."""
     return TAPS * channels <= LANES
 
@@ -44,6 +50,9 @@ def planar_convolution(
 
     Returns:
       bfloat16 [B, T, H, W, N].
+
+    Raises:
+      InputError: a row does not fit into VMEM.
     """
     batch, frames, height, width, channels = window.shape
     frames, outside, dtype = frames - _WINDOW + 1, kernel.shape[-1], window.dtype
@@ -53,7 +62,7 @@ def planar_convolution(
     matrix = jnp.pad(matrix, ((0, taps - TAPS * channels), (0, 0))).astype(dtype)
     planes = lambda x: jnp.moveaxis(x, -1, -2).astype(jnp.float32)
     row_bytes = 2 * width * round_up(outside, LANES) + 4 * (2 * _WINDOW + 1) * SUBLANES * pitch
-    rows = rows_of_block(height, 2 * row_bytes, 16 * taps * pitch)
+    rows = checked(rows_of_block(height, 2 * row_bytes, 16 * taps * pitch), width)
     blocks = height // rows
 
     def kernel_body(inputs, outputs, scratch):
@@ -81,7 +90,7 @@ def planar_convolution(
             y = jax.lax.dot_general(seen, inputs["matrix"][...], contract, preferred_element_type=jnp.float32)
             outputs["y"][row] = (y[:width] + inputs["bias"][...]).astype(dtype)
 
-        # A row by itself waits for its own results.
+        # Interleaved rows hide the latency of each other's operations.
         jax.lax.fori_loop(0, rows, convolve, None, unroll=_UNROLLED)
 
     def rows_spec(count, frame, place):

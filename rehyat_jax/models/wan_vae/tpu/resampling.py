@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from rehyat_jax.attention.tpu.blocks import LANES
 from rehyat_jax.attention.tpu.kernel_call import call_kernel
 from rehyat_jax.models.wan_vae.tpu.rows import (
     SUBLANES,
     VMEM_BYTES,
+    checked,
     from_left,
     from_right,
     group,
@@ -43,6 +45,9 @@ def doubled_convolution(
 
     Returns:
       bfloat16 [B, T, 2H, 2W, N].
+
+    Raises:
+      InputError: a row does not fit into VMEM.
     """
     width, outside = x.shape[3], kernel.shape[-1]
     # Taps that see the first and the second of two neighbouring pixels, for an upper (left) and a lower (right) result.
@@ -92,6 +97,9 @@ def halved_convolution(
 
     Returns:
       bfloat16 [B, T, H / 2, W / 2, N].
+
+    Raises:
+      InputError: two rows do not fit into VMEM.
     """
     width, outside = x.shape[3], kernel.shape[-1]
     rows = lambda column: kernel[:, column].reshape(-1, outside)
@@ -154,14 +162,11 @@ def _resampled(
     batch, frames, height, width, channels = x.shape
     rows_out, width_out, outside = shape_out
     pitch = round_up(width, unit)
-    row = lambda width, channels: 2 * width * round_up(channels, 128)
+    row = lambda width, channels: 2 * width * round_up(channels, LANES)
     moved = 2 * (rows_in * row(width, channels) + rows_out * row(width_out, outside))
     inside, columns = max((matrix.shape for matrix in named.values()), key=lambda shape: shape[0] * shape[1])
-    rows = rows_of_block(
-        height // rows_in,
-        rows_in * row(pitch, channels) + moved,
-        6 * row(pitch, channels) + 8 * inside * columns + pitch * (2 * inside + 2 * 4 * columns),
-    )
+    fixed = 6 * row(pitch, channels) + 8 * inside * columns + pitch * (2 * inside + 2 * 4 * columns)
+    rows = checked(rows_of_block(height // rows_in, rows_in * row(pitch, channels) + moved, fixed), width)
     blocks, block_rows = height // rows_in // rows, rows * rows_in
 
     def kernel_body(inputs, outputs, scratch):

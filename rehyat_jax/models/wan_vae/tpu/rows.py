@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.tpu.blocks import LANES
+from rehyat_jax.errors import InputError
 
 SUBLANES = 16
 """Rows of a register of bfloat16."""
 
 VMEM_BYTES = 56 * 2**20
-"""Limit of all that a kernel holds. The generation with the least VMEM, TPU7x, has 64 MiB."""
+"""Limit of all that a kernel holds. v5p and TPU7x have 64 MiB, v5e and v6e twice as much. Earlier TPUs have less."""
 
 _MOST_ROWS = 10
 
@@ -26,17 +27,28 @@ def round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def rows_of_block(height: int, bytes_of_row: int, bytes_besides: int, unit: int = 1) -> int:
-    """The most rows that divide `height` and fit into VMEM, at least the fewest that divide it.
+def rows_of_block(height: int, bytes_of_row: int, fixed_bytes: int, unit: int = 1) -> int | None:
+    """The most rows that divide `height` and fit into VMEM; None if none do.
 
     Args:
-      bytes_of_row: what one row more takes.
-      bytes_besides: what a block without rows takes.
+      bytes_of_row: VMEM for each row of a block.
+      fixed_bytes: VMEM for everything else.
       unit: a block has a multiple of this number of rows, or all.
     """
     divisors = [rows for rows in range(1, height + 1) if height % rows == 0 and (rows % unit == 0 or rows == height)]
-    fits = lambda rows: rows <= _MOST_ROWS and rows * bytes_of_row + bytes_besides <= VMEM_BYTES
-    return max(filter(fits, divisors), default=divisors[0])
+    fits = lambda rows: rows * bytes_of_row + fixed_bytes <= VMEM_BYTES
+    few = [rows for rows in divisors if rows <= _MOST_ROWS] or divisors[:1]
+    return max(filter(fits, few), default=None)
+
+
+def checked(rows: int | None, width: int) -> int:
+    """`rows_of_block` if a row fits. Raises InputError otherwise."""
+    if rows is None:
+        raise InputError(
+            f"bfloat16 frames of {width} columns: a row is too large for the VMEM of a TPU; code frames in tiles "
+            f"(tile=256), or compute in float32 (--vae-dtype float32)"
+        )
+    return rows
 
 
 def joined(pieces: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
