@@ -354,7 +354,11 @@ def test_a_path_that_does_not_exist_is_explained(name):
             r"--batch 4 --frames 41 --height 128 --width 128: needs .* free; each of these alone would fit: --dtype "
             r"bfloat16, a mesh of 8 devices, --batch 2, --frames 21, --size 64x64",
         ),
-        ("VAE", r"--width 128: the VAE: needs .* would fit: a mesh of 8 devices, --batch 2, --size 64x64"),
+        (
+            "VAE",
+            r"--width 128: the VAE: needs .* would fit: --vae-dtype bfloat16, a mesh of 8 devices, --batch 2, "
+            r"--size 64x64",
+        ),
         ("text encoder", r"--width 128: the text encoder: needs .* would fit: a mesh of 8 devices$"),
     ],
 )
@@ -362,7 +366,7 @@ def test_too_much_is_refused_before_loading_with_what_would_fit(theirs, monkeypa
     monkeypatch.setattr(pipelines, "load_module", None)
     large, needs = options(frames=41, height=128, width=128, batch=4), Pipeline._needs
     ours = Pipeline.from_pretrained(theirs[1], large)
-    needed = ours._needs(large, ours.latent_shape, 1)
+    needed = ours._needs(ours.options, ours.latent_shape, 1)
     assert set(needed) == {"transformer", "text encoder", "VAE"}
     # As on an accelerator of which every device has a little less memory than the part needs.
     free = needed[part] - 1

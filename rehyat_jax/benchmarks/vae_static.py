@@ -42,12 +42,12 @@ def stream_step(method: str, height: int, width: int, steps: int = 1, config: di
     params = nnx.to_pure_dict(state)
     if method == "encode":
         shape = (1, sizes.time_factor * steps, height, width, PIXEL_CHANNELS)
-        stream, initial, places = encode_stream, initial_encoder_state, (height, width)
+        stream, initial, sides = encode_stream, initial_encoder_state, (height, width)
     else:
-        places = (height // sizes.space_factor, width // sizes.space_factor)
-        shape = (1, steps, *places, sizes.z_dim)
+        sides = (height // sizes.space_factor, width // sizes.space_factor)
+        shape = (1, steps, *sides, sizes.z_dim)
         stream, initial = decode_stream, initial_decoder_state
-    caches = jax.eval_shape(lambda params: initial(graphdef, params, 1, *places), params)
+    caches = jax.eval_shape(lambda params: initial(graphdef, params, 1, *sides), params)
     step = jax.jit(lambda *arguments: stream(graphdef, *arguments), donate_argnums=2)
     return step, (params, jax.ShapeDtypeStruct(shape, jnp.float32), caches)
 

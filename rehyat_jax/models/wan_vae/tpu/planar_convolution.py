@@ -16,6 +16,7 @@ from rehyat_jax.models.wan_vae.tpu.rows import (
     SUBLANES,
     VMEM_BYTES,
     checked,
+    edge_row,
     from_left,
     from_right,
     round_up,
@@ -68,17 +69,12 @@ def planar_convolution(
     def kernel_body(inputs, outputs, scratch):
         block, lines = pl.program_id(2), scratch["lines"]
 
-        def edge(name, frame, at_edge):
-            values = inputs[f"{name}_{frame}"][0]
-            halo = inputs.get(f"{name}_frame_{frame}")
-            return jnp.where(at_edge, jnp.zeros_like(values) if halo is None else halo[0], values)
-
         if pitch > width:
             lines[...] = jnp.zeros(lines.shape, lines.dtype)
         for frame in range(_WINDOW):
-            lines[frame, 0, :, :width] = edge("above", frame, block == 0)
+            lines[frame, 0, :, :width] = edge_row(inputs, f"above_{frame}", block == 0)
             lines[frame, 1 : rows + 1, :, :width] = inputs[f"block_{frame}"][...]
-            lines[frame, rows + 1, :, :width] = edge("below", frame, block == blocks - 1)
+            lines[frame, rows + 1, :, :width] = edge_row(inputs, f"below_{frame}", block == blocks - 1)
 
         def convolve(row, _):
             middle = jnp.concatenate([lines[frame, row + y] for frame in range(_WINDOW) for y in range(_WINDOW)])
@@ -103,9 +99,9 @@ def planar_convolution(
         inputs[f"block_{frame}"] = arrays, rows_spec(rows, frame, lambda i: i)
         inputs[f"above_{frame}"] = arrays, rows_spec(1, frame, first)
         inputs[f"below_{frame}"] = arrays, rows_spec(1, frame, last)
-        for name, halo in (("above", above), ("below", below)):
-            if halo is not None:
-                inputs[f"{name}_frame_{frame}"] = planes(halo), rows_spec(1, frame, lambda i: 0)
+        for name, row in (("above", above), ("below", below)):
+            if row is not None:
+                inputs[f"{name}_{frame}_frame"] = planes(row), rows_spec(1, frame, lambda i: 0)
     whole = lambda array: (array, pl.BlockSpec(array.shape, lambda b, t, i: (0, 0)))
     shape = jax.ShapeDtypeStruct((batch, frames, height, width, outside), dtype)
     return call_kernel(

@@ -18,6 +18,7 @@ from rehyat_jax.models.wan_vae.tpu.rows import (
     SUBLANES,
     VMEM_BYTES,
     checked,
+    edge_row,
     from_left,
     from_right,
     group,
@@ -172,15 +173,11 @@ def _resampled(
     def kernel_body(inputs, outputs, scratch):
         block, lines = pl.program_id(2), scratch["lines"]
 
-        def edge(name, at_edge, halo):
-            values = inputs[name][0]
-            return jnp.where(at_edge, jnp.zeros_like(values) if halo is None else inputs[f"{name}_frame"][0], values)
-
         if pitch > width:
             lines[...] = jnp.zeros(lines.shape, lines.dtype)
-        lines[0, :width] = edge("above", block == 0, above)
+        lines[0, :width] = edge_row(inputs, "above", block == 0)
         lines[1 : block_rows + 1, :width] = inputs["x"][...]
-        lines[block_rows + 1, :width] = edge("below", block == blocks - 1, below)
+        lines[block_rows + 1, :width] = edge_row(inputs, "below", block == blocks - 1)
         # Unrolling lets the compiler interleave two rows.
         jax.lax.fori_loop(0, rows, lambda row, _: convolve(lines, row, outputs, inputs), None, unroll=2)
 

@@ -6,6 +6,8 @@ of all columns of the convolution's kernel, joined along the lanes of the result
 column.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -49,6 +51,12 @@ def checked(rows: int | None, width: int) -> int:
             f"(tile=256), or compute in float32 (--vae-dtype float32)"
         )
     return rows
+
+
+def edge_row(inputs: dict[str, Any], name: str, is_edge: jax.Array) -> jax.Array:
+    """The row `name` of another block; at the edge of a device's frame the row `name`_frame, zeros if there is none."""
+    values, beyond = inputs[name][0], inputs.get(f"{name}_frame")
+    return jnp.where(is_edge, jnp.zeros_like(values) if beyond is None else beyond[0], values)
 
 
 def joined(pieces: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
