@@ -1,6 +1,6 @@
 """The call of a TPU kernel with named operands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.tpu.blocks import HeadBlocks
 
-Operands = dict[str, tuple[Any, Any]]
+Operands = Mapping[str, tuple[Any, Any] | None]
 
 
 def call_kernel(

@@ -60,7 +60,7 @@ def convolve(
         last = x.shape[1] - kernel.shape[0]
         seen = [x[:, tap : tap + last + 1 : time_stride] for tap in range(kernel.shape[0])]
         product = functools.partial(jnp.einsum, "...c,cn->...n", preferred_element_type=jnp.float32)
-        return sum(map(product, seen, kernel[:, 0, 0])).astype(x.dtype) + bias
+        return functools.reduce(jnp.add, map(product, seen, kernel[:, 0, 0])).astype(x.dtype) + bias
     if kernel.shape[0] == 1:  # frames take the place of a batch
         y = jax.lax.conv_general_dilated(
             x.reshape(-1, *x.shape[2:]),

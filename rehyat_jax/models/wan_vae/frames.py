@@ -135,7 +135,7 @@ class Stream:
     ) -> jax.Array:
         x = self.places.without_padding(x.astype(convolution.dtype))
         past = first_caches(x, self.places) if self._caches is None else next(self._caches)
-        kernel, bias = _parameters(convolution)
+        kernel, bias = convolution.kernel[...], convolution.bias[...]
         y, after = causal_step(
             x, past, kernel, bias, _scale(norm), residual, _parameters(shortcut), self._first, self.places
         )

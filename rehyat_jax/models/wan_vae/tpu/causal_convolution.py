@@ -226,8 +226,8 @@ def causal_convolution(
         aliases={"past": "past"},
         vmem_bytes=VMEM_BYTES,
     )
-    y = jnp.moveaxis(results["y"], 2, -1).astype(dtype) if has_planes else results["y"]
-    return y, results["past"]
+    found = jnp.moveaxis(results["y"], 2, -1).astype(dtype) if has_planes else results["y"]
+    return found, results["past"]
 
 
 def padded(channels: int) -> int:
@@ -245,7 +245,7 @@ class _Sizes:
     outside: int
     added: int
     steps: int
-    matrix: tuple[int, int]
+    matrix: tuple[int, ...]
 
     def pitch(self, in_planes: bool) -> int:
         """Columns of a row in VMEM, with zeros."""
