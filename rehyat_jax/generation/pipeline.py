@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline_folder import check_pipeline, find_part, scheduler_shift
 from rehyat_jax.generation.streaming import PART_CHUNKS, stream_latents
 from rehyat_jax.generation.text_encoders import TextEncoder
-from rehyat_jax.generation.umt5 import MAX_TOKENS, FoundTextEncoder, find_text_encoder
+from rehyat_jax.generation.umt5 import MAX_TOKENS, FoundTextEncoder, find_text_encoder, sharding_mesh
 from rehyat_jax.generation.wan_codec import default_dtype, load_wan_codec
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.models.wan.streaming import check_streams
@@ -434,13 +433,9 @@ class Pipeline:
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
     def _text_mesh(self) -> Mesh | None:
-        """The devices of the mesh, with as many shards of the text encoder as its sizes allow."""
         if self._mesh is None or self.found_encoder is None:
             return None
-        config = self.found_encoder.model.config
-        shards = math.gcd(self._mesh.size, config.model_dim, config.width, config.ffn_dim)
-        sizes = {"data": self._mesh.size // shards, "fsdp": shards, "context": 1, "tensor": 1}
-        return make_mesh(sizes, list(self._mesh.devices.flat))
+        return sharding_mesh(self.found_encoder.model.config, list(self._mesh.devices.flat))
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import shown
 from rehyat_jax.generation.tokenizer import FILES, MAX_TOKENS, Tokenizer, find_tokenizer, places
 from rehyat_jax.models.umt5.config import UMT5Config
 from rehyat_jax.models.umt5.modeling import UMT5Encoder, apply_encoder
-from rehyat_jax.parallel.mesh import BATCH, axis_size
+from rehyat_jax.parallel.mesh import AXES, BATCH, axis_size, make_mesh
 from rehyat_jax.weights.load import load_module
 from rehyat_jax.weights.models import TEXT_ENCODERS
 from rehyat_jax.weights.streamed import StreamedModel
@@ -45,6 +46,12 @@ def load_text_encoder(path: str | Path, *, dtype: jnp.dtype = jnp.bfloat16) -> "
         the mesh does not divide a parameter.
     """
     return find_text_encoder(path).load(dtype)
+
+
+def sharding_mesh(config: UMT5Config, devices: Sequence[jax.Device]) -> Mesh:
+    """All of these devices; as many of them as umT5's sizes allow shard its weights, and the rest has copies."""
+    shards = math.gcd(len(devices), config.model_dim, config.width, config.ffn_dim)
+    return make_mesh({**dict.fromkeys(AXES, 1), "fsdp": shards, "data": len(devices) // shards}, list(devices))
 
 
 def find_text_encoder(path: str | Path) -> "FoundTextEncoder":

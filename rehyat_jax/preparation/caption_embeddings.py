@@ -27,9 +27,8 @@ from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.generation.opening import get_text_encoder, given_models
 from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.generation.tokenizer import MAX_TOKENS
-from rehyat_jax.generation.umt5 import find_text_encoder
+from rehyat_jax.generation.umt5 import find_text_encoder, sharding_mesh
 from rehyat_jax.parallel.memory import check_device_memory, device_bytes
-from rehyat_jax.parallel.mesh import AXES, make_mesh
 from rehyat_jax.preparation.clips import Rejected
 from rehyat_jax.preparation.units import TEXT, NotNow
 from rehyat_jax.weights.load import checkpoint_files
@@ -99,11 +98,9 @@ class ShardedEncoder:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[TextEncoder]:
-        devices = jax.local_devices()
-        shards = math.gcd(len(devices), self._found.model.config.model_dim)
-        self._check_memory(shards, len(devices))
-        sizes = {**dict.fromkeys(AXES, 1), "fsdp": shards, "data": len(devices) // shards}
-        with jax.set_mesh(make_mesh(sizes, devices)), warnings.catch_warnings():
+        mesh = sharding_mesh(self._found.model.config, jax.local_devices())
+        self._check_memory(mesh.shape["fsdp"], mesh.size)
+        with jax.set_mesh(mesh), warnings.catch_warnings():
             # The summary of the data set has every caption that was cut.
             warnings.filterwarnings("ignore", message="prompt .* only the first", category=UserWarning)
             yield self._found.load().for_prompts()
