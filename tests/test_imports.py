@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 LOADED = """
-import sys, rehyat_jax, rehyat_jax.train
+import sys, rehyat_jax
+print("orbax" in sys.modules)
+import rehyat_jax.train
 ours = tuple("rehyat_jax.attention." + name for name in ("tpu", "hybrid.tpu", "hybrid.gpu", "softmax.splash"))
 print([name for name in sys.modules if name.startswith((*ours, "jax.experimental.pallas"))])
 """
 
 
-def test_kernels_are_imported_where_they_are_used():
-    assert subprocess.check_output([sys.executable, "-c", LOADED], text=True).strip() == "[]"
+def test_kernels_and_orbax_are_imported_where_they_are_used():
+    assert subprocess.check_output([sys.executable, "-c", LOADED], text=True) == "False\n[]\n"

@@ -1,10 +1,9 @@
-"""What ArrayRecord's library does not check itself: that its reader's threads can start, and that paths are UTF-8."""
+"""Starts the threads of ArrayRecord's reader, which waits for ever where the system refuses it some of them."""
 
 import contextlib
 import functools
 import os
 import threading
-from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader
 
@@ -14,14 +13,6 @@ THREADS = 80
 """Number of threads to try; the reader starts 64, no matter how many records it reads."""
 
 _STARTING = threading.Lock()
-
-
-def check_utf8(folder: Path) -> None:
-    """Raises InputError if the path of a folder with ArrayRecord files is not UTF-8, which its library needs."""
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{folder}: expected a path in UTF-8, found other bytes; choose another folder") from None
 
 
 def start_reader() -> None:

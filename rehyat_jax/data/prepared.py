@@ -8,11 +8,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from rehyat_jax.data.array_records import check_utf8, start_reader
+from rehyat_jax.data.array_records import start_reader
 from rehyat_jax.data.manifest import MANIFEST, NULL_TEXT, BucketFiles, read_manifest
 from rehyat_jax.data.records import RANKS, CorruptRecord, describe, unpack
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.regular import SMALL, check_regular_file
+from rehyat_jax.files.shown import check_path
 
 
 class PreparedExamples:
@@ -61,7 +62,7 @@ class Bucket:
         shapes = {"latents": files.latents_shape, "text": text_shape, "timestep": ()}
         self._shapes = {name: shapes[name] for name in RANKS[kind]}
         # ArrayRecord checks a 64-bit hash of every record: a flipped bit raises an error and never changes a number.
-        check_utf8(folder)
+        check_path(folder)
         start_reader()
         self._shards, self._ends, end = [], [], 0
         for shard in files.shards:

@@ -2,6 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+
+from rehyat_jax.errors import InputError
 
 
 def shown(text: object, width: int = 200) -> str:
@@ -30,6 +33,12 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_path(path: Path) -> None:
+    """Raises InputError for a path that is not UTF-8, which TensorStore and ArrayRecord cannot open."""
+    if not is_text(str(path)):
+        raise InputError(f"{path}: expected a path in UTF-8, found other bytes in it; choose another place")
 
 
 def closest(name: str, known: Iterable[str]) -> list[str]:

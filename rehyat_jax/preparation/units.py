@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from rehyat_jax.data.array_records import check_utf8, start_reader
+from rehyat_jax.data.array_records import start_reader
 from rehyat_jax.data.manifest import (
     NULL_TEXT,
     SHARD_SUFFIX,
@@ -35,7 +35,7 @@ from rehyat_jax.data.prepared import read_null_text
 from rehyat_jax.data.records import pack
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
-from rehyat_jax.files.shown import shown
+from rehyat_jax.files.shown import check_path, shown
 from rehyat_jax.files.temporary import remove, remove_leftovers
 from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.generation.codecs import Codec
@@ -179,7 +179,7 @@ def prepare(
         example; or some inputs cannot be read on this machine now, and the units of all others are done.
     """
     # Both raise here, before any work: completing the data set needs them.
-    check_utf8(folder)
+    check_path(folder)
     start_reader()
     content = _content(plan)
     _open(folder, content)

@@ -16,9 +16,9 @@ from flax import traverse_util
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.files.new_directory import new_directory, new_shared_directory
+from rehyat_jax.files.shown import check_path
 from rehyat_jax.weights.config_fields import CURRENT, check_version, config_from_json, require_known
 from rehyat_jax.weights.models import MODELS, spec_of
-from rehyat_jax.weights.orbax_params import check_path, open_params, restore_arrays, save_arrays, save_params
 from rehyat_jax.weights.safetensors_file import DTYPES
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
 
@@ -84,6 +84,8 @@ def save_model(
     arrays = traverse_util.flatten_dict(params, sep=".")
     metadata = {"codec": codec, "text_encoder": text_encoder} | ({MODELS_PLACE: models} if models else {})
     if jax.process_count() > 1:
+        from rehyat_jax.weights.orbax_params import save_arrays
+
         with new_shared_directory(path, replace=True) as directory:
             save_arrays(directory / PARAMS, arrays)
             if jax.process_index() == 0:
@@ -104,6 +106,9 @@ def write_model_checkpoint(directory: Path, model: StreamedModel) -> None:
       directory: absolute path.
       model: the model to write.
     """
+    # Orbax takes a fifth of a second to import.
+    from rehyat_jax.weights.orbax_params import save_params
+
     save_params(directory / PARAMS, model.params)
     _write_description(directory, model.config, model.metadata)
 
@@ -148,6 +153,8 @@ def open_model_checkpoint(path: Path) -> StreamedModel:
     Raises:
       InputError: the model checkpoint does not exist, is incomplete, or is damaged. Damaged values are found when read.
     """
+    from rehyat_jax.weights.orbax_params import open_params
+
     config, metadata = read_model_description(path)
     params = open_params(path.absolute() / PARAMS)
     try:
@@ -161,6 +168,8 @@ def restore_sharded(
     path: Path, shardings: dict[str, jax.sharding.Sharding], dtypes: dict[str, Any]
 ) -> dict[str, jax.Array]:
     """Parameters of a model checkpoint by path, in `dtypes` on the devices of `shardings`. Raises InputError."""
+    from rehyat_jax.weights.orbax_params import restore_arrays
+
     return restore_arrays(path.absolute() / PARAMS, shardings, dtypes)
 
 

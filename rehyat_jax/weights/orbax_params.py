@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.regular import SMALL, check_regular_file
-from rehyat_jax.files.shown import is_text
+from rehyat_jax.files.shown import check_path
 from rehyat_jax.parallel.memory import check_host_memory
 from rehyat_jax.weights.streamed import StreamedArray
 
@@ -99,12 +99,6 @@ def save_arrays(directory: Path, params: dict[str, jax.Array]) -> None:
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
-
-
-def check_path(path: Path) -> None:
-    """Raises InputError for a path that is not UTF-8, which TensorStore cannot open."""
-    if not is_text(str(path)):
-        raise InputError(f"{path}: expected a path in UTF-8, found other bytes in it; choose another place")
 
 
 def open_params(directory: Path) -> dict[str, StreamedArray]:
