@@ -114,7 +114,7 @@ def causal_convolution(
             last = outputs["past"][row, :, :channels]
             outputs["past"][row, :, :channels] = jnp.where(is_below, last, values)
 
-        def shorten(residual):
+        def through_shortcut(residual):
             if shortcut is None:
                 return residual.astype(jnp.float32)
             product = jnp.dot(residual, inputs["shortcut"][...], preferred_element_type=jnp.float32)
@@ -140,7 +140,7 @@ def causal_convolution(
             left, middle, right = (group(product, _SHIFTS, outside, index) for index in range(_SHIFTS))
             y = (from_left(left) + middle + from_right(right))[:width, :outside] + inputs["bias"][...]
             if residual is not None:
-                y += shorten(inputs["residual"][row])
+                y += through_shortcut(inputs["residual"][row])
             outputs["y"][row] = y.astype(dtype)
 
         def convolve_and_norm(row, _):

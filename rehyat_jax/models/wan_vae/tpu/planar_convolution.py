@@ -17,6 +17,7 @@ from rehyat_jax.models.wan_vae.tpu.rows import (
     VMEM_BYTES,
     checked,
     edge_row,
+    for_every_row,
     from_left,
     from_right,
     round_up,
@@ -26,7 +27,6 @@ from rehyat_jax.models.wan_vae.tpu.rows import (
 TAPS = 27
 
 _WINDOW = 3  # frames, and rows, of the kernel
-_UNROLLED = 5  # rows that the compiler interleaves
 
 
 def takes_planes(channels: int) -> bool:
@@ -76,7 +76,7 @@ def planar_convolution(
             lines[frame, 1 : rows + 1, :, :width] = inputs[f"block_{frame}"][...]
             lines[frame, rows + 1, :, :width] = edge_row(inputs, f"below_{frame}", block == blocks - 1)
 
-        def convolve(row, _):
+        def convolve(row):
             middle = jnp.concatenate([lines[frame, row + y] for frame in range(_WINDOW) for y in range(_WINDOW)])
             columns = [from_left(middle, 1), middle, from_right(middle, 1)]
             if taps > TAPS * channels:
@@ -86,8 +86,7 @@ def planar_convolution(
             y = jax.lax.dot_general(seen, inputs["matrix"][...], contract, preferred_element_type=jnp.float32)
             outputs["y"][row] = (y[:width] + inputs["bias"][...]).astype(dtype)
 
-        # Interleaved rows hide the latency of each other's operations.
-        jax.lax.fori_loop(0, rows, convolve, None, unroll=_UNROLLED)
+        for_every_row(rows, convolve, interleaved=5)
 
     def rows_spec(count, frame, place):
         return pl.BlockSpec((None, None, count, channels, width), lambda b, t, i: (b, t + frame, place(i), 0, 0))

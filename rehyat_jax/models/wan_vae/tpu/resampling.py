@@ -19,6 +19,7 @@ from rehyat_jax.models.wan_vae.tpu.rows import (
     VMEM_BYTES,
     checked,
     edge_row,
+    for_every_row,
     from_left,
     from_right,
     group,
@@ -156,9 +157,10 @@ def _resampled(
     """Calls `convolve(lines, row, outputs, inputs)` for each unit of rows of every frame.
 
     Args:
-      named: matrices that every step reads.
+      named: matrices that every step reads, by the names under which `inputs` has them.
       shape_out: rows, columns and channels of the result that belong to `rows_in` rows of `x`.
-      unit: a multiple of this number of columns is in `lines`, the rows of a block with one more on either side.
+      unit: `lines` holds the rows of a block and one more on either side. Their columns are padded with zeros to a
+        multiple of this number.
     """
     batch, frames, height, width, channels = x.shape
     rows_out, width_out, outside = shape_out
@@ -178,8 +180,7 @@ def _resampled(
         lines[0, :width] = edge_row(inputs, "above", block == 0)
         lines[1 : block_rows + 1, :width] = inputs["x"][...]
         lines[block_rows + 1, :width] = edge_row(inputs, "below", block == blocks - 1)
-        # Unrolling lets the compiler interleave two rows.
-        jax.lax.fori_loop(0, rows, lambda row, _: convolve(lines, row, outputs, inputs), None, unroll=2)
+        for_every_row(rows, lambda row: convolve(lines, row, outputs, inputs), interleaved=2)
 
     def row_spec(row):
         return pl.BlockSpec((None, None, 1, width, channels), lambda b, t, i: (b, t, row(i), 0, 0))

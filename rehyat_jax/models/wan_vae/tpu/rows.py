@@ -6,6 +6,7 @@ of all columns of the convolution's kernel, joined along the lanes of the result
 column.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +52,13 @@ def checked(rows: int | None, width: int) -> int:
             f"(tile=256), or compute in float32 (--vae-dtype float32)"
         )
     return rows
+
+
+def for_every_row(rows: int, body: Callable[[jax.Array], None], *, interleaved: int) -> None:
+    """Runs `body` for every row of a block. The compiler interleaves at most that many rows, to hide their latency."""
+    # A remainder makes the compiler of libtpu 0.0.48 crash.
+    unroll = max(n for n in range(1, interleaved + 1) if rows % n == 0)
+    jax.lax.fori_loop(0, rows, lambda row, _: body(row), None, unroll=unroll)
 
 
 def edge_row(inputs: dict[str, Any], name: str, is_edge: jax.Array) -> jax.Array:
