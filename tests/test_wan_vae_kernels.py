@@ -124,7 +124,7 @@ def test_devices_exchange_the_rows_of_their_neighbours(sizes, batch, height):
 
 
 def test_derivatives_are_those_of_xla():
-    # Differentiation runs XLA's form. It must be reached, through a function that forbids derivatives.
+    # Kernels have no derivatives, so JAX must find those of XLA's form.
     arguments = *causal_arguments(1, 1, 3, 5, 8, 4, norm=True, residual=True, shortcut=True), jnp.array(False)
 
     def gradients(*arguments):

@@ -91,6 +91,14 @@ def step_cost(
     return {
         "cycles": cost.cycles / steps,
         "cycles_of": {kind: cycles / steps for kind, cycles in cycles_of.items()},
+        "kernels": [
+            {
+                "name": kernel.name,
+                "cycles": kernel.cycles / steps,
+                "matrix_unit_share": kernel.mxu_cycles / kernel.cycles,
+            }
+            for kernel in cost.kernels
+        ],
         "other_traffic_seconds": sum(moved.values()) / steps / chip_of(topology).hbm_bandwidth,
         "peak_bytes": program.peak_bytes,
         "output_bytes": program.output_bytes,
@@ -104,8 +112,9 @@ def row(
 
     A call codes `steps` latent frames. All calls run one program, so they cost the same. `least_cycles` are those of a
     step if the FLOPs of the clip ran at the peak of the matrix units. `cycles_of` divides the cycles of a step among
-    Pallas kernels, XLA's operations with matrix products, operations that only move data, and the rest.
-    `other_traffic_seconds` is the least time of HBM for the last two. `peak_bytes` is the memory of the call.
+    Pallas kernels, XLA's operations with matrix products, operations that only move data, and the rest. `kernels` has
+    each kernel, in the order of the program. `other_traffic_seconds` is the least time of HBM for the last two kinds.
+    `peak_bytes` is the memory of the call.
     """
     config, chip = WanVaeConfig(), chip_of(topology)
     frames = config.time_factor * (latent_frames - 1) + 1

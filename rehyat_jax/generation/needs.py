@@ -75,7 +75,7 @@ def decoder_bytes(
 def _remembered_bytes(config: WanVaeConfig, dtype: jnp.dtype) -> int:
     """Bytes that the decoder's convolutions remember for each place of a latent frame."""
     graphdef, state = nnx.split(abstract_module(config, dtype=dtype))
-    side = 64  # more devices than that would pad frames
+    side = 64  # usual numbers of devices divide it, and pad nothing
     begin = lambda params: initial_decoder_state(graphdef, params, 1, side, side)
     remembered = jax.tree.leaves(jax.eval_shape(begin, nnx.to_pure_dict(state)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in remembered if leaf.ndim > 1) // side**2

@@ -87,7 +87,7 @@ def first_caches(x: jax.Array, places: Places) -> jax.Array:
     """
     channels = x.shape[-1]
     if places.use_kernels(x.dtype):
-        # imported where they are used, as all kernels are
+        # All kernels are imported where they are used.
         from rehyat_jax.models.wan_vae.tpu.causal_convolution import padded
         from rehyat_jax.models.wan_vae.tpu.planar_convolution import takes_planes
 
@@ -136,7 +136,7 @@ def causal_step(
         y = convolve(window, kernel, bias)
         after = window[:, 1 - WINDOW :]
         after = jnp.pad(after, [(0, 0)] * 4 + [(0, past.shape[-1] - channels)])
-        return y if residual is None else y + shortened(residual, shortcut), after
+        return y if residual is None else y + through_shortcut(residual, shortcut), after
 
     def by_kernel(pixels: Any, others: Any) -> tuple[jax.Array, jax.Array]:
         from rehyat_jax.models.wan_vae.tpu.causal_convolution import causal_convolution
@@ -150,7 +150,7 @@ def causal_step(
         if takes_planes(channels):
             window = rows(slice(None))
             y = planar_convolution(window, kernel, bias, above=above, below=below)
-            return y if residual is None else y + shortened(residual, shortcut), window[:, 1 - WINDOW :]
+            return y if residual is None else y + through_shortcut(residual, shortcut), window[:, 1 - WINDOW :]
         matrix = None if shortcut is None else (shortcut[0][0, 0, 0], shortcut[1])
         options: dict[str, Any] = dict(norm_scale=norm_scale, residual=residual, shortcut=matrix, only_last=only_last)
         return causal_convolution(x, past, kernel, bias, above=above, below=below, **options)
@@ -159,8 +159,8 @@ def causal_step(
     return _choose(by_xla, by_kernel, (x, past, residual), others, places)
 
 
-def shortened(residual: jax.Array, shortcut: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """The residual, or the convolution of it with a kernel and a bias."""
+def through_shortcut(residual: jax.Array, shortcut: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """The residual, or its convolution if the shortcut has one: (kernel, bias)."""
     return residual if shortcut is None else convolve(residual, *shortcut)
 
 

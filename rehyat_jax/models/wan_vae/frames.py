@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from rehyat_jax.models.wan_vae.convolutions import WINDOW, causal_step, first_caches, norm_silu, shortened
+from rehyat_jax.models.wan_vae.convolutions import WINDOW, causal_step, first_caches, norm_silu, through_shortcut
 from rehyat_jax.models.wan_vae.places import Places
 
 
@@ -88,7 +88,7 @@ class WholeClip:
     ) -> jax.Array:
         x = norm_silu(self.places.without_padding(x), _scale(norm))
         y = convolution(x, zeros_before=WINDOW - 1)
-        return y if residual is None else y + shortened(residual, _parameters(shortcut))
+        return y if residual is None else y + through_shortcut(residual, _parameters(shortcut))
 
     def doubled(self, convolution: TimeConvolution, x: jax.Array) -> jax.Array:
         if x.shape[1] == 1:
