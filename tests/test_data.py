@@ -1,7 +1,6 @@
 """Codecs, text encoders, the moving digits, the batch pipeline, and video files."""
 
 import json
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +119,8 @@ def test_scans_are_enlarged_bilinearly():
     expected = scipy.ndimage.zoom(first, 2, order=1, mode="nearest", grid_mode=True)
     # float32 against float64.
     np.testing.assert_allclose(load_scans("train").images[0], expected, atol=1e-6)
+    both = np.concatenate([load_scans("train").digits, load_scans("judge").digits])
+    assert np.array_equal(np.bincount(both), np.bincount(load_digits().target))
 
 
 def test_digits_are_placed_bilinearly_at_sub_pixel_positions():
@@ -190,7 +191,7 @@ def test_latents_are_as_large_as_noise():
 
 
 def test_missing_scikit_learn_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"rehyat_jax\[demo\]"):
         load_scans("train")
 

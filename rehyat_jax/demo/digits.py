@@ -9,6 +9,8 @@ direction. Tokens of pure noise carry almost no absolute position under rotary e
 cannot decide at which edge to start.
 """
 
+import importlib.util
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -58,14 +60,15 @@ def load_scans(split: Literal["train", "judge"]) -> Scans:
     Raises:
       InputError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
         raise InputError(
             "the moving digits are scikit-learn's scans, and scikit-learn is not installed; "
             "install the demo extra: pip install 'rehyat_jax[demo]'"
-        ) from error
-    images, digits = load_digits(return_X_y=True)
+        )
+    # What `sklearn.datasets.load_digits` reads. Importing that takes seconds.
+    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    images, digits = rows[:, :-1], rows[:, -1].astype(int)
     judges = np.arange(NUM_SCANS) * NUM_JUDGE_SCANS % NUM_SCANS < NUM_JUDGE_SCANS
     part = {"train": ~judges, "judge": judges}[split]
     images = images[part].reshape(-1, 8, 8) / 16
