@@ -51,7 +51,7 @@ def _config(stage: str, init_from: Path, steps: int | None) -> ml_collections.Co
     config = read_config(f"demo_{stage}.py")
     config.init_from = str(init_from)
     if steps is not None:
-        config.steps, config.optimizer.warmup_steps = steps, 1
+        config.steps, config.optimizer.warmup_steps, config.batch_size = steps, 1, 2
     return config
 
 
