@@ -31,6 +31,7 @@ from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention,
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.tpu import backward, forward, states, tiling
 from rehyat_jax.attention.tpu import kernel_call
+from rehyat_jax.benchmarks import tpu_cases
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
 INPUTS = dict(dtype=np.float32, head_dim=64, features=128)
@@ -291,15 +292,12 @@ def test_float32_layers_compile_for_tpus(for_tpu):
 
 
 def test_gradients_of_feature_maps_alone_compile_to_no_softmax_backward(for_tpu):
-    attend, shape, parameters = layer(1560, "t2v-1.3B", "row_max", frames=4)
-    array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    compiled = compiled_for_tpu("v5e:2x2", gradients(attend, 3), array, array, array, parameters, quickly=True)
-    assert kernel_names(compiled) == {
-        "hybrid_states",
-        "hybrid_attend",
-        "hybrid_readout_backward",
-        "hybrid_states_backward",
-    }
+    config = WAN_PRESETS["t2v-1.3B"]
+    pullback, arguments = tpu_cases.hybrid(
+        config.num_heads, config.head_dim, 4, 1560, implementation="pallas_tpu", direction="phi_backward"
+    )
+    compiled = compiled_for_tpu("v5e:2x2", pullback, *arguments, quickly=True)
+    assert kernel_names(compiled) == {"hybrid_readout_backward", "hybrid_states_backward"}
 
 
 def kernel_names(compiled):
