@@ -32,8 +32,8 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.plan import main, parse_arguments
 from rehyat_jax.planning import table
 from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, cycles_of_kernels, shares_of_forms
-from rehyat_jax.planning.planner import Plan, Request, make_plan
-from rehyat_jax.planning.remedies import smallest_remedy
+from rehyat_jax.planning.planner import Plan, Request, make_plan, placement
+from rehyat_jax.planning.remedies import estimated_peak, smallest_remedy
 from rehyat_jax.planning.report import report
 from rehyat_jax.training.config import default_config
 
@@ -442,6 +442,18 @@ def test_beyond_two_compilations_a_remedy_says_that_it_is_arithmetic():
     rematerialised = too_large(request.changed({"remat": "block"}), peak=40)
     remedy = smallest_remedy(too_large(request, peak=60), lambda request: rematerialised)
     assert remedy.changes == {"remat": "block", "accumulation_steps": 4, "mesh.data": 1} and not remedy.verified
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_arithmetic_of_an_unchanged_run_is_its_own_peak(steps):
+    request = small_request(batch_size=16, accumulation_steps=steps, **{"mesh.data": 2})
+    plan = dataclasses.replace(too_large(request, peak=60), **placement(request)._asdict())
+    assert estimated_peak(plan, request) == plan.peak
+    # With more steps, every temporary but the gradients is half as large. One step has no sum of gradients.
+    halved = request.changed({"accumulation_steps": 2 * steps})
+    parameters, arguments = plan.arguments["parameters"], sum(placement(halved).arguments.values())
+    others = plan.peak - sum(plan.arguments.values()) - steps * parameters
+    assert estimated_peak(plan, halved) == arguments + 2 * parameters + others // 2
 
 
 def test_a_video_of_two_chunks_cannot_be_cut_among_more_than_two_devices():

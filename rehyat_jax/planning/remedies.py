@@ -99,8 +99,8 @@ def candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
 def estimated_peak(plan: Plan, request: Request) -> int | None:
     """Estimated bytes on a device of a run other than the plan's; None if the plan does not know its own peak.
 
-    The arguments of a step are known exactly. Temporaries, except gradients, are proportional to the tokens on a device
-    at a time.
+    The arguments of a step are known exactly, and gradients are as large as parameters. Other temporaries are
+    proportional to the tokens on a device at a time.
 
     Raises:
       InputError: the mesh cannot shard the model or the batch.
@@ -109,8 +109,14 @@ def estimated_peak(plan: Plan, request: Request) -> int | None:
     if plan.peak is None:
         return None
     tokens = _tokens(request, placed.mesh) / _tokens(plan.request, plan.mesh)
-    temporary = plan.peak - sum(plan.arguments.values()) - plan.arguments["parameters"]
-    return round(sum(placed.arguments.values()) + 2 * placed.arguments["parameters"] + tokens * max(temporary, 0))
+    temporary = plan.peak - sum(plan.arguments.values()) - _gradient_bytes(plan.request, plan.arguments)
+    kept = sum(placed.arguments.values()) + _gradient_bytes(request, placed.arguments)
+    return round(kept + tokens * max(temporary, 0))
+
+
+def _gradient_bytes(request: Request, arguments: dict[str, int]) -> int:
+    """Gradients, and their sum if several steps are accumulated."""
+    return arguments["parameters"] * (2 if request.config.accumulation_steps > 1 else 1)
 
 
 def _tokens(request: Request, mesh: dict[str, int]) -> float:
