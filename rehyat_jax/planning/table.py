@@ -22,8 +22,7 @@ HEADER = """# Planned runs
 
 None of these runs has been made. The configurations list them as `PLANNED_RUNS`. Each row comes from
 `python -m rehyat_jax.plan --config configs/NAME.py` with the options in the row. [plan.md](plan.md) says how figures
-are formed, and keeps earlier plans of some runs. Memory and cycles are those of one device. `plan` knows no cycles of
-GPUs.
+are formed. Memory and cycles are those of one device. `plan` knows no cycles of GPUs.
 
 This command writes the page. It plans only the runs that [the record](measurements/planned_runs.json) does not have:
 
