@@ -69,6 +69,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
     elif command == LATENTS:
         option("--codec", required=True, help="that made the latents; the model to be trained must name it too")
         option("--text-encoder", required=True, help="that made the text; the same holds")
+        models = "with the codec's weights, for the contact sheet: folder of Wan2.1, or its Hub name"
+        option("--models", metavar="PIPELINE", help=models)
     else:
         option("--codec", default="space_to_depth", help="of the model to be trained, wan_vae for Wan" + default)
         option("--text-encoder", default="word_vectors", help="of the model to be trained, umt5 for Wan" + default)
@@ -103,12 +105,13 @@ def run(command: str, arguments: argparse.Namespace) -> str:
         options = dict(models=arguments.models, prompts=arguments.prompts, noises=arguments.noises, keep=arguments.keep)
         return prepare_trajectories(*places, SamplingOptions.from_arguments(arguments), **options, **common)
     names = dict(codec=arguments.codec, text_encoder=arguments.text_encoder)
+    models = open_models(arguments.models).folder if arguments.models else None
     if command == LATENTS:
-        return prepare_latent_files(*places, **names, **common)
+        return prepare_latent_files(*places, **names, models=models, **common)
     return prepare_videos(
         *places,
         **names,
-        models=open_models(arguments.models).folder if arguments.models else None,
+        models=models,
         sizes=arguments.size,
         compute_dtype=arguments.dtype,
         workers=arguments.workers,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import random_wan_vae
+from safetensors.numpy import save_file
 from test_prepare import contents
 from test_umt5 import WIDTH, random_umt5, train_tokenizer
 from tiny_runs import tiny_config, tiny_model
@@ -26,7 +27,7 @@ from rehyat_jax.generation.umt5 import UMT5TextEncoder
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan_vae.config import WanVaeConfig
 from rehyat_jax.parallel import memory
-from rehyat_jax.preparation import caption_embeddings, units, video_encoder
+from rehyat_jax.preparation import caption_embeddings, contact_sheet, units, video_encoder
 from rehyat_jax.prepare import main
 from rehyat_jax.train import train
 from rehyat_jax.weights import save_model
@@ -341,3 +342,17 @@ def test_training_reads_the_result(prepared, tmp_path):
     (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert np.isfinite(json.loads(line)["loss"])
     assert jnp.dtype(run.dtype) == jnp.float32
+
+
+def test_the_contact_sheet_of_latents_from_elsewhere_needs_the_codecs_weights(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "write_contact_sheet", contact_sheet.write_contact_sheet)
+    source = tmp_path / "source"
+    source.mkdir()
+    text = np.zeros((4, WIDTH), np.float32)
+    save_file({"latents": np.ones((2, 2, 4, 16), np.float32), "text": text}, source / "a.safetensors")
+    save_file({"text": text}, source / "null_text.safetensors")
+    command = ["latents", str(source), "--codec", "wan_vae", "--text-encoder", "umt5"]
+    assert main([*command, str(tmp_path / "without")]) == 0
+    assert "no contact sheet: codec 'wan_vae': has weights" in (tmp_path / "without" / "summary.txt").read_text()
+    assert main([*command, str(tmp_path / "with"), "--models", str(models)]) == 0
+    assert (tmp_path / "with" / "contact_sheet.png").is_file()

@@ -16,6 +16,7 @@ from rehyat_jax.data.prepared import read_null_text
 from rehyat_jax.data.records import RANKS, CorruptRecord
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import is_text
+from rehyat_jax.generation.opening import get_codec
 from rehyat_jax.preparation.units import STORED, Hosts, NotNow, Plan, UnitWriter, prepare
 from rehyat_jax.weights.safetensors_file import DTYPES
 
@@ -32,6 +33,7 @@ def prepare_latent_files(
     *,
     codec: str,
     text_encoder: str,
+    models: Path | None = None,
     dtype: str,
     unit: int,
     hosts: Hosts,
@@ -46,6 +48,7 @@ def prepare_latent_files(
 
     Args:
       codec, text_encoder: names of the models that computed them, which the model to be trained must name too.
+      models: path of the codec's weights, for the contact sheet, if it has some; None for no contact sheet then.
       dtype: a key of STORED.
       unit: number of files in a unit.
 
@@ -79,7 +82,8 @@ def prepare_latent_files(
                     writer.reject(file.name, "not an example", str(error))
             progress.update()
 
-    return prepare(destination, plan, fill, lambda: null_text, hosts, item="file")
+    decoder = lambda: get_codec(codec, models)
+    return prepare(destination, plan, fill, lambda: null_text, hosts, item="file", codec=decoder)
 
 
 def _read(file: Path, text_shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], str]:
