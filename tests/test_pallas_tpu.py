@@ -6,6 +6,7 @@ Interpretation checks values and races, compilation whether Mosaic takes the ker
 import contextlib
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,21 @@ def test_only_chunks_that_see_large_tokens_need_a_running_maximum():
     assert needs(small * np.nan, small) == [1, 1, 1, 1]
 
 
+def test_blocks_are_whole_tiles_of_memory(monkeypatch):
+    info = types.SimpleNamespace(get_sublane_tiling=lambda dtype: 32 // jnp.dtype(dtype).itemsize, mxu_column_size=256)
+    monkeypatch.setattr(tiling.pltpu, "get_tpu_info", lambda: info)
+
+    def padded_frame(frames, *, dtype=jnp.bfloat16, continues=False):
+        geometry = ChunkGeometry(frames, 1560, 3, 1)
+        sizes = dict(head_dim=128, source_width=128, dtype=dtype, continues=continues)
+        return tiling.Tiling.choose(geometry, **sizes).frame
+
+    # 16 tokens divide an even number of frames.
+    assert [padded_frame(frames) for frames in (6, 7, 12, 21)] == [1568, 1560, 1568, 1560]
+    assert padded_frame(7, continues=True) == 1568
+    assert padded_frame(6, dtype=jnp.float32) == 1560
+
+
 def races(capfd, form):
     """What the race detector prints about forward and backward of one head, on two cores in random order."""
     arrays = [array[:, :, :1] for array in make_arrays(*form[:2], **INPUTS)]
@@ -246,19 +262,22 @@ def gradients(attend, argnums):
     return jax.value_and_grad(loss, argnums)
 
 
-# Tiles do not depend on the generation. v5e and v5p have the least VMEM.
+# Tiles of scores do not depend on the generation. v5e and v5p have the least VMEM. tpu7x has tiles of 16 tokens in
+# memory, which divide 6 frames of 1560 tokens, but no frame.
 @pytest.mark.parametrize(
-    "preset, tokens_per_frame, stabilizer, topology",
+    "preset, frames, tokens_per_frame, stabilizer, topology",
     [
-        ("t2v-1.3B", 1560, "row_max", "v5e:2x2"),
-        ("t2v-14B", 3600, "joint", "v5e:2x2"),
-        ("t2v-14B", 3600, "joint", "v5p:2x2x1"),
-        ("t2v-1.3B", 1560, "row_max", "v6e:2x2"),
-        ("t2v-14B", 3600, "joint", "tpu7x:2x2x1"),
+        ("t2v-1.3B", 7, 1560, "row_max", "v5e:2x2"),
+        ("t2v-14B", 7, 3600, "joint", "v5e:2x2"),
+        ("t2v-14B", 7, 3600, "joint", "v5p:2x2x1"),
+        ("t2v-1.3B", 7, 1560, "row_max", "v6e:2x2"),
+        ("t2v-1.3B", 6, 1560, "joint", "tpu7x:2x2x1"),
     ],
 )
-def test_wan_layers_compile_for_tpus_in_their_default_vmem(topology, preset, tokens_per_frame, stabilizer, for_tpu):
-    attend, shape, parameters = layer(tokens_per_frame, preset, stabilizer)
+def test_wan_layers_compile_for_tpus_in_their_default_vmem(
+    topology, preset, frames, tokens_per_frame, stabilizer, for_tpu
+):
+    attend, shape, parameters = layer(tokens_per_frame, preset, stabilizer, frames)
     array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     compiled = compiled_for_tpu(
         topology, gradients(attend, (0, 1, 2, 3)), array, array, array, parameters, quickly=True

@@ -43,6 +43,7 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
         head_dim=query.shape[-1],
         source_width=max(phi_query.source.shape[-1], phi_key.source.shape[-1]),
         dtype=query.dtype,
+        continues=initial_state is not None,
     )
     pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
     operands = {

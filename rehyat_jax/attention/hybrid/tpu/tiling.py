@@ -25,7 +25,7 @@ FEATURE_ROWS = 768
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Blocks and tiles, in tokens. All blocks are multiples of 8 tokens, the height of a vector register.
+    """Blocks and tiles, in tokens. All blocks are multiples of 8 tokens, the height of a vector register, or of 16.
 
     Attributes:
       geometry: frames of `frame` tokens.
@@ -87,18 +87,26 @@ class Tiling:
         return [(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
 
     @classmethod
-    def choose(cls, geometry: ChunkGeometry, *, head_dim: int, source_width: int, dtype: jnp.dtype) -> "Tiling":
+    def choose(
+        cls, geometry: ChunkGeometry, *, head_dim: int, source_width: int, dtype: jnp.dtype, continues: bool = False
+    ) -> "Tiling":
         """The largest blocks that fit, with frames padded only where they cannot be divided otherwise.
 
         Large blocks waste fewer lanes: a frame of 1560 queries fills 13 columns of 128 lanes by 94%, a chunk of three
         frames fills 37 by 99%.
+
+        Args:
+          continues: True if the overlap of earlier frames goes before the keys.
         """
+        lengths = [geometry.num_frames, geometry.num_frames + geometry.overlap_frames * continues]
+        unit = _block_unit(dtype, [frames * geometry.tokens_per_frame for frames in lengths])
         chunk_frames = min(geometry.chunk_frames, geometry.num_frames)
         vmem = _Vmem(max(head_dim, LANES), max(source_width, LANES), np.dtype(dtype).itemsize)
-        for frame, group in _cuts(geometry.tokens_per_frame, chunk_frames):
-            key_block = _largest_block(frame, functools.partial(vmem.holds_keys, group))
-            query_block = _largest_block(chunk_frames * frame, functools.partial(vmem.holds_forward, key_block))
-            backward_block = _largest_block(
+        for frame, group in _cuts(geometry.tokens_per_frame, chunk_frames, unit):
+            largest = functools.partial(_largest_block, unit=unit)
+            key_block = largest(frame, functools.partial(vmem.holds_keys, group))
+            query_block = largest(chunk_frames * frame, functools.partial(vmem.holds_forward, key_block))
+            backward_block = largest(
                 math.gcd(query_block, frame, group), functools.partial(vmem.holds_backward, group, key_block)
             )
             if min(key_block, query_block, backward_block) >= min(frame, 2 * LANES):
@@ -134,19 +142,32 @@ class _Vmem:
         return self.holds_backward(group, key_block, min(key_block, 4 * LANES))
 
 
-def _cuts(tokens_per_frame: int, chunk_frames: int) -> Iterator[tuple[int, int]]:
+def _block_unit(dtype: jnp.dtype, lengths: list[int]) -> int:
+    """The number of tokens of which every block is a multiple, for arrays of these lengths in tokens.
+
+    A block is whole tiles of its array. From TPU v7 on, XLA's tiles of 16-bit arrays have 16 rows if these divide the
+    array, and otherwise 8, as always before.
+    """
+    try:
+        rows = pltpu.get_tpu_info().get_sublane_tiling(dtype)
+    except ValueError:  # interpreted, on another platform
+        rows = 8
+    return rows if any(length % rows == 0 for length in lengths) else 8
+
+
+def _cuts(tokens_per_frame: int, chunk_frames: int, unit: int) -> Iterator[tuple[int, int]]:
     """(frame, backward group) to try: least padding first, then largest groups; the last one always fits."""
-    frames = [tokens_per_frame] if tokens_per_frame % 8 == 0 else []
+    frames = [tokens_per_frame] if tokens_per_frame % unit == 0 else []
     for frame in (*frames, -(-tokens_per_frame // 16) * 16, -(-tokens_per_frame // 256) * 256):
         yield frame, chunk_frames * frame
         yield frame, frame
     yield frame, 256
 
 
-def _largest_block(length: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `length` that is a multiple of 8 and fits; 8 if none does."""
-    blocks = [n for n in range(8, length + 1, 8) if length % n == 0 and fits(n)]
-    return blocks[-1] if blocks else 8
+def _largest_block(length: int, fits: Callable[[int], bool], *, unit: int) -> int:
+    """The largest divisor of `length` that is a multiple of `unit` and fits; `unit` if none does."""
+    blocks = [n for n in range(unit, length + 1, unit) if length % n == 0 and fits(n)]
+    return blocks[-1] if blocks else unit
 
 
 def _score_tiles() -> tuple[int, int, int]:
