@@ -207,16 +207,22 @@ def test_blocks_are_whole_tiles_of_memory(monkeypatch):
 
 
 def races(capfd, form):
-    """What the race detector prints about forward and backward of one head, on two cores in random order."""
+    """What the race detector says about forward and backward of one head, on two cores in random order.
+
+    Before jax 0.12 it printed that, and went on.
+    """
     arrays = [array[:, :, :1] for array in make_arrays(*form[:2], **INPUTS)]
     parameters = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
-    with pltpu.force_tpu_interpret_mode(parameters):
-        jax.block_until_ready(found_results(form, arrays))
+    try:
+        with pltpu.force_tpu_interpret_mode(parameters):
+            jax.block_until_ready(found_results(form, arrays))
+    except jax.errors.JaxRuntimeError as error:
+        return str(error)
     return capfd.readouterr().out
 
 
 def test_kernels_have_no_races(simulated, capfd):
-    assert "RACE DETECTED" not in races(capfd, (5, 8, 2, 1))
+    assert races(capfd, (5, 8, 2, 1)) == ""
 
 
 def test_the_detector_would_see_a_race(simulated, capfd, monkeypatch):
