@@ -1,6 +1,7 @@
 """Codecs, text encoders, the moving digits, the batch pipeline, and video files."""
 
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +194,13 @@ def test_latents_are_as_large_as_noise():
 def test_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"rehyat_jax\[demo\]"):
+        load_scans("train")
+
+
+def test_missing_scans_are_named(monkeypatch, tmp_path):
+    package = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
+    with pytest.raises(InputError, match=r"digits\.csv\.gz: expected scikit-learn's scans .* --force-reinstall"):
         load_scans("train")
 
 

@@ -58,16 +58,9 @@ def load_scans(split: Literal["train", "judge"]) -> Scans:
     last 500 reads 93% of the others and mistakes one in seven ones for a two. One trained on an even spread reads 98%.
 
     Raises:
-      InputError: scikit-learn is not installed.
+      InputError: scikit-learn is not installed, or has no such file.
     """
-    package = importlib.util.find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise InputError(
-            "the moving digits are scikit-learn's scans, and scikit-learn is not installed; "
-            "install the demo extra: pip install 'rehyat_jax[demo]'"
-        )
-    # What `sklearn.datasets.load_digits` reads. Importing that takes seconds.
-    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    rows = np.loadtxt(_scans_file(), delimiter=",")
     images, digits = rows[:, :-1], rows[:, -1].astype(int)
     judges = np.arange(NUM_SCANS) * NUM_JUDGE_SCANS % NUM_SCANS < NUM_JUDGE_SCANS
     part = {"train": ~judges, "judge": judges}[split]
@@ -76,6 +69,23 @@ def load_scans(split: Literal["train", "judge"]) -> Scans:
     centers = ((np.arange(DIGIT_SIZE) + 0.5) / 2 - 0.5).clip(0, 7)
     enlarge = hat(centers[:, None] - np.arange(8))
     return Scans((enlarge @ images @ enlarge.T).astype(np.float32), digits[part])
+
+
+def _scans_file() -> Path:
+    """The file that `sklearn.datasets.load_digits` reads. Importing that takes seconds."""
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise InputError(
+            "the moving digits are scikit-learn's scans, and scikit-learn is not installed; "
+            "install the demo extra: pip install 'rehyat_jax[demo]'"
+        )
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not file.is_file():
+        raise InputError(
+            f"{file}: expected scikit-learn's scans of digits, found no such file; "
+            f"run pip install --force-reinstall scikit-learn==1.9.1"
+        )
+    return file
 
 
 def render(image: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
