@@ -25,7 +25,7 @@ FEATURE_ROWS = 768
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Blocks and tiles, in tokens. All blocks are multiples of 8 tokens, the height of a vector register, or of 16.
+    """Blocks and tiles, in tokens. All blocks are multiples of `_block_unit`, 8 or 16 tokens.
 
     Attributes:
       geometry: frames of `frame` tokens.
@@ -145,8 +145,8 @@ class _Vmem:
 def _block_unit(dtype: jnp.dtype, lengths: list[int]) -> int:
     """The number of tokens of which every block is a multiple, for arrays of these lengths in tokens.
 
-    A block is whole tiles of its array. From TPU v7 on, XLA's tiles of 16-bit arrays have 16 rows if these divide the
-    array, and otherwise 8, as always before.
+    It is 8, the height of a vector register. But a block must be whole tiles of its array, and from TPU v7 on, XLA
+    stores a 16-bit array in tiles of 16 rows if its length is a multiple of 16.
     """
     try:
         rows = pltpu.get_tpu_info().get_sublane_tiling(dtype)
