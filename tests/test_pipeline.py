@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from flax import nnx
 from oracles import random_wan, random_wan_vae
 from safetensors.torch import load_file, save_file
@@ -106,6 +106,14 @@ def their_videos(pipeline: WanPipeline, noise: np.ndarray) -> np.ndarray:
         return pipeline(PROMPTS, [NEGATIVE] * len(PROMPTS), **size, **run).frames
 
 
+def their_pixels(vae: AutoencoderKLWan, latents: np.ndarray) -> np.ndarray:
+    """[B, frames, height, width, 3] in [0, 1] from normalised latents."""
+    mean, std = (torch.tensor(values).float() for values in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        video = vae.decode((torch.from_numpy(latents.copy()) * std + mean).permute(0, 4, 1, 2, 3)).sample
+    return (video.clip(-1, 1).permute(0, 2, 3, 4, 1).numpy() + 1) / 2
+
+
 # -------------------------------------------------------------------------------------------------------------- parity
 
 
@@ -128,6 +136,23 @@ def test_videos_are_those_of_diffusers_pipeline(theirs, sampler, monkeypatch):
     assert np.abs(np.concatenate(list(ours.frames(latents)), axis=1) / 255 - found).max() < 0.5 / 255 + 1e-6
     # The scheduler's own shift is the default.
     assert ours.options.flow_shift == SHIFT
+
+
+def test_large_frames_are_decoded_in_the_tiles_of_diffusers(theirs, monkeypatch):
+    ours = Pipeline.from_pretrained(theirs[1], options(vae_tile=32, batch=1))
+    latents = ours.noise([0])
+    whole = their_pixels(theirs[0].vae, latents)
+    with monkeypatch.context() as patch:
+        # As `enable_tiling` sets them; the fixture is shared.
+        names = ("tile_sample_min_height", "tile_sample_min_width")
+        strides = ("tile_sample_stride_height", "tile_sample_stride_width")
+        for name, value in {"use_tiling": True, **dict.fromkeys(names, 32), **dict.fromkeys(strides, 24)}.items():
+            patch.setattr(theirs[0].vae, name, value)
+        expected = their_pixels(theirs[0].vae, latents)
+    assert np.abs(expected - whole).max() > 0.01, "tiles make a difference"
+    found = np.concatenate(list(ours.frames(latents)), axis=1)
+    assert np.abs(found / 255 - expected).max() < 0.5 / 255 + PIXEL_TOLERANCE
+    assert ours.settings["vae_tile"] == 32
 
 
 def test_a_mesh_gives_the_same_videos(theirs):
@@ -351,20 +376,20 @@ def test_a_path_that_does_not_exist_is_explained(name):
     [
         (
             "transformer",
-            r"--batch 4 --frames 41 --height 128 --width 128: needs .* free; each of these alone would fit: --dtype "
-            r"bfloat16, a mesh of 8 devices, --batch 2, --frames 21, --size 64x64",
+            r"--batch 4 --frames 41 --height 512 --width 512: needs .* free; each of these alone would fit: --dtype "
+            r"bfloat16, a mesh of 8 devices, --batch 2, --frames 21, --size 256x256",
         ),
         (
             "VAE",
-            r"--width 128: the VAE: needs .* would fit: --vae-dtype bfloat16, a mesh of 8 devices, --batch 2, "
-            r"--size 64x64",
+            r"--width 512: the VAE: needs .* would fit: --vae-dtype bfloat16, --vae-tile 256, a mesh of 8 devices, "
+            r"--batch 2, --size 256x256",
         ),
-        ("text encoder", r"--width 128: the text encoder: needs .* would fit: a mesh of 8 devices$"),
+        ("text encoder", r"--width 512: the text encoder: needs .* would fit: a mesh of 8 devices$"),
     ],
 )
 def test_too_much_is_refused_before_loading_with_what_would_fit(theirs, monkeypatch, part, message):
     monkeypatch.setattr(pipelines, "load_module", None)
-    large, needs = options(frames=41, height=128, width=128, batch=4), Pipeline._needs
+    large, needs = options(frames=41, height=512, width=512, batch=4), Pipeline._needs
     ours = Pipeline.from_pretrained(theirs[1], large)
     needed = ours._needs(ours.options, ours.latent_shape, 1)
     assert set(needed) == {"transformer", "text encoder", "VAE"}

@@ -46,6 +46,12 @@ def streaming_host_bytes(latent_shape: tuple[int, int, int, int], videos: int) -
     return 4 * 5 * videos * math.prod(latent_shape)
 
 
+def tiled_host_bytes(config: WanVaeConfig, latent_shape: tuple[int, int, int, int], videos: int) -> int:
+    """Bytes of the host while the frames of videos are assembled from tiles: their pixels in float32, and a copy."""
+    factor = config.time_factor * config.space_factor**2
+    return 2 * 4 * 3 * videos * factor * math.prod(latent_shape[:3])
+
+
 def text_encoder_bytes(config: UMT5Config) -> int:
     """Bytes of the text encoder's parameters, which are bfloat16."""
     return module_bytes(config, dtype=jnp.dtype(jnp.bfloat16))
@@ -57,14 +63,17 @@ def decoder_bytes(
     *,
     videos: int,
     dtype: jnp.dtype,
+    tile: int | None = None,
     devices: int = 1,
 ) -> int:
-    """Bytes on each device while the VAE decodes a latent frame of every video.
+    """Bytes on each device while the VAE decodes a latent frame of every video, or a tile of it with side `tile`.
 
     These are its parameters in float32, and the device's share of the frames that its convolutions remember, and of the
     input and output of a convolution at the size of the video.
     """
     _, height, width, _ = latent_shape
+    if tile is not None:
+        height, width = (min(side, tile // config.space_factor) for side in (height, width))
     places = videos * height * width
     pixels = places * config.time_factor * config.space_factor**2
     largest = 2 * dtype.itemsize * pixels * config.base_dim * config.dim_mult[0]

@@ -29,6 +29,8 @@ class SamplingOptions:
       batch: number of videos that are sampled at once.
       dtype: compute dtype of the transformer, and of the weights that it multiplies by; None for the codec's default.
       vae_dtype: compute dtype of Wan's VAE; None for `wan_codec.default_dtype`.
+      vae_tile: side in pixels of the tiles in which Wan's VAE codes larger frames, a multiple of 32; None for whole
+        frames. See `rehyat_jax.models.wan_vae.vae.WanVae.decode`.
       stream: keep only a part of the video on the device; see `rehyat_jax.generation.streaming`.
       longest: of streamed videos, see `rehyat_jax.models.wan.streaming.part_positions`; None for no limit.
       mesh: sizes of mesh axes; empty for one device.
@@ -46,6 +48,7 @@ class SamplingOptions:
     batch: int = 1
     dtype: str | None = None
     vae_dtype: str | None = None
+    vae_tile: int | None = None
     stream: bool = False
     longest: int | None = None
     mesh: tuple[tuple[str, int], ...] = ()
@@ -72,6 +75,8 @@ class SamplingOptions:
         option("--dtype", choices=("float32", "bfloat16"), help=dtype)
         dtype = "compute dtype of Wan's VAE (default: bfloat16 on TPUs, float32 elsewhere)"
         option("--vae-dtype", choices=("float32", "bfloat16"), help=dtype)
+        tile = "side in pixels of overlapping tiles in which Wan's VAE codes larger frames, e.g. 256 (default: none)"
+        option("--vae-tile", type=number(int, 32, 8192, multiple_of=32), metavar="PIXELS", help=tile)
         option(
             "--mesh",
             nargs="+",
@@ -91,16 +96,17 @@ class SamplingOptions:
         return cls(**values | {"mesh": tuple(arguments.mesh)})
 
 
-def number(kind: type, minimum: float, maximum: float) -> Callable[[str], float]:
+def number(kind: type, minimum: float, maximum: float, *, multiple_of: int | None = None) -> Callable[[str], float]:
     """An argparse type: a number of `kind` within the bounds."""
 
     def parse(text: str) -> float:
-        expected = f"expected {kind.__name__} from {minimum} to {maximum}, found {text!r}"
+        multiple = f", a multiple of {multiple_of}" if multiple_of else ""
+        expected = f"expected {kind.__name__} from {minimum} to {maximum}{multiple}, found {text!r}"
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(expected) from None
-        if not minimum <= value <= maximum:
+        if not minimum <= value <= maximum or (multiple_of and value % multiple_of):
             raise argparse.ArgumentTypeError(expected)
         return value
 

@@ -19,7 +19,13 @@ from rehyat_jax.errors import InputError
 from rehyat_jax.generation.codecs import LATENT_SIZES, Codec
 from rehyat_jax.generation.generate import generate_latents, latent_shape
 from rehyat_jax.generation.hub import Models, open_models
-from rehyat_jax.generation.needs import decoder_bytes, streaming_host_bytes, text_encoder_bytes, transformer_bytes
+from rehyat_jax.generation.needs import (
+    decoder_bytes,
+    streaming_host_bytes,
+    text_encoder_bytes,
+    tiled_host_bytes,
+    transformer_bytes,
+)
 from rehyat_jax.generation.noise import host_noise
 from rehyat_jax.generation.opening import get_codec, get_text_encoder, given_models
 from rehyat_jax.generation.options import SamplingOptions
@@ -156,7 +162,10 @@ class Pipeline:
         names = ("negative_prompt", "steps", "guidance_scale", "flow_shift", "sampler", "frames", "height", "width")
         streamed = {"stream": True, "longest": options.longest} if options.stream else {}
         models = {} if self._models is None else {"models": self._models.name, "revision": self._models.revision}
-        vae = {} if self._vae is None or options.vae_dtype == "float32" else {"vae_dtype": options.vae_dtype}
+        vae: dict[str, Any] = {}
+        if self._vae is not None:
+            vae |= {"vae_dtype": options.vae_dtype} if options.vae_dtype != "float32" else {}
+            vae |= {"vae_tile": options.vae_tile} if options.vae_tile is not None else {}
         return {
             "program": f"rehyat_jax {importlib.metadata.version('rehyat_jax')}",
             "transformer": str(self._checkpoint),
@@ -261,7 +270,9 @@ class Pipeline:
         if self._vae is None:
             return get_codec(self.codec_name)
         source, vae = self._vae
-        load = lambda update: load_wan_codec(source, dtype=self.options.vae_dtype, progress=update)
+        load = lambda update: load_wan_codec(
+            source, dtype=self.options.vae_dtype, tile=self.options.vae_tile, progress=update
+        )
         return self._hold("VAE", vae.nbytes, load, progress)
 
     def free(self, *parts: Part) -> None:
@@ -361,7 +372,9 @@ class Pipeline:
             needs["text encoder"] = text_encoder_bytes(self.found_encoder.model.config) // devices
         if self._vae is not None:
             vae, dtype = self._vae[1].config, jnp.dtype(options.vae_dtype)
-            needs["VAE"] = decoder_bytes(vae, shape, videos=options.batch, dtype=dtype, devices=devices)
+            needs["VAE"] = decoder_bytes(
+                vae, shape, videos=options.batch, dtype=dtype, tile=options.vae_tile, devices=devices
+            )
         return needs
 
     def _check_memory(self) -> None:
@@ -373,6 +386,9 @@ class Pipeline:
             remedy = "" if fits else self._remedy(part)
             where = "" if part == "transformer" else f": the {part}"
             check_device_memory(needed, f"{what}{where}", remedy, devices=devices)
+        if self._vae is not None and options.vae_tile is not None:
+            host = tiled_host_bytes(self._vae[1].config, self.latent_shape, options.batch)
+            check_host_memory(host, f"{what} --vae-tile", "choose fewer or shorter videos at once")
         if options.stream:
             host = streaming_host_bytes(self.latent_shape, options.batch)
             check_host_memory(host, what, "choose fewer or shorter videos at once")
@@ -389,6 +405,8 @@ class Pipeline:
                 changes += [("--stream", {"stream": True}, devices)] * (not options.stream)
         if part == "VAE" and options.vae_dtype != "bfloat16":
             changes += [("--vae-dtype bfloat16", {"vae_dtype": "bfloat16"}, devices)]
+        if part == "VAE" and options.vae_tile is None:
+            changes += [("--vae-tile 256", {"vae_tile": 256}, devices)]
         others = jax.device_count()
         changes += [(f"a mesh of {others} devices", {}, others)] * (others > devices)
         batch = options.batch
