@@ -102,9 +102,9 @@ def single(tmp_path_factory):
         if stage == "distill":
             changes = changes | data_with_a_corrupt_record(folder / "data")
         config = digits_config(folder, stage, init_from=two_heads(folder), batch_size=8, **changes)
-        # Softmax, and two forms of different chunks and feature maps.
         config.hybrid.blocks, config.hybrid.chunk_frames, config.hybrid.feature_map.features = (1,), 2, 16
-        config.forms = ({"blocks": (2,), "chunk_frames": 3, "feature_map": {"kind": "hedgehog"}},)
+        if stage == "distill":  # softmax, and two forms of different chunks and feature maps
+            config.forms = ({"blocks": (2,), "chunk_frames": 3, "feature_map": {"kind": "hedgehog"}},)
         config.optimizer.learning_rate = 1e-3
         run(config, folder / "run", (1, 1, 1, 1))
         runs[stage] = config, folder / "run"
