@@ -268,8 +268,8 @@ def gradients(attend, argnums):
     return jax.value_and_grad(loss, argnums)
 
 
-# Tiles of scores depend on the width of matrix units: v5e and v5p have 128 columns, and the least VMEM. tpu7x has tiles of 16 tokens in
-# memory, which divide 6 frames of 1560 tokens, but no frame.
+# Tiles of scores depend on the width of matrix units. v5e and v5p have 128 columns, and the least VMEM. tpu7x has tiles
+# of 16 tokens in memory, which divide 6 frames of 1560 tokens, but no frame.
 @pytest.mark.parametrize(
     "preset, frames, tokens_per_frame, stabilizer, topology",
     [
