@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.plan import main as plan_main
 from rehyat_jax.train import main
@@ -29,12 +29,15 @@ DEFAULTS = {
     "hybrid.overlap_frames": 1,
     "hybrid.causal": True,
     "hybrid.stabilizer": "row_max",
+    "hybrid.anchor_frames": 0,
+    "hybrid.decay": False,
     "hybrid.feature_map.features": 256,
     "hybrid.feature_map.num_layers": 2,
     "hybrid.feature_map.degree": 2,
     "hybrid.feature_map.hidden_activation": "gelu",
     "hybrid.feature_map.output_activation": "relu",
     "hybrid.feature_map.input": "rotated",
+    "hybrid.feature_map.gate": False,
     "hybrid.feature_map.kind": "mlp",
     "hybrid.blocks": None,
     "forms": (),

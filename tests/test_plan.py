@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.attention.on_mesh import hybrid_attention_on_mesh
 from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.cost_model.chips import CHIPS, chip_of, device_count, larger_topology

@@ -14,7 +14,7 @@ from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrain
 from tpu_topologies import compiled_for_tpu
 
 from rehyat_jax.attention import hybrid_attention, softmax_attention
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError, RunDivergedError
 from rehyat_jax.evaluation.attention_error import attention_errors
 from rehyat_jax.models.wan.config import WAN_PRESETS

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rehyat_jax.attention.features.maps import FeatureMapPair
-from rehyat_jax.attention.form import AttentionInputs, BlockForms, Features, Form, MapStack
+from rehyat_jax.attention.features.maps import LinearBranch
+from rehyat_jax.attention.form import BlockForms, MapStack
+from rehyat_jax.attention.forms.base import AttentionInputs, BlockFeatures, Features, Form
 
 T = TypeVar("T")
 
@@ -30,7 +31,15 @@ def make_feature_maps(forms: BlockForms, *, num_heads: int, head_dim: int, rngs:
     """A model's "feature_maps": every stack under its key, or the only stack itself; None if no form has maps."""
 
     def make(stack: MapStack) -> nnx.Module:
-        create = lambda rngs: FeatureMapPair(stack.config, heads=num_heads, head_dim=head_dim, rngs=rngs)
+        learned = stack.config
+        create = lambda rngs: LinearBranch(
+            learned.feature_map,
+            decay=learned.decay,
+            branch_gate=learned.branch_gate,
+            heads=num_heads,
+            head_dim=head_dim,
+            rngs=rngs,
+        )
         return stacked(create, len(stack.blocks), rngs)
 
     modules = {stack.key: make(stack) for stack in forms.stacks}
@@ -88,17 +97,21 @@ def by_form(forms: BlockForms, per_block: dict[str, Any], branch: Callable[[Form
 def block_features(
     forms: BlockForms, form: Form, feature_maps: nnx.Module | None, rows: Any, inputs: AttentionInputs
 ) -> Features:
-    """phi_query and phi_key of one block, each of [B, N, H, F]; None for a form without maps.
+    """What one block's learned parameters make of its inputs; None for a form without any.
 
     Args:
       feature_maps: the model's module, for its structure.
       rows: one block's slice of its parameters, as `per_block_arguments` gives.
       inputs: of the block's attention.
     """
-    if form.feature_map is None:
+    if form.learned is None:
         return None
     stack = forms.stack_of(form)
-    maps = nnx.merge(nnx.graphdef(stack.of(feature_maps)), stack.of(rows))
-    if form.feature_map.input == "unrotated":
-        return maps.query.inline(inputs.unrotated_query), maps.key.inline(inputs.unrotated_key)
-    return maps.query.inline().bound(inputs.query), maps.key.inline().bound(inputs.key)
+    branch = nnx.merge(nnx.graphdef(stack.of(feature_maps)), stack.of(rows))
+    source = form.learned.feature_map.input
+    prefix = "" if source == "rotated" else f"{source}_"
+    query, key = (
+        getattr(branch, name).inline(getattr(inputs, prefix + name), of_own_tokens=not prefix)
+        for name in ("query", "key")
+    )
+    return BlockFeatures(query, key, branch.log_decay(), branch.gate())

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rehyat_jax.attention.form import SOFTMAX, AttentionInputs, Form
+from rehyat_jax.attention.forms.base import AttentionInputs, Form
+from rehyat_jax.attention.forms.softmax import SOFTMAX
 from rehyat_jax.models.hybrid import by_form, make_feature_maps, map_stacks, rows_of_blocks
 from rehyat_jax.models.wan.modeling import WanTransformer
 
@@ -69,7 +70,8 @@ def calibrated_maps(model: WanTransformer, inputs: Inputs) -> Any:
 
     def corrected(stack: Any, maps: Any) -> Any:
         half = rows_of_blocks(forms, halves, stack.blocks)
-        return {name: {**tree, "log_scale": tree["log_scale"] + half} for name, tree in maps.items()}
+        change = lambda tree: {**tree, "log_scale": tree["log_scale"] + half}
+        return maps | {name: change(maps[name]) for name in ("query", "key")}
 
     return map_stacks(forms, corrected, nnx.to_pure_dict(nnx.state(model.feature_maps)))
 

@@ -11,7 +11,9 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from rehyat_jax.attention.form import FORMS, Form, HybridConfig, make_form
+from rehyat_jax.attention.form import FORMS, make_form
+from rehyat_jax.attention.forms.base import Form
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.shown import closest
@@ -101,8 +103,7 @@ def _check_form(entry: Mapping[str, Any], place: str) -> None:
     rows["kind"].allowed.check(kind, f"{place}.kind")
     rows["blocks"].allowed.check(entry.get("blocks"), f"{place}.blocks")
     rows |= {field.name: None for field in dataclasses.fields(FORMS[kind])}
-    if kind == HybridConfig.kind:
-        rows |= {name: field for name, field in _group("hybrid").items() if name in rows and name != "blocks"}
+    rows |= {name: field for name, field in _group("hybrid").items() if name in rows and name != "blocks"}
     _check_entry(entry, rows, place)
     if "feature_map" in rows and "feature_map" in entry:
         Entry().check(entry["feature_map"], f"{place}.feature_map")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from rehyat_jax.attention.form import AttentionInputs, Form
+from rehyat_jax.attention.forms.base import AttentionInputs, Form
 from rehyat_jax.models.student import calibrated_maps, converted_rows, rows_of_stacks, teacher_scan
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.training.keys import calibration_key

@@ -18,7 +18,8 @@ With N tokens of width D = H d, L text tokens, a feed-forward width M and P = to
 import dataclasses
 import math
 
-from rehyat_jax.attention.form import SOFTMAX, FormFlops, Sizes
+from rehyat_jax.attention.forms.base import FormFlops, Sizes
+from rehyat_jax.attention.forms.softmax import SOFTMAX
 from rehyat_jax.models.wan.config import WanConfig
 
 
