@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.shown import check_path
 from rehyat_jax.files.write import check_place, reported_write_errors, written_whole
 from rehyat_jax.studies.measure import METRICS
 from rehyat_jax.studies.plots import save_study
@@ -96,6 +97,8 @@ def write_results(files: Sequence[Path], page: Path) -> None:
     Raises:
       InputError: a file is no record, two records are of one study, or something cannot be written.
     """
+    for path in (page, *files):
+        check_path(path)
     check_place(page)
     records = [read_record(file) for file in files]
     names = [record.name for record in records]
