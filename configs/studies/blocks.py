@@ -4,9 +4,9 @@
 
 Both stages, causal; 12 runs. All variants have the same number of steps.
 
-Hardware: two CPU cores, 2 GB of memory. TIME
+Hardware: two CPU cores, 2 GB of memory. About 25 minutes, estimated from the processor time of a run.
 
-Given up to fit half an hour: 100 steps of stage 1 in place of 300, 60 steps of finetuning in place of 480, and a choice
+Given up to fit half an hour: 150 steps of stage 1 in place of 300, 60 steps of finetuning in place of 480, and a choice
 of the blocks that are easiest to convert.
 """
 
@@ -22,7 +22,7 @@ def get_study():
         "has 83.10 (ReHyAt, arXiv 2601.04342). With all 30 blocks, motion suffers: dynamic degree 42 in place of 65 "
         "(SQuad, a later paper of the same group, Wan2.2 5B).",
         stages=(
-            TrainingStage("distill", "configs/demo_distill.py", {"steps": 100}),
+            TrainingStage("distill", "configs/demo_distill.py", {"steps": 150}),
             TrainingStage("finetune", "configs/demo_finetune.py", {"steps": 60}),
         ),
         variants={

@@ -5,9 +5,9 @@
 Stage 1 alone, all six blocks of the digits teacher, causal; 21 runs. Each variant changes one property of ReHyAt's map:
 two layers, degree 2, relu, rotated input. `feature_map_sizes.py` changes the number of features.
 
-Hardware: two CPU cores, 2 GB of memory. TIME
+Hardware: two CPU cores, 2 GB of memory. About 20 minutes, estimated from the processor time of a run.
 
-Given up to fit half an hour: 200 steps in place of the demo's 300, combinations of properties, and finetuning.
+Given up to fit half an hour: combinations of properties, and finetuning.
 """
 
 from rehyat_jax.studies.definition import Study, TrainingStage, Variant
@@ -21,7 +21,7 @@ def get_study():
         published="ReHyAt (arXiv 2601.04342) uses two layers and degree 2, and reports that three layers of degree 6 "
         "are no better. It states neither the activations nor whether the input is rotated. LinVideo uses Hedgehog's "
         "map.",
-        stages=(TrainingStage("distill", "configs/demo_distill.py", {"steps": 200}),),
+        stages=(TrainingStage("distill", "configs/demo_distill.py"),),
         variants={
             "degree 2, relu, rotated": Variant(),
             "degree 1": feature_map(degree=1),

@@ -4,7 +4,7 @@
 
 Stage 1 of the demo, all six blocks of the digits teacher, causal; 6 runs.
 
-Hardware: two CPU cores, 2 GB of memory. TIME
+Hardware: two CPU cores, 2 GB of memory. About 6 minutes, estimated from the processor time of a run.
 
 Given up: finetuning and samples.
 """

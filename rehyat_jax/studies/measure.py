@@ -99,9 +99,9 @@ MEASURES = {
     "velocity_error": Measure({"velocity_error": Metric("velocity error", True)}, _velocity_error),
     "samples": Measure(
         {
-            "frame_accuracy": Metric("digit, share of all frames", False),
-            "digit_accuracy": Metric("digit, majority of frames", False),
-            "motion_accuracy": Metric("axis of motion", False),
+            "frame_accuracy": Metric("frame accuracy", False),
+            "digit_accuracy": Metric("digit accuracy", False),
+            "motion_accuracy": Metric("motion accuracy", False),
         },
         _samples,
         needs_student=False,
@@ -111,7 +111,7 @@ MEASURES = {
 
   attention_error: mean relative L1 error of each block's attention on the block's inputs in the softmax teacher.
   velocity_error: mean |v - v_teacher| / mean |v_teacher| of the complete model.
-  samples: videos of all captions, read by the digits' judge.
+  samples: videos of all captions, read by the digits' judge; see `rehyat_jax.demo.judge.Score`.
 """
 
 METRICS = {name: metric for measure in MEASURES.values() for name, metric in measure.metrics.items()}

@@ -37,7 +37,7 @@ class Command:
       argv: its command line.
       result: file or folder that exists as soon as it has succeeded.
       log: file to which its output is appended.
-      steps: its part of the progress bar: the steps of a training run, 0 for other commands.
+      steps: its part of the progress bar: the steps of a training run, 1 for other commands.
       workdir: the directory of its training run; None for other commands.
     """
 
@@ -45,14 +45,14 @@ class Command:
     argv: tuple[str, ...]
     result: Path
     log: Path
-    steps: int = 0
+    steps: int = 1
     workdir: Path | None = None
 
     def steps_made(self) -> int:
-        """The number of its steps that were logged."""
-        if self.workdir is None or self.result.exists():
+        """The number of its steps that were logged; all of them if it has its result."""
+        if self.result.exists():
             return self.steps
-        return min(last_step(self.workdir), self.steps)
+        return 0 if self.workdir is None else min(last_step(self.workdir), self.steps)
 
 
 @dataclasses.dataclass(frozen=True)

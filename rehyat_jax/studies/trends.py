@@ -25,8 +25,8 @@ def best_variant(record: Record) -> str:
     seeds = _shared_seeds(record, first, second)
     wins = sum(_badness(record, first, seed) < _badness(record, second, seed) for seed in seeds)
     return (
-        f"The best {metric.title} is that of {first}, {_mean(record, first)}. Next is {second}, "
-        f"{_mean(record, second)}; {first} is better in {wins} of {len(seeds)} seeds."
+        f"Best {metric.title}: {first}, {_mean(record, first)}. Next: {second}, {_mean(record, second)}. "
+        f"The first is better in {wins} of {len(seeds)} seeds."
     )
 
 
