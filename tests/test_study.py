@@ -14,6 +14,7 @@ from rehyat_jax import train
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.studies.begun import check_definition
 from rehyat_jax.studies.definition import Study, TrainingStage, Trend, Variant, read_study, stage_config
+from rehyat_jax.studies.measure import MEASURES, measure_model
 from rehyat_jax.studies.processes import Command, Task, run_tasks
 from rehyat_jax.studies.record import Record, Run, read_record, write_record
 from rehyat_jax.studies.running import FIGURES, run_folder, run_task
@@ -118,6 +119,10 @@ def test_a_study_that_began_with_another_definition_is_not_continued(tmp_path):
         check_definition(file, tiny_study(variants={"narrow": Variant()}), tmp_path)
     with pytest.raises(InputError, match=r"seeds: \[0\] when it began, \[1\] now"):
         check_definition(file, tiny_study(seeds=(1,)), tmp_path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "definition.json").write_text('{"variants": {"narrow": 1}}')
+    with pytest.raises(InputError, match=r"definition\.json: is damaged"):
+        check_definition(file, began, tmp_path / "damaged")
     # Fields that change no result, and further variants and seeds, are no other study.
     stages = (TrainingStage("distill", "configs/demo_distill.py", {"log_every": 7}),)
     more = tiny_study(stages=stages, variants={**began.variants, "wider": Variant()}, seeds=(0, 1))
@@ -171,6 +176,14 @@ def test_a_signal_lets_every_process_save_and_starts_no_other(tmp_path, number, 
         run_tasks(tasks, 2, {})
     assert (tmp_path / "a_0.saved").exists() and (tmp_path / "b_0.saved").exists()
     assert not (tmp_path / "c_0").exists()
+
+
+def test_a_figure_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
+    teacher = Path(pretrained(tmp_path))
+    broken = dataclasses.replace(MEASURES["samples"], run=lambda *_: {"frame_accuracy": float("nan")})
+    monkeypatch.setitem(MEASURES, "samples", broken)
+    with pytest.raises(InputError, match="frame_accuracy is nan"):
+        measure_model(teacher, teacher, ["samples"], 40)
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -304,5 +317,8 @@ def test_a_study_trains_measures_and_reports_and_finished_runs_are_not_repeated(
     before = figures.stat().st_mtime_ns, (workdir / "runs/wide/seed_4/distill.log").stat().st_size
     assert command.main([*arguments, "--only", "wide"]) == 0
     assert before == (figures.stat().st_mtime_ns, (workdir / "runs/wide/seed_4/distill.log").stat().st_size)
+    figures.write_text('{"values": 3}')
+    assert command.main([*arguments, "--only", "wide"]) == 2
+    assert "figures.json: expected the figures of a run" in capfd.readouterr().err
     assert command.main([*arguments, "--only", "wider"]) == 2
     assert "did you mean 'wide'?" in capfd.readouterr().err

@@ -41,7 +41,10 @@ def check_definition(file: Path, study: Study, workdir: Path) -> None:
     """
     record, now = workdir / DEFINITION, describe(file, study)
     if record.exists():
-        rows = differences(read_json_object(record), now)
+        try:
+            rows = differences(read_json_object(record), now)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{record}: is damaged ({error!r}); restore it, or give another --workdir") from error
         if rows:
             table = "\n".join(f"  {name}: {before} when it began, {after} now" for name, before, after in rows)
             raise InputError(

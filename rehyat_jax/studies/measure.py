@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.demo import measure as digits
 from rehyat_jax.demo.judge import Judge
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.shown import shown
 from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.training.config import default_config
@@ -128,13 +130,16 @@ def measure_model(model: Path, teacher: Path, measures: list[str], videos: int) 
       videos: number of sampled videos, a multiple of 40.
 
     Raises:
-      InputError: a checkpoint cannot be read, or a measure does not fit the model.
+      InputError: a checkpoint cannot be read, a measure does not fit the model, or a figure is not finite.
     """
     student, softmax = load_wan(model), load_wan(teacher)
     values: dict[str, Any] = {}
     for name in measures:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         values |= MEASURES[name].run(student, softmax, videos)
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{model}: its {name} is {shown(value)}; look at the losses of its training run")
     return values
 
 

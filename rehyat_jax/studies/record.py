@@ -149,12 +149,15 @@ def collect(file: Path, study: Study, workdir: Path, failures: Mapping[str, str]
 def _figures(folder: Path) -> tuple[dict[str, Any], float]:
     """(values, hardware and code of a finished run, or nothing; seconds of its processes)."""
     figures, seconds = folder / FIGURES, folder / SECONDS
-    spent = sum(read_json_object(seconds).values()) if seconds.exists() else 0.0
-    return (read_json_object(figures) if figures.exists() else {}), round(spent, 1)
+    spent = read_json_object(seconds) if seconds.exists() else {}
+    found = read_json_object(figures) if figures.exists() else {}
+    if not found.keys() <= {"values", "hardware", "code"} or not _are_figures(found.get("values", {})):
+        raise InputError(f"{figures}: expected the figures of a run, found others; delete it, and run the study again")
+    return found, round(sum(filter(_is_number, spent.values())), 1)
 
 
 def _differences(study: Study, label: str) -> str:
-    """What distinguishes a variant, in words: "chunk_frames 5", or "stages finetune; hybrid.blocks all"."""
+    """The changes of a variant in words: "chunk_frames = 5", or "stages finetune, blocks = all"."""
     variant = study.variants[label]
     words = [f"stages {' and '.join(variant.stages)}"] if variant.stages else []
     words += [f"{field.removeprefix('hybrid.')} = {value}" for field, value in variant.changes.items()]
@@ -211,10 +214,10 @@ def _wrong_part(record: Record) -> str:
     return next((part for part, holds in checks.items() if not holds), "")
 
 
-def _are_figures(values: dict[str, Any]) -> bool:
-    """True for scalars, and lists under the names of `METRICS` with the end `BY_BLOCK`."""
+def _are_figures(values: Any) -> bool:
+    """True for a dictionary of scalars, and lists under the names of `METRICS` with the end `BY_BLOCK`."""
     lists = {name + BY_BLOCK for name in METRICS}
-    return all(
+    return isinstance(values, dict) and all(
         isinstance(value, list) and len(value) > 0 and all(map(_is_number, value))
         if name in lists
         else name in METRICS and _is_number(value)
