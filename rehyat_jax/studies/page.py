@@ -72,7 +72,8 @@ def _made_with(record: Record) -> str:
     codes = sorted({run.code for run in finished}) or [record.versions["rehyat_jax"]]
     minutes = sum(run.seconds for run in record.runs) / 60
     return (
-        f"{len(finished)} of {len(record.runs)} runs; {minutes:.0f} minutes of processes; "
+        f"{len(finished)} of {len(record.runs)} runs; {minutes:.0f} minutes, summed over processes that may have shared "
+        "their cores; "
         f"{'; '.join(machines) or 'no machine yet'}; rehyat_jax {' and '.join(codes)}; {record.date}."
     )
 
