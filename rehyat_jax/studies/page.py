@@ -1,5 +1,6 @@
 """Studies as Markdown: one section each, on a page of its own or together with others."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,12 +33,17 @@ def section(record: Record, picture: str) -> str:
       record: the study.
       picture: path of its picture, relative to the page.
     """
-    lines = [f"## {record.title}", "", record.question, "", f"Published: {record.published}", "", *_table(record), ""]
+    lines = [f"## {record.title}", "", _wrapped(record.question), "", _wrapped(f"Published: {record.published}"), ""]
+    lines += [*_table(record), ""]
     if found := sentences(record):
-        lines += ["\n\n".join(found), ""]
-    lines += [f"![{record.title}]({picture})", "", f"    {record.command}", "", _made_with(record), ""]
+        lines += ["\n\n".join(map(_wrapped, found)), ""]
+    lines += [f"![{record.title}]({picture})", "", f"    {record.command}", "", _wrapped(_made_with(record)), ""]
     lines += [f"{run.variant}, seed {run.seed}, failed: {run.failure}\n" for run in record.runs if run.failure]
     return "\n".join(lines)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(record: Record) -> list[str]:
@@ -72,8 +78,8 @@ def _made_with(record: Record) -> str:
     codes = sorted({run.code for run in finished}) or [record.versions["rehyat_jax"]]
     minutes = sum(run.seconds for run in record.runs) / 60
     return (
-        f"{len(finished)} of {len(record.runs)} runs; {minutes:.0f} minutes, summed over processes that may have shared "
-        "their cores; "
+        f"{len(finished)} of {len(record.runs)} runs; {minutes:.0f} minutes, summed over processes that may have "
+        "shared their cores; "
         f"{'; '.join(machines) or 'no machine yet'}; rehyat_jax {' and '.join(codes)}; {record.date}."
     )
 
