@@ -8,7 +8,7 @@ from tiny_runs import tiny_config
 
 from rehyat_jax import compare
 from rehyat_jax.errors import InputError
-from rehyat_jax.studies.run_comparison import comparison, read_run
+from rehyat_jax.studies.run_comparison import RunLog, comparison, read_run, short_names
 from rehyat_jax.training.config import save_config
 from rehyat_jax.training.metrics import MetricWriter
 
@@ -35,6 +35,7 @@ def test_fields_that_differ_and_metrics_are_shown(runs, tmp_path, capsys):
     page = tmp_path / "out" / "compared.md"
     assert compare.main([*map(str, runs), "--out", str(page)]) == 0
     printed = capsys.readouterr().out
+    assert f"- b: `{runs[1]}`" in printed and "| field | a | b |" in printed
     assert "| hybrid.chunk_frames | 3 | 5 |" in printed and "| seed | 0 | 3 |" in printed
     assert "| optimizer.learning_rate | " in printed and "batch_size" not in printed
     assert "| loss | 2 (1 at 2) | 3 (3 at 2) |" in printed
@@ -54,6 +55,18 @@ def test_speed_is_the_median_time_of_a_step_within_one_process(tmp_path, monkeyp
     make_run(folder, [1.0], first_step=4)
     monkeypatch.undo()
     assert read_run(folder).seconds == 3
+
+
+@pytest.mark.parametrize(
+    ("directories", "names"),
+    [
+        (["runs/wide/seed_0/distill", "runs/deep/seed_1/distill"], ["wide/seed_0", "deep/seed_1"]),
+        (["runs/a", "runs/a/b"], ["a", "a/b"]),
+        (["a/x", "b/x", "b/y"], ["a/x", "b/x", "b/y"]),
+    ],
+)
+def test_names_of_runs_leave_out_what_all_have_in_common(directories, names):
+    assert short_names([RunLog(directory, {}, {}, None) for directory in directories]) == names
 
 
 def test_a_run_that_is_writing_can_be_read(runs):

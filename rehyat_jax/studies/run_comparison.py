@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from rehyat_jax.errors import InputError
@@ -106,8 +107,10 @@ def comparison(runs: Sequence[RunLog], picture: str | None = None) -> str:
       runs: the runs.
       picture: path of the plotted curves, relative to the page; None for no picture.
     """
-    head = ["", *(run.name for run in runs)]
-    lines = ["# Training runs compared", "", "## Configuration", ""]
+    head = ["", *short_names(runs)]
+    lines = ["# Training runs compared", ""]
+    lines += [f"- {shown(name)}: `{shown(run.name)}`" for name, run in zip(head[1:], runs, strict=True)]
+    lines += ["", "## Configuration", ""]
     rows = differing_fields(runs)
     lines += _table(["field", *head[1:]], rows) if rows else ["No field differs."]
     lines += ["", "## Metrics", "", "Each cell is the last value and, in brackets, the lowest with its step.", ""]
@@ -119,6 +122,17 @@ def comparison(runs: Sequence[RunLog], picture: str | None = None) -> str:
     if picture:
         lines += ["", f"![Curves of the runs]({picture})"]
     return "\n".join([*lines, ""])
+
+
+def short_names(runs: Sequence[RunLog]) -> list[str]:
+    """The directories of runs without the folders at the beginning and at the end that all have in common."""
+    parts = [Path(run.name).parts for run in runs]
+    shortest, start, end = min(map(len, parts)), 0, 0
+    while start < shortest - 1 and len({path[start] for path in parts}) == 1:
+        start += 1
+    while end < shortest - start - 1 and len({path[-1 - end] for path in parts}) == 1:
+        end += 1
+    return ["/".join(path[start : len(path) - end]) for path in parts]
 
 
 def differing_fields(runs: Sequence[RunLog]) -> list[list[str]]:
@@ -159,15 +173,18 @@ def _save_curves(runs: Sequence[RunLog], path: Path) -> None:
     """Writes a PNG with one panel for each metric that all runs have, the loss first."""
     shared = [name for name in runs[0].curves if all(name in run.curves for run in runs)]
     names = sorted(shared or list(runs[0].curves), key=lambda name: name != "loss")[:MOST_PANELS]
-    figure = Figure(figsize=(4.5 * len(names), 3), layout="constrained", dpi=100)
+    figure = Figure(figsize=(4.5 * len(names), 3.2), layout="constrained", dpi=100)
+    labels = [shown(label) for label in short_names(runs)]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for run in runs:
+        for number, run in enumerate(runs):
             if name in run.curves:
-                axes.plot(*run.curves[name], linewidth=1, label=shown(run.name))
+                axes.plot(*run.curves[name], linewidth=1, color=f"C{number % 10}")
         axes.set_title(shown(name), fontsize=9, parse_math=False)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        for text in axes.legend(fontsize=7).get_texts():
-            text.set_parse_math(False)
+    lines = [Line2D([], [], color=f"C{number % 10}") for number in range(len(runs))]
+    legend = figure.legend(lines, labels, loc="outside lower center", ncols=len(runs), fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png")
