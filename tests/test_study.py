@@ -218,11 +218,11 @@ def test_sentences_compare_the_order_with_the_published_one():
     ordered = {"Tc 5": [0.1, 0.2], "Tc 1": [0.4, 0.5], "Tc 3": [0.2, 0.3]}
     best, trend = sentences(record(ordered, trends=(SCORES,)))
     assert best.startswith(
-        "Best attention error: Tc 5, 0.1500. Next: Tc 3, 0.2500. The first is better in 2 of 2 seeds."
+        "Best attention error: 0.1500 (Tc 5). Next: 0.2500 (Tc 3). The first is better in 2 of 2 seeds."
     )
     assert trend.endswith(
-        "Published VBench, from worse to better: Tc 1 80.97, Tc 3 82.17, Tc 5 82.48. Here, attention error: "
-        "Tc 1 0.4500, Tc 3 0.2500, Tc 5 0.1500. All 3 pairs of variants have the published order, in every seed."
+        "Published VBench, from worse to better: Tc 1: 80.97; Tc 3: 82.17; Tc 5: 82.48. Here, attention error: "
+        "Tc 1: 0.4500; Tc 3: 0.2500; Tc 5: 0.1500. All 3 pairs of variants have the published order, in every seed."
     )
     one_seed_disagrees = ordered | {"Tc 3": [0.09, 0.5]}
     assert sentences(record(one_seed_disagrees, trends=(SCORES,)))[1].endswith("order, 1 of them in every seed.")

@@ -1,8 +1,8 @@
 """Sentences that a study's figures give: the best variant, and the comparison with published scores.
 
 A pair of variants has an order if their means differ. It has the same order in every seed if each seed that both
-finished agrees; seeds share their data, noise and initial values between variants. With few seeds this says more than a
-test of significance would.
+finished agrees: variants with the same seed share their data and noise. Three seeds are too few for a test of
+significance.
 """
 
 import itertools
@@ -25,7 +25,7 @@ def best_variant(record: Record) -> str:
     seeds = _shared_seeds(record, first, second)
     wins = sum(_badness(record, first, seed) < _badness(record, second, seed) for seed in seeds)
     return (
-        f"Best {metric.title}: {first}, {_mean(record, first)}. Next: {second}, {_mean(record, second)}. "
+        f"Best {metric.title}: {_mean(record, first)} ({first}). Next: {_mean(record, second)} ({second}). "
         f"The first is better in {wins} of {len(seeds)} seeds."
     )
 
@@ -41,9 +41,9 @@ def compared(record: Record, trend: Trend) -> str:
     as_published = [pair for pair in pairs if _badness(record, pair[0]) > _badness(record, pair[1])]
     contradicting = [pair for pair in pairs if pair not in as_published]
     certain = sum(_in_every_seed(record, *pair) for pair in as_published)
-    scores = ", ".join(f"{label} {trend.scores[label]:g}" for label in labels)
+    scores = "; ".join(f"{label}: {trend.scores[label]:g}" for label in labels)
     title = METRICS[record.headline].title
-    found = ", ".join(f"{label} {_mean(record, label)}" for label in labels)
+    found = "; ".join(f"{label}: {_mean(record, label)}" for label in labels)
     text = f"Published {trend.title}, from worse to better: {scores}. Here, {title}: {found}. "
     if not contradicting:
         order = "The pair has" if len(pairs) == 1 else f"All {len(pairs)} pairs of variants have"
