@@ -23,6 +23,8 @@ COMMANDS = [
     ["prepare", "latents"],
     ["prepare", "teacher-trajectories"],
     ["plan"],
+    ["evaluate"],
+    ["evaluate", "vbench-videos"],
     ["demo.report"],
     ["cost_model.tpu_compile"],
     ["benchmarks.gpu_run.process"],
