@@ -12,6 +12,7 @@ every video, is written when all videos are there. docs/vbench.md has the comman
 
 import argparse
 import dataclasses
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("one of the arguments --models --checkpoint is required")
     if (arguments.augmented is None) != (arguments.prompts is None):
         parser.error("--augmented and --prompts: expected both or none, because the one names the other's lines")
+    if not Path(os.path.abspath(arguments.out)).name:
+        parser.error(f"--out: expected a folder with a name, which its manifest takes, found {arguments.out}")
     if arguments.host >= arguments.num_hosts:
         parser.error(f"--host: expected 0 to {arguments.num_hosts - 1}, found {arguments.host}")
     return arguments

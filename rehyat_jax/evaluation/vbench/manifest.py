@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from rehyat_jax.generation.jobs import Job
 
 def manifest_file(folder: Path) -> Path:
     """The manifest of the videos in a folder, next to it: VBench expects only videos in the folder."""
-    return folder.with_name(f"{folder.name}.json")
+    path = Path(os.path.abspath(folder))
+    return path.with_name(f"{path.name}.json")
 
 
 def write_manifest(
