@@ -26,6 +26,8 @@ COMMANDS = [
     ["study"],
     ["studies.measure"],
     ["compare"],
+    ["evaluate"],
+    ["evaluate", "vbench-videos"],
     ["demo.report"],
     ["cost_model.tpu_compile"],
     ["benchmarks.gpu_run.process"],

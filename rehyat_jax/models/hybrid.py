@@ -59,17 +59,12 @@ def map_stacks(forms: BlockForms, change: Callable[..., Any], *feature_maps: Any
     return changed.get(None, changed)
 
 
-def per_block_arguments(forms: BlockForms, feature_maps: nnx.Module | None) -> dict[str, Any]:
-    """What the layers of a scan are given: arrays with a leading axis over all blocks.
+def rows_over_blocks(forms: BlockForms, feature_maps: Any) -> Any:
+    """A tree like "feature_maps" with rows of all blocks; the inverse of taking each stack's own rows.
 
     A block without maps of a stack is given the row of the stack's first block, which it does not use.
-
-    Returns: "block", its number; "form", the index of its form; and "feature_maps", its rows, if there are any.
     """
     count = len(forms.of_block)
-    arguments = {"block": jnp.arange(count), "form": jnp.array(forms.indices)}
-    if feature_maps is None:
-        return arguments
 
     def spread(stack: MapStack, maps: Any) -> Any:
         if len(stack.blocks) == count:
@@ -77,7 +72,18 @@ def per_block_arguments(forms: BlockForms, feature_maps: nnx.Module | None) -> d
         rows = jnp.array([stack.blocks.index(block) if block in stack.blocks else 0 for block in range(count)])
         return jax.tree.map(lambda leaf: leaf[rows], maps)
 
-    return arguments | {"feature_maps": map_stacks(forms, spread, nnx.to_pure_dict(nnx.state(feature_maps)))}
+    return map_stacks(forms, spread, feature_maps)
+
+
+def per_block_arguments(forms: BlockForms, feature_maps: nnx.Module | None) -> dict[str, Any]:
+    """What the layers of a scan are given: arrays with a leading axis over all blocks.
+
+    Returns: "block", its number; "form", the index of its form; and "feature_maps", its rows, if there are any.
+    """
+    arguments = {"block": jnp.arange(len(forms.of_block)), "form": jnp.array(forms.indices)}
+    if feature_maps is None:
+        return arguments
+    return arguments | {"feature_maps": rows_over_blocks(forms, nnx.to_pure_dict(nnx.state(feature_maps)))}
 
 
 def by_form(forms: BlockForms, per_block: dict[str, Any], branch: Callable[[Form], Callable[[], T]]) -> T:

@@ -60,6 +60,15 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"({config.steps}); lower it"
         )
     stage = STAGES[config.stage]
+    if stage.updates_per_step(config) > 1:
+        needed = {"optimizer.name": "adamw", "optimizer.clip_norm": 0, "accumulation_steps": 1}
+        for path, value in needed.items():
+            if _lookup(config, path) != value:
+                raise InputError(
+                    f"config.distill.updates_per_batch ({config.distill.updates_per_batch}) needs config.{path} = "
+                    f"{value!r}, found {shown_value(_lookup(config, path))}: the blocks make their updates one after "
+                    f"another. config.distill.clip_norm clips each block"
+                )
     if stage.starts_from_model and not config.init_from:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
     if stage.is_of_hybrid_blocks and not config.hybrid.blocks and not config.forms:

@@ -18,6 +18,7 @@ from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
+from rehyat_jax.training.distill import LOSSES
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.values import Blocks, Boolean, Choice, Entry, Integer, Real, Several, Text, Values
 
@@ -278,6 +279,29 @@ FIELDS = (
     ),
     Field("optimizer.weight_decay", 0.01, Real(0), CHANGED, "Decoupled weight decay."),
     Field("optimizer.clip_norm", 1.0, Real(0), CHANGED, "Highest global norm of a gradient. 0 does not clip."),
+    Field(
+        "distill.loss",
+        "l1",
+        Choice(LOSSES),
+        CHANGED,
+        'Loss of a block in stage "distill": "l1", the mean absolute difference from softmax attention; "l2", the mean '
+        'squared difference; or "energy_l2", "l2" divided by the mean square of softmax attention.',
+    ),
+    Field(
+        "distill.clip_norm",
+        0.0,
+        Real(0),
+        CHANGED,
+        'Highest norm of one block\'s gradient in stage "distill"; the other blocks keep theirs. 0 does not clip.',
+    ),
+    Field(
+        "distill.updates_per_batch",
+        1,
+        Integer(1, 10**4),
+        REFUSED,
+        'Updates of a step in stage "distill", all on the same inputs of attention. The teacher runs once for them. '
+        "More than 1 needs AdamW, accumulation_steps = 1 and optimizer.clip_norm = 0.",
+    ),
     Field(
         "ema_decay",
         0.99,
