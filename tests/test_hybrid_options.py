@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracles import F64, STABILIZERS, assert_close, attention, jit, make_arrays
+from attention_oracles import F64, STABILIZERS, TPU_F32, assert_close, attention, jit, make_arrays, tpu_kernels_as_xla
 from test_mesh_attention import mesh_of, padded
 
 from rehyat_jax.attention import InlineFeatures, hybrid_attention, hybrid_attention_weights
@@ -54,7 +54,7 @@ def results(attend, arrays):
     @jit
     def run(arrays):
         output, pullback = jax.vjp(attend, *arrays)
-        return output, pullback(jnp.asarray(cotangent))
+        return output, pullback(jnp.asarray(cotangent, output.dtype))
 
     return jax.tree.map(np.asarray, run(arrays))
 
@@ -167,3 +167,81 @@ def test_wrong_options_are_named(change, message):
     arrays = make_arrays(6, 2, dtype=np.float32)
     with pytest.raises(ValueError, match=message):
         hybrid_attention(*arrays, tokens_per_frame=2, chunk_frames=3, overlap_frames=1, **change)
+
+
+# --------------------------------------------------------------------------------------------------------- TPU kernels
+
+KERNEL_SIZES = dict(head_dim=64, features=128)
+
+
+def kernel_case(form, options, causal, implementation, groups=None, dtype=np.float32):
+    """Output and gradients, also of the gains of queries and keys, of one call or of calls on groups of frames."""
+    gains = np.random.default_rng(3).uniform(0.5, 2, (2, 1, form[0] * form[1], 2))
+    arrays = (*make_arrays(*form[:2], dtype=dtype, **KERNEL_SIZES), *map(jnp.asarray, gains.astype(dtype)))
+    per_head = {name: jnp.asarray(array, dtype) for name, array in options.items()}
+
+    def attend(query, key, value, phi_query, phi_key, query_gain, key_gain, per_head):
+        outputs, state = [], None
+        for start, stop in groups or [(0, form[0])]:
+            part = slice(start * form[1], stop * form[1])
+            call = attention(form, causal, "joint", implementation, **per_head)
+            tokens = (x[:, part] for x in (query, key, value))
+            phis = (
+                InlineFeatures(phi[:, part], (), identity, gain[:, part])
+                for phi, gain in ((phi_query, query_gain), (phi_key, key_gain))
+            )
+            if groups is None or stop == form[0]:
+                outputs.append(call(*tokens, *phis, **({} if groups is None else {"initial_state": state})))
+            else:
+                output, state = call(*tokens, *phis, initial_state=state, return_state=True)
+                outputs.append(output)
+        return jnp.concatenate(outputs, axis=1)
+
+    cotangent = np.random.default_rng(9).normal(size=arrays[0].shape)
+
+    @jit
+    def run(arrays, per_head):
+        output, pullback = jax.vjp(attend, *arrays, per_head)
+        return output, pullback(jnp.asarray(cotangent, output.dtype))
+
+    return jax.tree.map(np.asarray, run(arrays, per_head))
+
+
+@pytest.mark.parametrize(
+    "form, options, causal, groups",
+    [
+        ((7, 9, 3, 1), {}, True, None),  # padded frames, a ragged chunk
+        ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, None),
+        ((6, 8, 2, 2), {"log_decay": LOG_DECAY}, False, None),
+        ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, [(0, 2), (2, 6), (6, 7)]),
+    ],
+    ids=["gains", "decay", "both directions", "parts"],
+)
+def test_gains_and_decay_run_inside_the_tpu_kernels(form, options, causal, groups):
+    with jax.enable_x64(True):
+        expected = kernel_case(form, options, causal, "reference", dtype=np.float64)
+    with tpu_kernels_as_xla():
+        found = kernel_case(form, options, causal, "pallas_tpu", groups)
+    assert_close(found, expected, TPU_F32)
+
+
+def test_decay_runs_inside_the_tpu_kernels_on_a_mesh():
+    form = (7, 8, 2, 1)
+    arrays = make_arrays(*form[:2], dtype=np.float32, **KERNEL_SIZES)
+
+    def attend(*arrays):
+        *tokens, log_decay = arrays
+        options = dict(zip(("tokens_per_frame", "chunk_frames", "overlap_frames"), form[1:], strict=True))
+        options |= dict(num_frames=form[0], log_decay=log_decay, implementation="pallas_tpu", causal=False)
+        output = hybrid_attention_on_mesh(*(padded(array, form, 2) for array in tokens), **options)
+        return output[:, : form[0] * form[1]]
+
+    def dense(*arrays):
+        return attention(form, False, "row_max", log_decay=arrays[-1])(*arrays[:-1])
+
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(array, jnp.float64) for array in (*arrays, LOG_DECAY)]
+        expected = results(dense, wide)
+    with jax.set_mesh(mesh_of((1, 1, 2, 1))), tpu_kernels_as_xla():
+        found = results(attend, (*arrays, jnp.asarray(LOG_DECAY, jnp.float32)))
+    assert_close(found, expected, TPU_F32)

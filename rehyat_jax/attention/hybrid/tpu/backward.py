@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.features.inline import InlineFeatures
-from rehyat_jax.attention.hybrid.tpu.forward import is_in_window, score_scale, window_block
+from rehyat_jax.attention.hybrid.tpu.forward import is_in_window, query_gain_rows, score_scale, window_block
+from rehyat_jax.attention.hybrid.tpu.gain import column, gain_gradient, gain_of_rows
 from rehyat_jax.attention.hybrid.tpu.states import has_linear_keys, state_rows
 from rehyat_jax.attention.hybrid.tpu.tiling import FEATURE_ROWS, Tiling, is_key
 from rehyat_jax.attention.tpu.blocks import NN, NT, TN, HeadBlocks, dot, for_tiles
@@ -53,14 +54,15 @@ def readout_backward(
     causal: bool,
     continues: bool,
     source_gradient: bool,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array | None, jax.Array | None]:
     """Gradients of the linear branch, except those of its keys.
 
     Returns: a tuple of
       - delta [batch, heads, blocks, 1, backward_block];
       - gradients of the states, float32, like `states`;
       - gradients of the feature map's weights, float32 [batch, heads, rows, columns];
-      - the gradient of its source, or None if it is not wanted.
+      - the gradient of its source, or None if it is not wanted;
+      - the gradient of its gain, float32, or None if it has none.
     """
     batch, _, heads, head_dim = output.shape
     rows, block_rows = state_rows(head_dim), tiling.backward_block
@@ -99,10 +101,19 @@ def readout_backward(
                 cotangent, delta = transposed(tokens)
                 first_row = jax.lax.broadcasted_iota(jnp.int32, (rows - head_dim, size), 0) == 0
                 d_reads, d_total = cotangent * weight, jnp.where(first_row, -weight * delta, 0)
-                d_joined = jnp.concatenate([d_reads, d_total], axis=0).astype(phi.dtype)
-                outputs["states"][...] += dot(d_joined, phi, NN)
+                d_joined = jnp.concatenate([d_reads, d_total], axis=0)
+                if features.gain is None:
+                    d_joined = d_joined.astype(phi.dtype)
+                    outputs["states"][...] += dot(d_joined, phi, NN)
+                else:
+                    gain = inputs["gain"][:, tokens]
+                    outputs["states"][...] += dot((d_joined * gain).astype(phi.dtype), phi, NN)
+                    d_joined = d_joined.astype(phi.dtype)
                 # z separately: one row more than the matrix units' depth would take as long as all the others.
                 d_phi = dot(d_joined[:head_dim], state, TN) + d_total.T[:, :1] * normalizer
+                if features.gain is not None:
+                    outputs["gain"][:, tokens] = gain_gradient(d_phi, phi)
+                    d_phi = d_phi * column(gain)
                 d_source, *d_weights = pullback(d_phi.astype(phi.dtype))
                 if source_gradient:
                     outputs["source"][tokens, :] = d_source
@@ -114,6 +125,8 @@ def readout_backward(
                 transposed(pl.ds(start, size))
                 if source_gradient:
                     outputs["source"][pl.ds(start, size), :] = jnp.zeros((size, source.width), source.dtype)
+                if features.gain is not None:
+                    outputs["gain"][:, pl.ds(start, size)] = jnp.zeros((1, size), jnp.float32)
 
         is_block = chunk * per_chunk + block < num_blocks
         has_state = has_linear_keys(chunk, tiling, causal=causal, continues=continues)
@@ -141,6 +154,9 @@ def readout_backward(
             "log_sum_exp": row_blocks(log_sum_exp, block_rows, index),
             "stabilizer": None if stabilizer is None else row_blocks(stabilizer, block_rows, index),
             "weights": per_head(features.weights),
+            "gain": None
+            if features.gain is None
+            else row_blocks(query_gain_rows(features.gain, tiling), block_rows, index),
             "states": state_block(states, chunk_index),
         },
         {
@@ -148,11 +164,13 @@ def readout_backward(
             "states": state_block(jax.ShapeDtypeStruct(states.shape, jnp.float32), chunk_index),
             "weights": weight_gradients(features.weights, batch),
         }
-        | ({"source": (source.shape, source.spec(block_rows, index))} if source_gradient else {}),
+        | ({"source": (source.shape, source.spec(block_rows, index))} if source_gradient else {})
+        | ({} if features.gain is None else {"gain": new_rows(batch, heads, num_blocks, block_rows, index)}),
         parallel=2,
     )
     d_source = source.unview(results["source"]) if source_gradient else None
-    return results["delta"], results["states"], results["weights"], d_source
+    d_gain = None if features.gain is None else gain_of_rows(results["gain"], tiling.tokens)
+    return results["delta"], results["states"], results["weights"], d_source, d_gain
 
 
 def window_backward(

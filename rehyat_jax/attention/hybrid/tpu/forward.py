@@ -14,10 +14,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.features.inline import InlineFeatures
+from rehyat_jax.attention.hybrid.tpu.gain import gain_rows
 from rehyat_jax.attention.hybrid.tpu.states import has_linear_keys
 from rehyat_jax.attention.hybrid.tpu.tiling import FEATURE_ROWS, Tiling, is_key
 from rehyat_jax.attention.tpu.blocks import NT, TN, HeadBlocks, dot, for_tiles
-from rehyat_jax.attention.tpu.kernel_call import call_kernel, new_rows, per_head, scalars, state_block, token_blocks
+from rehyat_jax.attention.tpu.kernel_call import (
+    call_kernel,
+    new_rows,
+    per_head,
+    row_blocks,
+    scalars,
+    state_block,
+    token_blocks,
+)
 
 # A finite stand-in for minus infinity: differences of two such scores are zero, not NaN.
 _LOWEST = -1e30
@@ -190,6 +199,8 @@ def attend(
             for tile, phi in zip(tiles, phis, strict=True):
                 columns = pl.ds(*tile)
                 linear = dot(inputs["states"][...].astype(phi.dtype), phi, NT)
+                if features.gain is not None:
+                    linear = linear * inputs["gain"][:, columns]
                 linear_sums, linear_total = linear[:head_dim], linear[head_dim : head_dim + 1]
                 shift, tile_total, tile_sums = maximum[:, columns] * scale, total[:, columns], sums[:, columns]
                 if row_max is not None:
@@ -224,6 +235,9 @@ def attend(
             "value": token_blocks(value, tiling.key_block, keys),
             "source": None if features.of_own_tokens else token_blocks(features.source, tiling.query_block, queries),
             "weights": per_head(features.weights),
+            "gain": None
+            if features.gain is None
+            else row_blocks(query_gain_rows(features.gain, tiling), tiling.query_block, queries),
             "states": state_block(states, lambda block, step: chunk_of(block)),
             "is_running": (
                 is_running[:, :, None],
@@ -244,6 +258,11 @@ def attend(
         parallel=3,
     )
     return output.unview(results["output"]), results["log_sum_exp"], results.get("stabilizer")
+
+
+def query_gain_rows(gain: jax.Array, tiling: Tiling) -> jax.Array:
+    """The gains of queries, like the statistics that `attend` returns."""
+    return gain_rows(gain, tiling.num_query_blocks, tiling.query_block)
 
 
 def window_block(chunk: jax.Array, step: jax.Array, *, tiling: Tiling, continues: bool) -> jax.Array:

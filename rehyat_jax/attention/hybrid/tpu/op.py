@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from rehyat_jax.attention.features.inline import InlineFeatures, as_inline
+from rehyat_jax.attention.features.inline import InlineFeatures, as_inline, with_gain
 from rehyat_jax.attention.flat_tokens import cut, joined
 from rehyat_jax.attention.hybrid.backend import Backend, Request, why_not_gated
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.attention.hybrid.tpu.backward import readout_backward, window_backward
+from rehyat_jax.attention.hybrid.tpu.decay import GIVEN, decayed_states
 from rehyat_jax.attention.hybrid.tpu.forward import attend, needs_running_maximum
 from rehyat_jax.attention.hybrid.tpu.states import (
     Walk,
@@ -55,6 +56,12 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
         "query_weights": phi_query.weights,
         "key_weights": phi_key.weights,
     }
+    gains = {"query_gain": phi_query.gain, "key_gain": with_gain(phi_key, request.key_gain()).gain}
+    if not causal and request.log_decay is not None:
+        gains["future_key_gain"] = with_gain(phi_key, request.key_gain(future=True)).gain
+    operands |= {name: pad(gain) for name, gain in gains.items() if gain is not None}
+    if request.log_decay is not None:
+        operands["log_decay"] = request.chunk_log_decay
     if initial_state is not None:
         # The first chunk's overlap goes before the keys. Its sums are in the state, so it is not a source of features.
         operands |= {
@@ -107,6 +114,8 @@ def video_sums(
     )
     pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
     operands = {"key_source": pad(phi_key.source), "value": pad(value), "key_weights": phi_key.weights}
+    if phi_key.gain is not None:
+        operands["key_gain"] = pad(phi_key.gain)
     if num_frames is not None:
         operands["padding_frames"] = (tiling.geometry.num_frames - num_frames)[None]
     return tuple(map(_sums_of_rows, _video_sums(call, _views(operands))))
@@ -117,8 +126,8 @@ def why_not(request: Request) -> str | None:
     query, instead = request.query, 'use implementation="xla"'
     if problem := why_not_gated(request):
         return problem
-    if request.geometry.anchor_frames or request.log_decay is not None or _has_gain(request):
-        return f"anchors, decay and gains are not in these kernels yet: {instead}"
+    if request.geometry.anchor_frames:
+        return f"anchor_frames={request.geometry.anchor_frames}, only 0: {instead}"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
     if query.shape[-1] % 64:
@@ -126,10 +135,6 @@ def why_not(request: Request) -> str | None:
     if request.phi_query.shape[-1] % 128:
         return f"phi_query of {request.phi_query.shape[-1]} features, only of multiples of 128: {instead}"
     return None
-
-
-def _has_gain(request: Request) -> bool:
-    return any(getattr(features, "gain", None) is not None for features in (request.phi_query, request.phi_key))
 
 
 BACKEND = Backend("pallas_tpu", run, why_not, takes_inline_features=True, video_sums=video_sums)
@@ -155,10 +160,10 @@ class _Call:
     def overlap_tokens(self) -> int:
         return self.tiling.geometry.overlap_frames * self.tiling.frame
 
-    def walks(self) -> list[Walk]:
+    def walks(self, *, accumulates: bool = True) -> list[Walk]:
         """The orders in which keys enter the chunks' states: for the past and, unless causal, for the future."""
-        past = Walk(self.tiling, is_future=False, num_states=self.num_chunks + self.return_state)
-        return [past] if self.causal else [past, Walk(self.tiling, is_future=True, num_states=self.num_chunks)]
+        past = Walk(self.tiling, False, self.num_chunks + self.return_state, accumulates)
+        return [past] if self.causal else [past, Walk(self.tiling, True, self.num_chunks, accumulates)]
 
     def overlap_walk(self) -> Walk:
         """The walk over only the last overlap, treated as a chunk before another one: state 1 holds it."""
@@ -176,7 +181,8 @@ class _Call:
     def last_overlap(self, features: InlineFeatures, value: jax.Array) -> tuple[InlineFeatures, jax.Array]:
         """phi_key and value of the last overlap_frames."""
         last = lambda tokens: cut(tokens, -self.overlap_tokens, None)
-        return dataclasses.replace(features, source=last(features.source)), last(value)
+        gain = None if features.gain is None else features.gain[:, -self.overlap_tokens :]
+        return dataclasses.replace(features, source=last(features.source), gain=gain), last(value)
 
     def query_features(self, operands: dict[str, Any]) -> InlineFeatures:
         return self._features(operands, "query", self.query_function)
@@ -185,11 +191,15 @@ class _Call:
         features = InlineFeatures(operands[f"{side}_source"], operands[f"{side}_weights"], function)
         features = features.bound(operands.get(side))
         weights = tuple(weight.astype(features.source.dtype) for weight in features.weights)
-        return dataclasses.replace(features, weights=weights)
+        return dataclasses.replace(features, weights=weights, gain=operands.get(f"{side}_gain"))
 
-    def key_features(self, operands: dict[str, Any]) -> InlineFeatures:
-        return self._features(operands, "key", self.key_function)
+    def key_features(self, operands: dict[str, Any], *, future: bool = False) -> InlineFeatures:
+        """phi_key, with the gain of the sums of the past or of the future."""
+        features = self._features(operands, "key", self.key_function)
+        return dataclasses.replace(features, gain=operands.get(_FUTURE_GAIN, features.gain)) if future else features
 
+
+_FUTURE_GAIN = "future_key_gain"
 
 # Token arrays are passed, kept for the backward pass and returned as the views that kernels read. A TPU would pad the
 # heads of [batch, tokens, heads, head_dim] to a multiple of eight.
@@ -222,23 +232,10 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
     continues = "past" in operands
     features, state_value = call.key_features(operands), operands.get("state_value", value)
 
-    # The initial overlap leaves the window when the first chunk is done.
-    seen = operands["past"] + operands["overlap"] if continues else None
-    measured = {"query": query, "key": cut(key, -query.shape[1], None)}
-    past_walk, *future_walks = call.walks()
-    states, squares = chunk_states(features, state_value, past_walk, initial=seen, measured=measured)
-    first = first_chunk_with_past(call.tiling)
+    states, sums, squares = _chunk_states(call, operands)
     if continues:
-        states = _with_first(states, first, seen).at[0].set(operands["past"])
         overlap_squares = _frame_squares(cut(key, None, -query.shape[1]), call.tiling.frame)
         squares["key"] = jnp.concatenate([overlap_squares, squares["key"]], axis=-1)
-    elif not call.causal:
-        states = _with_first(states, first, 0)
-    for walk in future_walks:
-        after, _ = chunk_states(features, state_value, walk, padding_frames=operands.get("padding_frames"))
-        states = _added(states, after.at[-1].set(0))
-    if "later" in operands:
-        states = _added(states, jnp.broadcast_to(operands["later"], (call.num_chunks, *states.shape[1:])))
 
     output, log_sum_exp, stabilizer = attend(
         query,
@@ -259,7 +256,42 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
         past, overlap = states[call.num_chunks], jnp.zeros_like(states[0])
         if call.overlap_tokens:
             overlap = chunk_states(*call.last_overlap(features, state_value), call.overlap_walk())[0][1]
-    return (output, past, overlap), (output, log_sum_exp, stabilizer, states)
+    return (output, past, overlap), (output, log_sum_exp, stabilizer, states, sums)
+
+
+def _chunk_states(
+    call: _Call, operands: dict[str, Any]
+) -> tuple[jax.Array, tuple[jax.Array, ...], dict[str, jax.Array]]:
+    """The states of all chunks; with decay, the sums that they are made of; the norms that `chunk_states` measures."""
+    query, key = operands["query"], operands["key"]
+    value, padding_frames = operands.get("state_value", operands["value"]), operands.get("padding_frames")
+    measured = {"query": query, "key": cut(key, -query.shape[1], None)}
+    has_decay = "log_decay" in operands
+    past_walk, *future_walks = call.walks(accumulates=not has_decay)
+    # The initial overlap leaves the window when the first chunk is done.
+    seen = operands["past"] + operands["overlap"] if "past" in operands and not has_decay else None
+    states, squares = chunk_states(call.key_features(operands), value, past_walk, initial=seen, measured=measured)
+    later = [
+        chunk_states(call.key_features(operands, future=True), value, walk, padding_frames=padding_frames)[0]
+        for walk in future_walks
+    ]
+    if has_decay:
+        sums = kept((states, *later))
+        return decayed_states(call.tiling, sums, _given(operands)), sums, squares
+    first = first_chunk_with_past(call.tiling)
+    if seen is not None:
+        states = _with_first(states, first, seen).at[0].set(operands["past"])
+    elif not call.causal:
+        states = _with_first(states, first, 0)
+    for after in later:
+        states = _added(states, after.at[-1].set(0))
+    if "later" in operands:
+        states = _added(states, jnp.broadcast_to(operands["later"], (call.num_chunks, *states.shape[1:])))
+    return states, (), squares
+
+
+def _given(operands: dict[str, Any]) -> dict[str, jax.Array]:
+    return {name: operands[name] for name in GIVEN if name in operands}
 
 
 @jax.tree_util.register_static
@@ -277,14 +309,14 @@ def _forward_rule(call: _Call, operands: dict[str, Any]):
 
 
 def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[dict[str, Any]]:
-    operands, (output, log_sum_exp, stabilizer, states), wanted = saved
+    operands, (output, log_sum_exp, stabilizer, states, sums), wanted = saved
     operands, output = _unviews(operands, call.heads), unview(output, call.heads)
     d_output, d_past, d_overlap = map(_materialised, cotangents)
     d_output = unview(d_output, call.heads)
     query_features, key_features = call.query_features(operands), call.key_features(operands)
     state_value = operands.get("state_value", operands["value"])
 
-    delta, d_states, d_query_weights, d_query_source = readout_backward(
+    delta, d_states, d_query_weights, d_query_source, d_query_gain = readout_backward(
         d_output,
         output,
         log_sum_exp,
@@ -301,17 +333,32 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
     sum_backward = functools.partial(
         chunk_states_backward, token_gradients=bool(wanted.names & {"key", "value", "key_source", "state_value"})
     )
+    gradients = dict.fromkeys(operands)
+    if "log_decay" in operands:
+        _, pullback = jax.vjp(functools.partial(decayed_states, call.tiling), sums, _given(operands))
+        d_of_walk, d_given = pullback(d_states)
+        gradients |= d_given
+    else:
+        d_of_walk = [d_states[: walk.num_states] for walk in call.walks()]
+        if "past" in operands:
+            gradients["overlap"] = d_states[1:].sum(axis=0)
+            gradients["past"] = d_states[0] + gradients["overlap"]
+        if "later" in operands:
+            gradients["later"] = d_states[: call.num_chunks].sum(axis=0)
     by_walk = [
         sum_backward(
-            d_states[: walk.num_states],
-            key_features,
+            d_sums,
+            call.key_features(operands, future=walk.is_future),
             state_value,
             walk,
             padding_frames=operands.get("padding_frames") if walk.is_future else None,
         )
-        for walk in call.walks()
+        for d_sums, walk in zip(d_of_walk, call.walks(accumulates="log_decay" not in operands), strict=True)
     ]
-    d_key_weights, d_key_source, d_state_value = jax.tree.map(lambda *leaves: sum(leaves), *by_walk)
+    d_key_weights, d_key_source, d_state_value = jax.tree.map(
+        lambda *leaves: sum(leaves), *(found[:3] for found in by_walk)
+    )
+    d_gains = [found[3] for found in by_walk]
     if call.return_state and call.overlap_tokens:
         d_overlaps = jnp.stack([jnp.zeros_like(d_overlap), d_overlap])
         last = sum_backward(d_overlaps, *call.last_overlap(key_features, state_value), call.overlap_walk())
@@ -319,15 +366,17 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
         if d_key_source is not None:
             d_key_source = d_key_source.at[:, -call.overlap_tokens :].add(last[1])
             d_state_value = d_state_value.at[:, -call.overlap_tokens :].add(last[2])
+        if last[3] is not None:
+            d_gains[0] = d_gains[0].at[:, -call.overlap_tokens :].add(last[3])
 
-    gradients = dict.fromkeys(operands)
+    if "query_gain" in operands:
+        gradients["query_gain"] = d_query_gain
+    if _FUTURE_GAIN in operands:
+        gradients["key_gain"], gradients[_FUTURE_GAIN] = d_gains
+    elif "key_gain" in operands:
+        gradients["key_gain"] = sum(d_gains)
     for name, sums in (("query_weights", d_query_weights), ("key_weights", d_key_weights)):
         gradients[name] = _summed(sums, operands[name])
-    if "past" in operands:
-        gradients["overlap"] = d_states[1:].sum(axis=0)
-        gradients["past"] = d_states[0] + gradients["overlap"]
-    if "later" in operands:
-        gradients["later"] = d_states[: call.num_chunks].sum(axis=0)
 
     # A separate source has a gradient of its own. Otherwise the softmax window's gradient is added to it.
     begin = {"query": d_query_source, "key": d_key_source, "value": d_state_value}
@@ -373,7 +422,7 @@ def _video_sums_backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: t
     operands, walk = _unviews(operands, call.heads), call.video_walk()
     d_before, d_total = map(_materialised, cotangents)
     d_states = [jnp.zeros_like(d_total), d_before, d_total] if walk.num_states == 3 else [d_total, d_before + d_total]
-    d_weights, d_source, d_value = chunk_states_backward(
+    d_weights, d_source, d_value, d_gain = chunk_states_backward(
         jnp.stack(d_states),
         call.key_features(operands),
         operands["value"],
@@ -383,6 +432,7 @@ def _video_sums_backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: t
     )
     gradients = dict.fromkeys(operands)
     gradients |= {"key_source": d_source, "value": d_value, "key_weights": _summed(d_weights, operands["key_weights"])}
+    gradients |= {} if d_gain is None else {"key_gain": d_gain}
     return (_views(gradients),)
 
 

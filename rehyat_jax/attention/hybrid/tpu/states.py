@@ -5,6 +5,7 @@ v_d phi_key, row head_dim is the sum of phi_key, and the rows after it are zero.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.features.inline import InlineFeatures
+from rehyat_jax.attention.hybrid.tpu.gain import column, gain_gradient, gain_of_rows, gain_rows, multiplied
 from rehyat_jax.attention.hybrid.tpu.tiling import FEATURE_ROWS, Tiling, is_key
 from rehyat_jax.attention.tpu.blocks import LANES, NN, NT, TN, HeadBlocks, dot, for_tiles
 from rehyat_jax.attention.tpu.kernel_call import (
     call_kernel,
+    new_rows,
     per_head,
+    row_blocks,
     scalars,
     state_block,
     token_blocks,
@@ -49,11 +53,13 @@ class Walk:
       is_future: True for states of the frames after the window, walked from the last frame; False for states of the
         frames before it, walked from the first.
       num_states: number of states: one for every chunk; for the past, optionally one more for the next chunk.
+      accumulates: False for states that hold only the frames that no earlier state in this order holds.
     """
 
     tiling: Tiling
     is_future: bool
     num_states: int
+    accumulates: bool = True
 
     def frame(self, step: jax.Array) -> jax.Array:
         return self.tiling.geometry.num_frames - 1 - step if self.is_future else step
@@ -85,7 +91,7 @@ def chunk_states(
     """The states, and the largest norms of tokens that the same pass measures.
 
     Args:
-      features: phi_key.
+      features: phi_key, perhaps with a gain.
       value: [batch, tokens, heads, head_dim].
       initial: sums that all states hold in addition, float32 [batch, heads, state_rows, features].
       padding_frames: number of frames at the end that no state holds, int32 [1].
@@ -110,6 +116,12 @@ def chunk_states(
         def _():
             running[...] = jnp.zeros_like(running) if initial is None else inputs["initial"][...]
 
+        if not walk.accumulates:
+
+            @pl.when((step > 0) & (part == 0) & (walk.state(frame) != walk.state(walk.frame(step - 1))))
+            def _():
+                running[...] = jnp.zeros_like(running)
+
         @pl.when(part == 0)
         def _():
             for name in measured:
@@ -129,6 +141,8 @@ def chunk_states(
             for (start, size), phi in zip(tiles, phis, strict=True):
                 if tiling.is_padded:
                     phi = jnp.where(is_key(part, start, size, tiling), phi, jnp.zeros_like(phi))
+                if features.gain is not None:
+                    phi = multiplied(phi, inputs["gain"][:, pl.ds(start, size)])
                 running[:head_dim, :] += dot(inputs["value"][pl.ds(start, size), :], phi, TN)
                 normalizer = phi.astype(jnp.float32).sum(axis=0, keepdims=True)
                 first_row = jax.lax.broadcasted_iota(jnp.int32, (state_shape[0] - head_dim, phi.shape[1]), 0) == 0
@@ -148,7 +162,8 @@ def chunk_states(
         def _():
             outputs["states"][...] = running[...]
 
-    tokens = lambda array: token_blocks(array, tiling.key_block, lambda step, part: walk.frame(step) * parts + part)
+    block = lambda step, part: walk.frame(step) * parts + part
+    tokens = lambda array: token_blocks(array, tiling.key_block, block)
     square = (
         jax.ShapeDtypeStruct((batch, heads, num_frames, 1, LANES), jnp.float32),
         pl.BlockSpec((None, None, None, 1, LANES), lambda b, h, step, part: (b, h, walk.frame(step), 0, 0)),
@@ -162,6 +177,7 @@ def chunk_states(
             "source": tokens(features.source),
             "value": tokens(value),
             "weights": per_head(features.weights),
+            "gain": key_gain_blocks(features, tiling, block),
             "initial": None
             if initial is None
             else (initial, pl.BlockSpec((None, None, *state_shape), lambda b, h, *_: (b, h, 0, 0))),
@@ -184,7 +200,7 @@ def chunk_states_backward(
     *,
     padding_frames: jax.Array | None = None,
     token_gradients: bool,
-) -> tuple[tuple[jax.Array, ...], jax.Array | None, jax.Array | None]:
+) -> tuple[tuple[jax.Array, ...], jax.Array | None, jax.Array | None, jax.Array | None]:
     """Gradients of `chunk_states`, by the reverse walk: a frame's gradient is the sum over all states that hold it.
 
     Args:
@@ -192,7 +208,7 @@ def chunk_states_backward(
 
     Returns:
       Gradients of the feature map's weights, float32 [batch, heads, rows, columns]; of its source and of `value`, if
-      `token_gradients`, else None.
+      `token_gradients`, else None; and of its gain, float32, or None if it has none.
     """
     tiling = walk.tiling
     batch, _, heads, head_dim = value.shape
@@ -215,7 +231,7 @@ def chunk_states_backward(
 
         @pl.when(walk.is_held(frame) & is_new_state & (part == 0))
         def _():
-            running[...] += inputs["states"][...]
+            running[...] = inputs["states"][...] + (running[...] if walk.accumulates else 0)
 
         def tiles_backward(tiles):
             d_state = running[:head_dim, :].astype(value.dtype)
@@ -226,11 +242,16 @@ def chunk_states_backward(
                 d_phi = dot(inputs["value"][tokens, :], d_state, NN) + d_normalizer
                 if tiling.is_padded:
                     d_phi = jnp.where(is_key(part, start, size, tiling), d_phi, 0)
+                if features.gain is not None:
+                    gain = inputs["gain"][:, tokens]
+                    outputs["gain"][:, tokens] = gain_gradient(d_phi, phi)
+                    d_phi = d_phi * column(gain)
                 d_source, *d_weights = pullback(d_phi.astype(phi.dtype))
                 for gradient, d_weight in zip(outputs["weights"], d_weights, strict=True):
                     gradient[...] += d_weight.astype(jnp.float32)
                 if token_gradients:
                     outputs["source"][tokens, :] = d_source
+                    phi = phi if features.gain is None else multiplied(phi, gain)
                     outputs["value"][tokens, :] = dot(phi, d_state, NT).astype(outputs["value"].dtype)
 
         has_gradient = _is_added(frame, walk, inputs)
@@ -239,11 +260,12 @@ def chunk_states_backward(
         def _():
             for_tiles(tiling.key_block, FEATURE_ROWS, 2, tiles_backward)
 
-        if token_gradients:
+        of_tokens = [name for name in ("source", "value", "gain") if name in outputs]
+        if of_tokens:
 
             @pl.when(~has_gradient)
             def _():
-                for name in ("source", "value"):
+                for name in of_tokens:
                     outputs[name][...] = jnp.zeros_like(outputs[name])
 
     block = lambda step, part: frame_of(step) * parts + part
@@ -257,16 +279,33 @@ def chunk_states_backward(
             "source": tokens(features.source),
             "value": tokens(value),
             "weights": per_head(features.weights),
+            "gain": key_gain_blocks(features, tiling, block),
             "states": state_block(states_cotangent, lambda step, part: walk.shown_state(frame_of(step))),
             "padding_frames": scalars(padding_frames),
         },
         {"weights": weight_gradients(features.weights, batch)}
-        | {name: (view.shape, view.spec(tiling.key_block, block)) for name, view in views.items()},
+        | {name: (view.shape, view.spec(tiling.key_block, block)) for name, view in views.items()}
+        | (
+            {}
+            if features.gain is None
+            else {"gain": new_rows(batch, heads, num_frames * parts, tiling.key_block, block)}
+        ),
         {"running": pltpu.VMEM(states_cotangent.shape[-2:], jnp.float32)},
         parallel=2,
     )
     d_source, d_value = (views[name].unview(results[name]) if token_gradients else None for name in ("source", "value"))
-    return results["weights"], d_source, d_value
+    d_gain = None if features.gain is None else gain_of_rows(results["gain"], tiling.tokens)
+    return results["weights"], d_source, d_value, d_gain
+
+
+def key_gain_blocks(
+    features: InlineFeatures, tiling: Tiling, index: Callable[..., jax.Array]
+) -> tuple[jax.Array, pl.BlockSpec] | None:
+    """An input with the gains of the keys of a step; None without gains."""
+    if features.gain is None:
+        return None
+    blocks = tiling.geometry.num_frames * tiling.key_blocks_per_frame
+    return row_blocks(gain_rows(features.gain, blocks, tiling.key_block), tiling.key_block, index)
 
 
 def _is_added(frame: jax.Array, walk: Walk, inputs: dict) -> jax.Array:
