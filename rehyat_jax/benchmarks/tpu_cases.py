@@ -15,7 +15,9 @@ from flax import nnx
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
-from rehyat_jax.attention.features.maps import FeatureMap
+from rehyat_jax.attention.features.maps import FeatureMap, LinearBranch
+from rehyat_jax.attention.form import make_form
+from rehyat_jax.attention.forms.base import AttentionInputs, BlockFeatures
 from rehyat_jax.attention.hybrid.api import hybrid_attention
 from rehyat_jax.cli import not_a_command
 
@@ -59,6 +61,59 @@ def hybrid(
     if direction == "forward":
         return layer, arguments
     return _pullback(layer, arguments, differentiated=1 if direction == "phi_backward" else len(arguments), cotangent=x)
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax": ("softmax", {}),
+    "hybrid": ("hybrid", {}),
+    "hybrid, 1 anchor": ("hybrid", {"anchor_frames": 1}),
+    "hybrid, decay": ("hybrid", {"decay": True}),
+    "hybrid, gate": ("hybrid", {"feature_map": {"gate": True}}),
+    "hybrid, bidirectional": ("hybrid", {"causal": False}),
+    "two branches": ("two_branch", {}),
+    "window": ("window", {}),
+    "window, 1 anchor": ("window", {"anchor_frames": 1}),
+    "linear": ("linear", {"chunk_frames": 3}),
+    "strided, R = 2": ("strided", {"stride": 2}),
+    "strided, R = 4": ("strided", {"stride": 4}),
+    "strided, R = 8": ("strided", {"stride": 8}),
+}
+"""(kind, fields that are no defaults) of the forms of attention that are compared."""
+
+
+def form(heads: int, head_dim: int, frames: int, tokens_per_frame: int, *, name: str, direction: str) -> Case:
+    """A block's attention in one of `FORMS`, from queries, keys and values to y, as `hybrid`."""
+    kind, fields = FORMS[name]
+    attention = make_form(kind, fields)
+    learned = attention.learned
+    x = jax.ShapeDtypeStruct((1, frames * tokens_per_frame, heads * head_dim), jnp.bfloat16)
+    graphdef: Any = None
+    weights: Any = {}
+    if learned is not None:
+        make = lambda: LinearBranch(
+            learned.feature_map,
+            decay=learned.decay,
+            branch_gate=learned.branch_gate,
+            heads=heads,
+            head_dim=head_dim,
+            rngs=nnx.Rngs(0),
+        )
+        graphdef, weights = nnx.split(nnx.eval_shape(make))
+
+    def layer(weights, *qkv):
+        query, key, value = (x.reshape(*x.shape[:2], heads, head_dim) for x in qkv)
+        inputs = AttentionInputs(query, key, value, query, key, query, key, tokens_per_frame, frames)
+        features = None
+        if learned is not None:
+            branch = nnx.merge(graphdef, weights)
+            phis = (getattr(branch, side).inline(x, of_own_tokens=True) for side, x in (("query", query), ("key", key)))
+            features = BlockFeatures(*phis, branch.log_decay(), branch.gate())
+        return attention.attend(inputs, features, implementation=None).reshape(x.shape)
+
+    arguments = (weights, x, x, x)
+    if direction == "forward":
+        return layer, arguments
+    return _pullback(layer, arguments, differentiated=len(arguments), cotangent=x)
 
 
 def full_softmax(

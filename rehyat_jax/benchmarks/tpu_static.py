@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
-from rehyat_jax.benchmarks import vae_static
+from rehyat_jax.benchmarks import tpu_cases, vae_static
 from rehyat_jax.benchmarks.splash_blocks import SPLASH_BLOCKS, search, splash_arguments
 from rehyat_jax.benchmarks.tpu_report import details, growth, table_head, table_line
 from rehyat_jax.cli import CommandParser, report_input_errors
@@ -123,6 +123,12 @@ def groups(arguments: argparse.Namespace) -> Iterator[list[Case]]:
         }
         blocks = SPLASH_BLOCKS[generation_of(topology)]
         splash = [(name, splash_arguments(name, blocks)) for name in ("splash", "splash_fused", "splash_unfused")]
+        if arguments.forms:
+            yield [
+                Case(topology, preset, name, "form", shape | {"name": name, "direction": direction})
+                for name, direction in itertools.product(tpu_cases.FORMS, ("forward", "backward"))
+            ]
+            continue
         hybrid = [
             (name, {"implementation": name, "direction": direction})
             for name, direction in itertools.product(arguments.implementations, DIRECTIONS)
@@ -216,6 +222,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     option("--json", type=Path, metavar="FILE", help="also write the rows there")
     option("--details", action="store_true", help="also print what binds every part of every kernel")
+    option("--forms", action="store_true", help="compare all forms of attention instead")
     option("--vae", action="store_true", help="cost of Wan2.1's VAE instead, decoding and encoding (minutes each)")
     option("--search", action="store_true", help="search splash attention's block sizes instead")
     arguments = parser.parse_args(argv)

@@ -8,7 +8,6 @@ from flax import nnx
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.features.inline import InlineFeatures
-from rehyat_jax.attention.product import product
 
 # A decay of 0.98 a frame: half of the weight after 38 frames.
 _FIRST_DECAY = -4.0
@@ -28,12 +27,22 @@ class FeatureFunction:
 
     config: FeatureMapConfig
 
-    def __call__(self, x: jax.Array, scale: jax.Array, *kernels: jax.Array) -> jax.Array:
-        """x [tokens, head_dim], scale [1, 1], kernels [in, out] -> non-negative features [tokens, features].
+    def __call__(self, x: jax.Array, scale: jax.Array, *matrices: jax.Array) -> jax.Array:
+        """x [tokens, head_dim] -> non-negative features [tokens, features].
 
         Products are in the dtype of x with float32 accumulation, everything between them in float32; the features are
         returned in the dtype of x.
+
+        Args:
+          scale: [1, 1].
+          matrices: the gate [1, head_dim] if the configuration has one, then the kernels [in, out].
         """
+        kernels = list(matrices)
+        if self.config.gate:
+            gate = kernels.pop(0)
+            dtype = scale.dtype if scale.dtype.itemsize > 2 else jnp.float32
+            score = jnp.sum(x.astype(dtype) * gate.astype(dtype), axis=-1, keepdims=True)
+            scale = scale.astype(dtype) * (2 * jax.nn.sigmoid(score))
         features = self.config.row.apply(self.config, x, *(kernel.astype(x.dtype) for kernel in kernels))
         return (features * scale.astype(features.dtype)).astype(x.dtype)
 
@@ -60,21 +69,14 @@ class FeatureMap(nnx.Module):
         """The features of x [batch, tokens, heads, head_dim], to be computed where they are needed.
 
         Args:
-          x: None stands for the query or key of the attention that they are given to. A map with a gate needs it.
+          x: None stands for the query or key of the attention that they are given to.
           of_own_tokens: True if x is that query or key.
-
-        Raises:
-          ValueError: a map with a gate is given no x.
         """
         scale = jnp.exp(self.log_scale[...]) / self.config.row.divisor(self.config)
         kernels = (getattr(self, f"layer_{i}").kernel[...] for i in range(self.num_kernels))
-        gain = None
-        if self.config.gate:
-            if x is None:
-                raise ValueError("x: a feature map with a gate needs its tokens, found None; give the query or key")
-            gain = 2 * jax.nn.sigmoid(product("bnhd,hd->bnh", x, self.gate[...].astype(x.dtype)))
-        weights = (scale[:, None, None], *kernels)
-        return InlineFeatures(x, weights, FeatureFunction(self.config), gain, of_own_tokens)
+        gate = [self.gate[...][:, None]] if self.config.gate else []
+        weights = (scale[:, None, None], *gate, *kernels)
+        return InlineFeatures(x, weights, FeatureFunction(self.config), of_own_tokens=of_own_tokens)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Queries or keys [batch, tokens, heads, head_dim] -> features [batch, tokens, heads, features]."""
