@@ -23,6 +23,7 @@ COMMANDS = [
     ["prepare", "latents"],
     ["prepare", "teacher-trajectories"],
     ["plan"],
+    ["evaluate"],
     ["demo.report"],
     ["cost_model.tpu_compile"],
     ["benchmarks.gpu_run.process"],
