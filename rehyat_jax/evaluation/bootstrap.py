@@ -40,7 +40,9 @@ class Estimate:
 
 
 def _to_json(array: np.ndarray) -> Any:
-    return np.where(np.isfinite(array), array.astype(object), None).tolist()
+    cells = np.array(array, object)
+    cells[~np.isfinite(array)] = None
+    return cells.tolist()
 
 
 class Resampling:

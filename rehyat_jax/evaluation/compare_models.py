@@ -61,7 +61,7 @@ def evaluate_models(
     examples = read_examples(source, options.examples, options.sampling.seed)
     if folder is not None:
         check_place(folder / PICTURE)
-    sampler = Sampler.open(sides, options, examples, folder) if options.samples else None
+    sampler = Sampler.open(sides, options, source, folder) if options.samples else None
 
     # --------------------------------------------------------------------------------------------- velocity, attention
     found = Evaluation(about=_about(sides, options, examples, source))

@@ -1,6 +1,7 @@
 """What an evaluation finds: single figures and curves, each with confidence intervals, and what they were made from."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from rehyat_jax.evaluation.bootstrap import Estimate
@@ -19,12 +20,18 @@ class Curve:
     title: str
     x_label: str
     y_label: str
-    x: list[float]
+    x: Sequence[float]
     series: dict[str, Estimate]
 
     def to_json(self) -> dict[str, Any]:
         series = {name: estimate.to_json() for name, estimate in self.series.items()}
-        return {"title": self.title, "x_label": self.x_label, "y_label": self.y_label, "x": self.x, "series": series}
+        return {
+            "title": self.title,
+            "x_label": self.x_label,
+            "y_label": self.y_label,
+            "x": list(self.x),
+            "series": series,
+        }
 
 
 @dataclasses.dataclass

@@ -3,10 +3,11 @@
 import dataclasses
 from pathlib import Path
 
+from rehyat_jax.data.pipeline import Source
 from rehyat_jax.data.sources import JUDGES, Judge, make_judge
 from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.distribution import NAME as FEATURE_SPACE
-from rehyat_jax.evaluation.draws import Examples
+from rehyat_jax.evaluation.draws import Examples, read_examples
 from rehyat_jax.evaluation.options import EvaluationOptions
 from rehyat_jax.evaluation.pair import STUDENT, Side
 from rehyat_jax.evaluation.results import Evaluation
@@ -41,10 +42,10 @@ class Sampler:
         self._examples, self._folder = examples, folder
 
     @classmethod
-    def open(
-        cls, sides: dict[str, Side], options: EvaluationOptions, examples: Examples, folder: Path | None
-    ) -> "Sampler":
+    def open(cls, sides: dict[str, Side], options: EvaluationOptions, source: Source, folder: Path | None) -> "Sampler":
         """Raises InputError: see `evaluate_models`."""
+        # As many real videos as samples.
+        examples = read_examples(source, options.samples, options.sampling.seed)
         sampling = _of_data_size(options.sampling, sides[STUDENT].metadata["codec"], examples.latents.shape[1:])
         pipelines = {
             name: Pipeline.from_pretrained(options.models, sampling, student=side.path) for name, side in sides.items()
@@ -68,7 +69,7 @@ class Sampler:
         measures, kept = decoder.samples(latents, self._prompts)
         # The clean latents of trajectories are unknown. Videos of another size would differ by that alone.
         if self._examples.timestep is None and self._examples.latents.shape[1:] == pipeline.latent_shape:
-            measures[DATA] = decoder.data(self._examples.latents[: len(self._prompts)])
+            measures[DATA] = decoder.data(self._examples.latents)
         pipeline.free("VAE")
         if self._folder is not None:
             save_samples(self._folder / PICTURE, kept, self._prompts)

@@ -76,7 +76,7 @@ def _figures(sums: dict[str, np.ndarray], draws: Draws) -> Evaluation:
     frame_size, frames = float(np.prod(shape[2:])), list(range(shape[1]))
     ratio = lambda axes: resampling.ratio(sums["error"].sum(axes), sums["size"].sum(axes))
     found.metrics["velocity_error"] = ratio((1, 2))
-    words = "mean |student - teacher| / mean |teacher|"
+    words = "relative L1 error"
     by_noise, by_frame = {"student": ratio(2)}, {"student": ratio(1)}
     noise, frame = "noise level sigma", "latent frame"
     found.curves["velocity_error_by_noise"] = Curve("velocity error", noise, words, draws.sigmas, by_noise)
@@ -87,8 +87,8 @@ def _figures(sums: dict[str, np.ndarray], draws: Draws) -> Evaluation:
     losses = {name: sums[name] / frame_size for name in ("loss_teacher", "loss_student", "excess_vs_teacher")}
     found.metrics |= {name: resampling.mean(loss.mean((1, 2))) for name, loss in losses.items()}
     excess = losses["excess_vs_teacher"]
-    words = "flow-matching loss above the teacher's"
+    words = "student's loss - teacher's"
     for name, label, x, axis in (("noise", noise, draws.sigmas, 2), ("frame", frame, frames, 1)):
         series = {"student": resampling.mean(excess.mean(axis))}
-        found.curves[f"excess_by_{name}"] = Curve("excess over the teacher's loss", label, words, x, series)
+        found.curves[f"excess_by_{name}"] = Curve("excess of loss", label, words, x, series)
     return found
