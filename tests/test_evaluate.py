@@ -16,6 +16,7 @@ from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.form import HybridConfig
 from rehyat_jax.attention.hybrid.api import hybrid_attention_weights
 from rehyat_jax.errors import InputError
+from rehyat_jax.evaluation.attention_error import attention_differences
 from rehyat_jax.evaluation.attention_mass import attention_mass, by_distance, moved_mass
 from rehyat_jax.evaluation.bootstrap import Resampling
 from rehyat_jax.evaluation.compare_models import evaluate_models
@@ -26,6 +27,7 @@ from rehyat_jax.evaluation.options import EvaluationOptions
 from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.models.student import make_student
+from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.train import train
 from rehyat_jax.weights import load_wan, save_model
 
@@ -85,6 +87,20 @@ def test_the_mass_between_frames_is_that_of_the_dense_weights():
         np.testing.assert_allclose(mass[block], dense, atol=2e-6)
     # A causal chunk ends at most one frame after its query.
     assert np.triu(mass[0], 2).max() == 0 < mass[1].min()
+
+
+def test_attention_over_devices_is_compared_without_its_padding():
+    model = nnx.merge(*tiny_model(TINY.replace(hybrid_blocks="all", hybrid=FORM)))
+    batch = tiny_batch(frames=5)
+    inputs = batch["latents"], jnp.array([300.0, 900.0]), batch["text"]
+    measure = lambda model, inputs: {"mass": attention_mass(model, inputs), **attention_differences(model, inputs)}
+    alone = jax.jit(measure)(model, inputs)
+    # Two devices hold two chunks of two frames each: eight frames.
+    with jax.set_mesh(make_mesh(dict(data=1, fsdp=1, context=2, tensor=1), jax.devices()[:2])):
+        shared = jax.jit(measure)(model, inputs)
+    for name, values in alone.items():
+        # float32 rounding, in another order
+        np.testing.assert_allclose(shared[name], values, atol=1e-5, err_msg=name)
 
 
 def test_mass_by_distance_is_positive_for_the_past_and_moved_mass_is_a_share():
