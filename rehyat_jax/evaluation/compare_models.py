@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from rehyat_jax.data.pipeline import Source
 from rehyat_jax.evaluation.attention import compare_attention
@@ -23,8 +24,9 @@ from rehyat_jax.evaluation.velocity import compare_velocities
 from rehyat_jax.files.write import check_place
 from rehyat_jax.generation.codecs import LATENT_SIZES
 from rehyat_jax.generation.pipeline import DEFAULT_SHIFT
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
-from rehyat_jax.parallel.mesh import AXES, make_mesh
+from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
 from rehyat_jax.training.setup import check_examples
 from rehyat_jax.weights.load import load_wan
 from rehyat_jax.weights.model_checkpoint import METADATA
@@ -61,17 +63,19 @@ def evaluate_models(
     examples = read_examples(source, options.examples, options.sampling.seed)
     if folder is not None:
         check_place(folder / PICTURE)
+    mesh = _mesh(options, first.config)
     sampler = Sampler.open(sides, options, source, folder) if options.samples else None
 
     # --------------------------------------------------------------------------------------------- velocity, attention
     found = Evaluation(about=_about(sides, options, examples, source))
-    found.add(_compare_loaded(sides, options, examples, progress))
+    found.add(_compare_loaded(sides, options, examples, mesh, progress))
 
     # --------------------------------------------------------------------------------------------------------- samples
     if sampler is not None:
         found.add(sampler.compare(progress=progress))
 
     # ------------------------------------------------------------------------------------------------------------ cost
+    # Last, because compiling for other chips hides this machine's own TPU.
     frames, *size, _ = examples.latents.shape[1:]
     models = {name: side.config for name, side in sides.items()}
     where = [frames * multiple for multiple in options.durations], (size[0], size[1])
@@ -81,8 +85,18 @@ def evaluate_models(
     return found
 
 
+def _mesh(options: EvaluationOptions, config: WanConfig) -> Mesh | None:
+    """The mesh of all devices; None for one device. Raises InputError if it cannot shard a batch or the heads."""
+    if not options.sampling.mesh:
+        return None
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(options.sampling.mesh))
+    check_batch(mesh, options.sampling.batch)
+    check_heads(mesh, config.num_heads)
+    return mesh
+
+
 def _compare_loaded(
-    sides: dict[str, Side], options: EvaluationOptions, examples: Examples, progress: bool
+    sides: dict[str, Side], options: EvaluationOptions, examples: Examples, mesh: Mesh | None, progress: bool
 ) -> Evaluation:
     """The comparisons for which both models are in memory."""
     sampling = options.sampling
@@ -92,9 +106,8 @@ def _compare_loaded(
         options.levels,
         sampling.flow_shift or DEFAULT_SHIFT,
         sampling.seed,
-        min(sampling.batch, len(examples.latents)),
+        sampling.batch if mesh is not None else min(sampling.batch, len(examples.latents)),
     )
-    mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(sampling.mesh)) if sampling.mesh else None
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         models = {name: load_wan(side.path, dtype=dtype, param_dtype=dtype) for name, side in sides.items()}
         found = compare_velocities(_applied(models[TEACHER]), _applied(models[STUDENT]), draws, progress=progress)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from rehyat_jax.cli import progress as announced
 from rehyat_jax.cost_model.chips import chip_of, device_count
+from rehyat_jax.cost_model.tpu_compile import check_libtpu
 from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.bootstrap import Estimate
 from rehyat_jax.evaluation.results import Curve, Evaluation
@@ -34,8 +35,9 @@ def flops_by_duration(models: Mapping[str, WanConfig], lengths: Sequence[int], s
 
 
 def check_topology(topology: str) -> None:
-    """Raises InputError for a topology that is unknown, or not of TPUs."""
+    """Raises InputError for a topology that is unknown or not of TPUs, or if the TPU compiler is missing."""
     device_count(topology)
+    check_libtpu()
     if chip_of(topology).is_gpu:
         raise InputError(f"--topology {topology}: expected a slice of TPUs, found GPUs, which have no static cycles")
 

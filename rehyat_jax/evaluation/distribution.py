@@ -43,7 +43,7 @@ def _features(video: jax.Array, kernels: list[jax.Array]) -> jax.Array:
     x = 2 * jax.image.resize(video, size, "linear")[None] - 1
     for kernel, strides in zip(kernels, _STRIDES, strict=True):
         layout = ("NDHWC", "DHWIO", "NDHWC")
-        x = jax.nn.relu(jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout))
+        x = jax.nn.leaky_relu(jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout))
     return x.mean((0, 1, 2, 3))
 
 
@@ -114,6 +114,10 @@ def spreads(rows: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 
 def standardised(sets: dict[str, np.ndarray], reference: str) -> dict[str, np.ndarray]:
-    """Sets of features [N, F], each feature shifted and scaled to mean 0 and standard deviation 1 in the reference."""
+    """Sets of features [N, F], each feature shifted and scaled to mean 0 and standard deviation 1 in the reference.
+
+    A feature that hardly varies there is not scaled up to more than 100 times the others.
+    """
     mean, deviation = sets[reference].mean(0), sets[reference].std(0)
-    return {name: (rows - mean) / np.maximum(deviation, 1e-12) for name, rows in sets.items()}
+    deviation = np.maximum(deviation, 0.01 * deviation.mean())
+    return {name: (rows - mean) / np.where(deviation > 0, deviation, 1) for name, rows in sets.items()}
