@@ -63,7 +63,7 @@ def options_of(arguments: argparse.Namespace) -> EvaluationOptions:
 
 def parser() -> CommandParser:
     """The parser of the command line, without `vbench-videos`."""
-    example = "--teacher runs/demo/teacher --student runs/demo/finetune/model --out evaluation --samples 40"
+    example = "--teacher runs/demo/teacher --student runs/demo/finetune/model --out runs/demo/evaluation --samples 40"
     made = CommandParser("evaluate", __doc__, example)
     option, defaults = made.add_argument, EvaluationOptions()
     default = " (default: %(default)s)"

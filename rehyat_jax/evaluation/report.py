@@ -130,4 +130,4 @@ def _number(value: float) -> str:
         return "unknown"
     if abs(value) >= 1e4:
         return f"{value:.3e}"
-    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
+    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:#.3g}"
