@@ -24,6 +24,7 @@ from rehyat_jax.evaluation.consistency import chunk_changes, frame_changes, shar
 from rehyat_jax.evaluation.distribution import features, frechet_distance, spreads
 from rehyat_jax.evaluation.draws import Draws, Examples
 from rehyat_jax.evaluation.options import EvaluationOptions
+from rehyat_jax.evaluation.velocity import compare_velocities
 from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.models.student import make_student
@@ -130,6 +131,20 @@ def test_draws_are_stratified_and_do_not_depend_on_the_batch():
         sigma = found[0][0] / 1000
         place = sigma / (5 - 4 * sigma)
         assert level / 4 <= place + 1e-6 and place <= (level + 1) / 4 + 1e-6
+
+
+def test_velocities_are_compared_at_every_level_and_frame():
+    latents, text = np.random.default_rng(0).normal(size=(3, 4, 2, 2, 1)).astype(np.float32), np.zeros((3, 1, 1))
+    draws = Draws(Examples(latents, text, None), 2, 5.0, 0, 2)
+    teacher = lambda scale, latents, timestep, text: scale * latents
+    late = lambda scale, latents, timestep, text: jnp.where(jnp.arange(4)[:, None, None, None] > 1, scale, 1) * latents
+    found = compare_velocities((teacher, 1.0), (late, 1.1), draws)
+    error = found.curves["velocity_error_by_frame"].series["student"].value
+    assert error.tolist() == pytest.approx([0, 0, 0.1, 0.1], abs=1e-6)  # float32 rounding
+    assert 0.03 < found.metrics["velocity_error"].value < 0.07
+    for broken, models in (("teacher", (jnp.nan, 1.1)), ("student", (1.0, jnp.nan))):
+        with pytest.raises(InputError, match=f"--{broken}: expected finite"):
+            compare_velocities((teacher, models[0]), (late, models[1]), draws)
 
 
 # ------------------------------------------------------------------------------------------------------------- videos

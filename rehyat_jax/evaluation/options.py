@@ -48,6 +48,8 @@ def open_examples(options: EvaluationOptions) -> Source:
 
 def check_counts(options: EvaluationOptions) -> None:
     if options.examples < 2:
-        raise InputError(f"--examples {options.examples}: expected at least 2, because intervals need a spread")
+        raise InputError(
+            f"--examples {options.examples}: expected at least 2, because intervals need a spread; give more"
+        )
     if options.samples == 1:
-        raise InputError("--samples 1: expected 0, or at least 2, because intervals need a spread")
+        raise InputError("--samples 1: expected 0, or at least 2, because intervals need a spread; give more")

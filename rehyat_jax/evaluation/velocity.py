@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.bootstrap import Resampling
 from rehyat_jax.evaluation.draws import Draws
 from rehyat_jax.evaluation.results import Curve, Evaluation
@@ -53,6 +54,9 @@ def compare_velocities(
 
     Returns:
       The metrics are velocity_error and, for clean examples, loss_teacher, loss_student and excess_vs_teacher.
+
+    Raises:
+      InputError: a velocity is NaN or infinite.
     """
 
     @jax.jit
@@ -65,6 +69,12 @@ def compare_velocities(
     for draw in tqdm(draws.every_level(), total=runs, desc="velocity", unit="batch", disable=not progress):
         found = measure(teacher[1], student[1], draw.velocity, draw.latents, draw.timestep, draw.text)
         for name, values in jax.device_get(found).items():
+            if not np.isfinite(values).all():
+                side = "teacher" if name == "size" or not np.isfinite(found["size"]).all() else "student"
+                raise InputError(
+                    f"--{side}: expected finite velocities, found NaN or infinity; its training may have diverged, or "
+                    f"--dtype is too narrow for it"
+                )
             sums.setdefault(name, np.zeros((count, draws.levels, frames)))[draw.rows, draw.levels] = values
     return _figures(sums, draws)
 
