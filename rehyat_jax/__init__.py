@@ -9,7 +9,7 @@ from rehyat_jax.attention import (
     interpreted_tpu,
     softmax_attention,
 )
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.umt5 import load_text_encoder

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -158,12 +159,16 @@ def _as_input_error(error: Exception) -> InputError | None:
 
 
 def _has_lost_its_reader() -> bool:
-    """True if the program that reads the output has ended."""
+    """True if the program that reads the output has ended.
+
+    The system is asked: with PYTHONUNBUFFERED, Python keeps nothing that it could flush again to find out.
+    """
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        return bool(output.poll(0))
+    except (OSError, ValueError):  # closed, or no file of the system
+        return False
 
 
 def _is_news(record: LogRecord) -> bool:

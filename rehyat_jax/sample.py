@@ -13,45 +13,24 @@ skips the finished videos when it is run again. docs/sampling.md has the details
 
 import argparse
 import dataclasses
-import itertools
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
 
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.mp4 import read_settings
-from rehyat_jax.files.shown import shown
 from rehyat_jax.files.temporary import remove_leftovers
 from rehyat_jax.files.write import check_place
-from rehyat_jax.generation.continuing import continue_video, skip_frames
-from rehyat_jax.generation.latents_file import read_latents, write_latents
+from rehyat_jax.generation.continuing import continue_video
+from rehyat_jax.generation.jobs import Job, make_videos, unfinished
+from rehyat_jax.generation.latents_file import read_latents
 from rehyat_jax.generation.options import SamplingOptions, number
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.generation.video_files import SHEET_FRAMES, has_encoder, write_videos
-
-ROUND = 256
-"""Most videos whose prompts are encoded together: 2 GB of umT5's embeddings, if all are different."""
-
-
-class Job(NamedTuple):
-    """A video to make: its prompt, the seed and number of its noise, and its file."""
-
-    prompt: str
-    seed: int
-    number: int
-    file: Path
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that are this video's own, as JSON values."""
-        return {"prompt": self.prompt, "seed": self.seed, "noise": self.number}
 
 
 def sample(arguments: argparse.Namespace) -> list[Path]:
@@ -66,7 +45,7 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     pipeline = Pipeline.from_pretrained(arguments.models, options, student=arguments.checkpoint)
     if arguments.latents is not None:
         return decode_file(pipeline, arguments)
-    continued, before, added = None, None, {}
+    continued, added = None, {}
     if arguments.continued is not None:
         pipeline, continued = continue_video(pipeline, arguments.continued, arguments.frames)
         added = {"continues": str(continued.file), "given_frames": len(continued.last)}
@@ -77,61 +56,9 @@ def sample(arguments: argparse.Namespace) -> list[Path]:
     if not todo:
         return []
     check_output(todo, arguments)
-    how = dict(fps=pipeline.fps, as_arrays=not has_encoder(), contact_sheet=arguments.contact_sheet)
-    if continued is not None:
-        before = pipeline.encode(continued.last, progress=True)
-        pipeline.free("VAE")
-    written: list[Path] = []
-    keep_both = None
-    for group in _groups(todo, ROUND):
-        prompts = list(dict.fromkeys([*(job.prompt for job in group), pipeline.options.negative_prompt]))
-        text = dict(zip(prompts, pipeline.embed(prompts, progress=True), strict=True))
-        for together in _groups(group, pipeline.options.batch):
-            latents = sample_together(pipeline, together, text, before)
-            # If more videos follow, the transformer stays in memory where the VAE fits next to it.
-            if keep_both is None:
-                keep_both = len(todo) > len(together) and pipeline.fits_together()
-            if not keep_both:
-                pipeline.free("transformer")
-            settings = [pipeline.settings | job.settings | added for job in together]
-            if arguments.keep_latents:
-                for job, row, own in zip(together, latents, settings, strict=True):
-                    write_latents(job.file.with_suffix(".safetensors"), row, own)
-            frames, count = pipeline.frames(latents, progress=True), pipeline.frame_count(latents.shape[1])
-            if continued is not None:
-                frames = itertools.chain(continued.pieces(len(together)), skip_frames(frames, len(continued.last)))
-                count += continued.frames - len(continued.last)
-            written += _reported(write_videos(frames, count, [job.file for job in together], settings, **how))
-            if not keep_both:
-                pipeline.free("VAE")
-        pipeline.free("transformer", "VAE")
-    return written
-
-
-def sample_together(
-    pipeline: Pipeline, jobs: Sequence[Job], text: dict[str, np.ndarray], before: np.ndarray | None
-) -> np.ndarray:
-    """Latents [jobs, T, H, W, C] of videos that are sampled at once, and that begin with the latents `before`.
-
-    Raises:
-      InputError: they are not finite.
-    """
-    # A smaller last group is padded, because it would compile again.
-    padded = [*jobs, *[jobs[-1]] * (pipeline.options.batch - len(jobs))]
-    negative_text = text[pipeline.options.negative_prompt]
-    latents = pipeline.sample_latents(
-        np.stack([text[job.prompt] for job in padded]),
-        np.stack([negative_text] * len(padded)),
-        np.concatenate([pipeline.noise([job.number], job.seed) for job in padded]),
-        before=None if before is None else np.stack([before] * len(padded)),
-        progress=True,
-    )[: len(jobs)]
-    if not np.isfinite(latents).all():
-        raise InputError(
-            f"{pipeline.settings['transformer']}: expected finite videos, found NaN or infinity; the model's training "
-            f"may have diverged, or --guidance-scale {pipeline.options.guidance_scale} is too large"
-        )
-    return latents
+    how = dict(keep_latents=arguments.keep_latents, contact_sheet=arguments.contact_sheet)
+    batches = make_videos(pipeline, todo, continued=continued, more=added, as_arrays=not has_encoder(), **how)
+    return [file for batch in batches for file in _reported(batch)]
 
 
 def list_jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -155,25 +82,6 @@ def list_jobs(arguments: argparse.Namespace) -> list[Job]:
             name = f"{line:05d}_seed{seed}.mp4" if len(seeds) > 1 else f"{line:05d}.mp4"
             jobs.append(Job(prompt, seed, 0, arguments.out / name))
     return jobs[arguments.host :: arguments.num_hosts]
-
-
-def unfinished(jobs: Sequence[Job], settings: dict[str, Any]) -> list[Job]:
-    """The jobs without a file. Raises InputError if a file was made with other settings."""
-    todo = []
-    for job in jobs:
-        if not job.file.exists():
-            if not job.file.with_suffix(".npy").exists():
-                todo.append(job)
-            continue
-        found, wanted = read_settings(job.file), json.loads(json.dumps(settings | job.settings))
-        different = [name for name in wanted if name != "program" and found.get(name) != wanted[name]]
-        if different:
-            name = different[0]
-            raise InputError(
-                f"{job.file}: was made with {name} {shown(found.get(name))!r}, expected {shown(wanted[name])!r}; "
-                f"remove it, or choose another --out"
-            )
-    return todo
 
 
 def check_output(jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
@@ -205,10 +113,6 @@ def _reported(written: dict[Path, str]) -> list[Path]:
     for file, description in written.items():
         print_message(f"wrote {file}: {description}", result=True)
     return list(written)
-
-
-def _groups(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
-    return (jobs[first : first + size] for first in range(0, len(jobs), size))
 
 
 def _check_suffix(out: Path) -> None:

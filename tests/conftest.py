@@ -1,6 +1,7 @@
 """Tests run on CPUs, eight virtual ones. With libtpu installed, which they compile with, JAX would look for a TPU."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -11,9 +12,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # interpreted kernels call back into Python from further ones: with few, a test of several devices can stand still.
 os.environ.setdefault("NPROC", "32")
 
-# Compiling for CPUs is most of what the tests cost, so compile fast rather than well: a third of the time. libtpu
-# makes the same programs with these flags. Later versions of XLA know the first flag alone.
-FLAGS = ["--xla_backend_optimization_level=0"]
+# Compiling for CPUs is most of what the tests cost, so compile fast rather than well: a third of the time. Programs are
+# small, so their parts are not compiled in parallel. libtpu makes the same programs with these flags. Later versions of
+# XLA lack the last flag.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib") < "0.11":
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
@@ -30,3 +32,9 @@ import jax
 
 # Not in the environment, from which processes that tests start would have them too.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_collection_finish():
+    """Imported modules hold a million objects, which need no search for garbage. Tracing creates many more."""
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)

@@ -34,7 +34,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import numpy as np
 
-from rehyat_jax import HybridConfig, convert, evaluate, plan, prepare, sample, train
+from rehyat_jax import HybridConfig, compare, convert, evaluate, plan, prepare, sample, study, train
 from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.training.config import default_config
@@ -234,6 +234,8 @@ COMMANDS = {
         ("new.json",),
         (3,),
     ),
+    "compare": Command(compare.main, (("run_a",), ("run_b",), ("--out", "new.md")), ("run_a", "run_b"), ("new.md",)),
+    "study-render": Command(study.main, (("--render", "new.md"), ("study.json",)), ("study.json",), ("new.md",)),
 }
 """Plans compile for minutes, so their own command lines are never valid."""
 
@@ -252,9 +254,11 @@ def get_config():
 def make_inputs(folder: Path) -> None:
     """Valid inputs of all commands, made by the commands themselves."""
     sys.path.insert(0, str(Path(__file__).parent))
+    from test_compare import make_run
     from test_pipeline import save_random_pipeline
     from test_sample_cli import CONFIG as MODEL
     from test_sample_cli import save_random_model
+    from test_study import record, write_record
 
     os.chdir(folder)
     save_random_model(folder / "model")
@@ -262,6 +266,9 @@ def make_inputs(folder: Path) -> None:
     save_random_model(folder / "student", config=dataclasses.replace(MODEL, hybrid_blocks="all", hybrid=form))
     save_random_pipeline(folder)
     os.rename("folder", "pipeline")
+    make_run(Path("run_a"), [3.0, 2.0])
+    make_run(Path("run_b"), [3.0, 1.0], seed=1)
+    write_record(record({"Tc 1": [0.4, 0.6], "Tc 3": [0.2, 0.3]}), Path("study.json"))
     Path("config.py").write_text(CONFIG)
     Path("prompts.txt").write_text("a seven\na three\n")
     Path("videos").mkdir()

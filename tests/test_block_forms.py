@@ -9,20 +9,31 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tiny_runs import TINY, digits_config, pretrained, tiny_batch, tiny_model
+from tiny_runs import TINY, digits_config, pretrained, tiny_batch, tiny_config, tiny_model
 
 from rehyat_jax import FeatureMapConfig, HybridConfig, hybrid_attention, load_wan, make_student, softmax_attention
-from rehyat_jax.attention.form import FORMS, SOFTMAX, Form, FormFlops, Sizes
+from rehyat_jax.attention.form import FORMS
+from rehyat_jax.attention.forms.base import Form, FormFlops, Sizes
+from rehyat_jax.attention.forms.hybrid import TwoBranchForm
+from rehyat_jax.attention.forms.linear import LinearForm
+from rehyat_jax.attention.forms.softmax import SOFTMAX
+from rehyat_jax.attention.forms.strided import StridedForm
+from rehyat_jax.attention.forms.window import WindowForm
 from rehyat_jax.convert import main as convert
 from rehyat_jax.evaluation.attention_error import attention_errors
+from rehyat_jax.generation.generate import generate_latents
+from rehyat_jax.generation.streaming import stream_latents
+from rehyat_jax.models.student import calibrated_maps
 from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.models.wan.modeling import apply_model
-from rehyat_jax.parallel.mesh import make_mesh
+from rehyat_jax.parallel.mesh import AXES, make_mesh
 from rehyat_jax.pytorch.rehyat_torch import load_student
 from rehyat_jax.train import train as train_on
+from rehyat_jax.training import distill
 from rehyat_jax.training.config import check_config
 from rehyat_jax.training.setup import initial_model, wanted_forms
-from rehyat_jax.weights import load_params
+from rehyat_jax.training.stages import STAGES
+from rehyat_jax.weights import load_params, save_model
 
 SMALL_MAP, HEDGEHOG = FeatureMapConfig(features=16), FeatureMapConfig(features=16, kind="hedgehog")
 WIDE, NARROW = HybridConfig(3, 1, feature_map=SMALL_MAP), HybridConfig(2, 0, causal=False, feature_map=SMALL_MAP)
@@ -165,12 +176,12 @@ def test_wrong_forms_are_named(tmp_path, forms, message):
 
 
 @dataclasses.dataclass(frozen=True)
-class StridedForm(Form):
+class FramesForm(Form):
     """Softmax attention to every frame whose index is a multiple of one of `strides`: a form without feature maps."""
 
     strides: tuple[int, ...] = (2,)
 
-    kind = "strided"
+    kind = "frames"
 
     def keys(self, num_frames):
         kept = np.any([np.arange(num_frames) % stride == 0 for stride in self.strides], axis=0)
@@ -187,20 +198,20 @@ class StridedForm(Form):
 
 
 def test_a_form_of_ones_own_without_maps_is_trained_measured_and_shown(tmp_path, monkeypatch):
-    monkeypatch.setitem(FORMS, "strided", StridedForm)
-    strided = {"kind": "strided", "strides": [2, 3]}
+    monkeypatch.setitem(FORMS, "frames", FramesForm)
+    strided = {"kind": "frames", "strides": [2, 3]}
     config = digits_config(tmp_path, "finetune", steps=3, forms=({"blocks": (1,), **strided},))
     student, params, _ = load_params(train_on(config, tmp_path / "run", jax.devices()[:1]))
-    assert student.block_forms.of_block == (SOFTMAX, StridedForm((2, 3))) and "feature_maps" not in params
+    assert student.block_forms.of_block == (SOFTMAX, FramesForm((2, 3))) and "feature_maps" not in params
 
     # Its own attention is exactly softmax over the frames that it attends to, which are not all.
-    mixed = TINY.replace(hybrid_blocks=(0, 1), hybrid=(StridedForm(), WIDE))
+    mixed = TINY.replace(hybrid_blocks=(0, 1), hybrid=(FramesForm(), WIDE))
     graphdef, params = tiny_model(mixed)
     null_text = np.zeros((mixed.text_length, mixed.text_dim), np.float32)
     errors = attention_errors(graphdef, params, tiny_batch(), null_text, jax.random.key(0), config)
     assert errors["exact"][0] > 0.01
     np.testing.assert_allclose(errors["exact"][0], errors["hybrid"][0], rtol=1e-5)
-    assert [form.label for form in mixed.block_forms.forms] == ["softmax", "strided", "hybrid 3+1"]
+    assert [form.label for form in mixed.block_forms.forms] == ["softmax", "frames", "hybrid 3+1"]
 
 
 def test_stage_1_of_videos_without_linear_keys_is_refused(tmp_path):
@@ -223,3 +234,90 @@ def test_make_student_shares_the_teacher_and_calibrates_its_maps():
     assert all(jnp.abs(shift).max() > 0.01 for shift in shifts)
     with pytest.raises(ValueError, match="expected no converted blocks"):
         make_student(student, WIDE)
+
+
+# ---------------------------------------------------------------------------------------------------------- every kind
+
+EVERY_KIND = (
+    HybridConfig(2, 1, anchor_frames=1, decay=True, feature_map=FeatureMapConfig(features=16, gate=True)),
+    TwoBranchForm(2, 1, causal=False, decay=True, feature_map=FeatureMapConfig(features=16, input="unnormed")),
+    WindowForm(2, 1, anchor_frames=2),
+    LinearForm(2, feature_map=FeatureMapConfig(features=16, kind="silu_l2", input="unrotated")),
+    LinearForm(2, causal=False, feature_map=FeatureMapConfig(features=16, kind="silu_l2", gate=True)),
+    StridedForm(4, feature_map=SMALL_MAP),
+)
+ALL_KINDS = TINY.replace(num_layers=len(EVERY_KIND), hybrid_blocks="all", hybrid=EVERY_KIND)
+
+
+def test_every_kind_is_here():
+    assert {form.kind for form in EVERY_KIND} | {"softmax"} == set(FORMS)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2, 2)], ids=["one", "mesh"])
+def test_a_model_of_every_kind_runs_in_pytorch_and_on_a_mesh(sizes, tmp_path):
+    graphdef, params = tiny_model(ALL_KINDS)
+    # Gates and decays that matter.
+    scales = {"gate": 5, "decay": 5, "branch_gate": 5}
+    scaled = lambda path, leaf: scales.get(path[-1].key, 1) * leaf
+    params["feature_maps"] = jax.tree_util.tree_map_with_path(scaled, params["feature_maps"])
+    batch, timestep = tiny_batch(frames=7), jnp.array([100.0, 900.0])
+    arrays = batch["latents"], timestep, batch["text"]
+    ours = jax.jit(apply_model(graphdef))(params, *arrays)
+    if sizes is not None:
+        with jax.set_mesh(make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices())):
+            found = jax.jit(apply_model(graphdef))(params, *arrays)
+        np.testing.assert_allclose(found, ours, atol=2e-5)
+        return
+    save_model(tmp_path / "model", ALL_KINDS, params, codec="wan_vae", text_encoder="umt5")
+    assert convert(["to-torch", str(tmp_path / "model"), str(tmp_path / "torch"), "--layout", "diffusers"]) == 0
+    transformer = load_student(tmp_path / "torch")
+    with torch.no_grad():
+        latents = torch.tensor(np.asarray(arrays[0])).permute(0, 4, 1, 2, 3)
+        inputs = latents, torch.tensor(np.asarray(timestep)), torch.tensor(np.asarray(arrays[2]))
+        theirs = transformer(*inputs).sample.permute(0, 2, 3, 4, 1).numpy()
+    assert np.abs(theirs - ours).max() < 5e-5
+    config, back, _ = load_params(tmp_path / "model")
+    assert config == ALL_KINDS
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_gradients_of_every_kind_reach_its_parameters():
+    """Stage 1, in one model of all kinds: every learned array has a gradient, and the window has none to get."""
+    graphdef, params = tiny_model(ALL_KINDS)
+    config = tiny_config("distill", caption_dropout=0.0)
+    maps, frozen = STAGES["distill"].split(params)
+    context = {"frozen": frozen, "null_text": jnp.zeros((4, 8))}
+    grad_fn = jax.jit(distill.make_grad_fn(graphdef, config))
+    metrics, gradients = grad_fn(maps, context, tiny_batch(frames=7), jax.random.key(0))
+    assert metrics["block_loss"].shape == (len(EVERY_KIND),)
+    zero = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+        if not np.abs(leaf).max() > 0
+    ]
+    assert not zero
+    # Calibration changes the scale of the maps alone.
+    calibrated = calibrated_maps(
+        nnx.merge(graphdef, params), (tiny_batch(frames=7)["latents"], jnp.full(2, 500.0), tiny_batch()["text"])
+    )
+    changed = {
+        path[-1].key
+        for (path, before), after in zip(
+            jax.tree_util.tree_leaves_with_path(params["feature_maps"]), jax.tree.leaves(calibrated), strict=True
+        )
+        if np.abs(before - after).max() > 0
+    }
+    assert changed == {"log_scale"}
+
+
+@pytest.mark.parametrize("form", [form for form in EVERY_KIND if form.attends_in_parts], ids=lambda form: form.label)
+def test_every_kind_that_can_attend_in_parts_gives_the_complete_video(form):
+    config = TINY.replace(hybrid_blocks="all", hybrid=form)
+    graphdef, params = tiny_model(config)
+    model = nnx.merge(graphdef, params)
+    noise = np.asarray(tiny_batch(frames=7)["latents"])
+    text = jnp.asarray(tiny_batch()["text"])
+    options = dict(steps=1, guidance_scale=1.0, flow_shift=3.0, sampler="euler")
+    expected = generate_latents(model, text, text, jnp.asarray(noise), **options)
+    found = stream_latents(model, text, text, noise, part_chunks=1, **options)
+    np.testing.assert_allclose(found, expected, atol=5e-5)

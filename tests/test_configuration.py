@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.plan import main as plan_main
 from rehyat_jax.train import main
@@ -29,12 +29,15 @@ DEFAULTS = {
     "hybrid.overlap_frames": 1,
     "hybrid.causal": True,
     "hybrid.stabilizer": "row_max",
+    "hybrid.anchor_frames": 0,
+    "hybrid.decay": False,
     "hybrid.feature_map.features": 256,
     "hybrid.feature_map.num_layers": 2,
     "hybrid.feature_map.degree": 2,
     "hybrid.feature_map.hidden_activation": "gelu",
     "hybrid.feature_map.output_activation": "relu",
     "hybrid.feature_map.input": "rotated",
+    "hybrid.feature_map.gate": False,
     "hybrid.feature_map.kind": "mlp",
     "hybrid.blocks": None,
     "forms": (),
@@ -56,6 +59,9 @@ DEFAULTS = {
     "optimizer.decay": "cosine",
     "optimizer.weight_decay": 0.01,
     "optimizer.clip_norm": 1.0,
+    "distill.loss": "l1",
+    "distill.clip_norm": 0.0,
+    "distill.updates_per_batch": 1,
     "ema_decay": 0.99,
     "flow_shift": 5.0,
     "timestep_sampling": "logit_normal",
@@ -81,7 +87,7 @@ EFFECT_OF = {
     ROUNDED: "remat attention_implementation mesh.data mesh.fsdp mesh.context mesh.tensor",
     CHANGED: "steps accumulation_steps dtype data.path data.corrupt ema_decay flow_shift timestep_sampling "
     "caption_dropout spike_factor optimizer.learning_rate optimizer.muon_learning_rate optimizer.warmup_steps "
-    "optimizer.decay optimizer.weight_decay optimizer.clip_norm",
+    "optimizer.decay optimizer.weight_decay optimizer.clip_norm distill.loss distill.clip_norm",
 }
 
 
@@ -245,6 +251,10 @@ def test_a_value_outside_in_an_evaluator_is_refused_and_its_field_is_named(field
         ({"evals": ({"type": "flow_loss"},)}, ["config.evals[0].every", "None"]),
         ({"data.weights": (1, 2.5, "a")}, ["config.data.weights[2]", "'a'"]),
         ({"mesh.tensor": 0}, ["config.mesh.tensor", "-1 or an integer from 1", "found 0"]),
+        (
+            {"stage": "distill", "distill.updates_per_batch": 2},
+            ["config.distill.updates_per_batch (2)", "config.optimizer.clip_norm = 0, found 1.0"],
+        ),
     ],
 )
 def test_values_that_are_wrong_together_or_within_an_entry_are_named(changes, words):

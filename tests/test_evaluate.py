@@ -13,7 +13,7 @@ from tiny_runs import TINY, digits_config, pretrained, tiny_batch, tiny_model
 
 from rehyat_jax import evaluate
 from rehyat_jax.attention.features.config import FeatureMapConfig
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.form import FORMS, HybridConfig, make_form
 from rehyat_jax.attention.hybrid.api import hybrid_attention_weights
 from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.attention_error import attention_differences
@@ -76,7 +76,7 @@ def test_the_mass_between_frames_is_that_of_the_dense_weights():
     def attend(inputs, per_block):
         phi = model.features(FORM, inputs, per_block["feature_maps"])
         arguments = dict(chunk_frames=2, overlap_frames=1, tokens_per_frame=inputs.tokens_per_frame)
-        hybrid = sum(hybrid_attention_weights(inputs.query, inputs.key, *phi, **arguments))
+        hybrid = sum(hybrid_attention_weights(inputs.query, inputs.key, phi.query, phi.key, **arguments))
         scores = jnp.einsum("bqhd,bkhd->bhqk", inputs.query, inputs.key) / inputs.query.shape[-1] ** 0.5
         return model.attend(inputs, per_block)[0], (hybrid, jax.nn.softmax(scores))
 
@@ -88,6 +88,24 @@ def test_the_mass_between_frames_is_that_of_the_dense_weights():
         np.testing.assert_allclose(mass[block], dense, atol=2e-6)
     # A causal chunk ends at most one frame after its query.
     assert np.triu(mass[0], 2).max() == 0 < mass[1].min()
+
+
+def test_the_mass_of_every_form_is_complete():
+    maps, sizes = dict(feature_map=FeatureMapConfig(features=16)), dict(chunk_frames=2, overlap_frames=1)
+    forms = (
+        HybridConfig(**sizes, **maps, anchor_frames=1, decay=True),
+        make_form("window", sizes),
+        make_form("linear", dict(chunk_frames=2)),
+        make_form("strided", dict(stride=3)),
+        make_form("two_branch", sizes),
+    )
+    config = TINY.replace(num_layers=len(forms), hybrid_blocks=tuple(range(len(forms))), hybrid=forms)
+    model, batch = nnx.merge(*tiny_model(config)), tiny_batch(frames=5)
+    inputs = batch["latents"], jnp.array([300.0, 900.0]), batch["text"]
+    mass = np.asarray(jax.jit(lambda model, inputs: attention_mass(model, inputs))(model, inputs))
+    # The separate branches are not normalised together.
+    np.testing.assert_allclose(mass[:-1].sum(-1), 1, atol=1e-5)  # float32 rounding
+    assert set(FORMS) == {form.kind for form in forms} | {"softmax"} and np.isfinite(mass).all()
 
 
 def test_attention_over_devices_is_compared_without_its_padding():

@@ -15,7 +15,7 @@ MAP = """
 import jax, jax.numpy as jnp, numpy as np, torch
 from flax import nnx
 from rehyat_jax import FeatureMap, FeatureMapConfig
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.pytorch.rehyat_torch import make_feature_map
 from rehyat_jax.weights.wan.names import wan_table
@@ -36,7 +36,8 @@ FORM = """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from rehyat_jax import WanConfig, WanTransformer, softmax_attention
-from rehyat_jax.attention.form import FORMS, HybridConfig
+from rehyat_jax.attention.form import FORMS
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 
 sizes = dict(num_heads=1, head_dim=12, ffn_dim=8, num_layers=2)
 sizes |= dict(in_channels=2, out_channels=2, text_dim=4, text_length=2)

@@ -46,7 +46,7 @@ from rehyat_jax.training.continuation import check_continuation, describe_run
 from rehyat_jax.training.fields import CHANGED, REFUSED, SAME
 from rehyat_jax.training.metrics import MetricWriter, SkippedStep
 from rehyat_jax.training.setup import initial_model, open_data
-from rehyat_jax.training.step import init_state, make_step
+from rehyat_jax.training.step import accumulate, gradient_update, init_state, make_step
 from rehyat_jax.training.stop_signal import StopSignal
 from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.load import checkpoint_files, load_params
@@ -248,7 +248,7 @@ def linear_step(**options):
         return {"loss": loss}, grads
 
     optimizer = optax.adamw(0.1)
-    step = make_step(grad_fn, optimizer, seed=0, accumulation_steps=1, ema_decay=0.9, **options)
+    step = make_step(gradient_update(accumulate(grad_fn, 1), optimizer), seed=0, ema_decay=0.9, **options)
     return jax.jit(step), init_state({"w": jnp.arange(5.0)}, optimizer, keep_ema=True)
 
 
@@ -360,11 +360,21 @@ def test_what_another_command_means_to_a_run_is_told_field_by_field(changes, the
         assert f"config.{field}" in row and str(value) in row and row.endswith(then)
 
 
-def test_fields_that_another_version_does_not_know_are_told_and_not_refused():
+def test_a_field_that_the_run_s_version_did_not_know_had_its_default():
+    older, config = described(), dict.fromkeys(("max_skipped", "forms", "distill.updates_per_batch"))
+    for field in config:
+        group, _, name = field.rpartition(".")
+        del (older["config"][group] if group else older["config"])[name]
+    assert check_continuation(older, described(), 5, "runs/x") == ""
+    assert "max_skipped  10     3    the same run" in check_continuation(older, described(max_skipped=3), 5, "runs/x")
+    with pytest.raises(InputError, match=r"distill\.updates_per_batch +1 +2 +refused"):
+        check_continuation(older, described(**{"distill.updates_per_batch": 2}), 5, "runs/x")
+
+
+def test_a_field_that_only_the_run_s_version_knew_is_told_and_not_refused():
     older = described()
-    del older["config"]["max_skipped"]
-    table = check_continuation(older, described(), 5, "runs/x")
-    assert "max_skipped  unknown  10" in table
+    older["config"]["new_field"] = 3
+    assert "new_field  3      unknown" in check_continuation(older, described(), 5, "runs/x")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from flax import nnx
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention
 from rehyat_jax.attention.features.maps import FeatureFunction
 from rehyat_jax.attention.hybrid.calibration import linear_mass_log_scale
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 
 HEADS, HEAD_DIM = 3, 8
 
@@ -210,11 +211,22 @@ def linear_shares(query, key, phi_query, phi_key, causal, stabilizer):
     return np.array(found), np.array(true)
 
 
+def log_scale_of(query, *others, causal, stabilizer):
+    geometry = ChunkGeometry(query.shape[1] // FORM["tokens_per_frame"], **FORM)
+    return linear_mass_log_scale(
+        query,
+        *others,
+        tokens_per_frame=FORM["tokens_per_frame"],
+        key_masks=geometry.key_masks(causal=causal),
+        stabilizer=stabilizer,
+    )
+
+
 @pytest.mark.parametrize("causal, stabilizer", list(itertools.product([True, False], ["row_max", "joint"])))
 def test_calibrated_linear_branch_has_the_share_of_attention_it_stands_for(causal, stabilizer):
     query, key, phi_query, phi_key = attention_inputs()
     arrays = [jnp.asarray(array, jnp.float32) for array in (query, key, phi_query, phi_key)]
-    log_scale = linear_mass_log_scale(*arrays, causal=causal, stabilizer=stabilizer, **FORM)
+    log_scale = log_scale_of(*arrays, causal=causal, stabilizer=stabilizer)
     half = np.exp(np.asarray(log_scale, np.float64) / 2)[:, None]
     found, true = linear_shares(query, key, phi_query * half, phi_key * half, causal, stabilizer)
     # The masses are summed and compared in float32.
@@ -224,9 +236,7 @@ def test_calibrated_linear_branch_has_the_share_of_attention_it_stands_for(causa
 
 def test_calibration_is_not_decided_by_a_token_of_huge_mass():
     query, key, phi_query, phi_key = (jnp.asarray(array, jnp.float32) for array in attention_inputs(frames=14))
-    calibrate = lambda query: linear_mass_log_scale(
-        query, key, phi_query, phi_key, causal=True, stabilizer="joint", **FORM
-    )
+    calibrate = lambda query: log_scale_of(query, key, phi_query, phi_key, causal=True, stabilizer="joint")
     # The last token of each of the two videos now looks at one far key with a score in the hundreds.
     sharp = query.at[:, -1].set(30 * key[:, 0])
     # Two tokens of 72 move the mean share by at most 3%, but a mean of masses by the exponential of hundreds.
@@ -235,11 +245,8 @@ def test_calibration_is_not_decided_by_a_token_of_huge_mass():
 
 def test_calibration_leaves_maps_alone_where_nothing_can_be_matched():
     query, key, phi_query, phi_key = (jnp.asarray(array, jnp.float32) for array in attention_inputs())
-    calibrate = lambda frames, phi_query: linear_mass_log_scale(
-        *(array[:, : frames * 3] for array in (query, key, phi_query, phi_key)),
-        causal=True,
-        stabilizer="row_max",
-        **FORM,
+    calibrate = lambda frames, phi_query: log_scale_of(
+        *(array[:, : frames * 3] for array in (query, key, phi_query, phi_key)), causal=True, stabilizer="row_max"
     )
     np.testing.assert_array_equal(calibrate(2, phi_query), 0)  # one chunk: no linear keys
     dead_head = phi_query.at[:, :, 1].set(0)

@@ -24,7 +24,6 @@ KINDS = {
     "plan": 1,
     "correctness": 6,
     "attention_1.3b": 6,
-    "train_distill": 2,
     "train_15_of_30": 2,
     "sampling": 5,
     "student": 2,
@@ -41,7 +40,7 @@ def test_the_sections_tried_are_one_of_each_kind():
     "names",
     [
         ("machine", "plan", "correctness", "attention_1.3b", "student"),
-        ("train_distill", "train_15_of_30", "sampling", "demo"),
+        ("train_15_of_30", "sampling", "demo"),
     ],
     ids=["attention", "model"],
 )

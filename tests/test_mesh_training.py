@@ -102,9 +102,9 @@ def single(tmp_path_factory):
         if stage == "distill":
             changes = changes | data_with_a_corrupt_record(folder / "data")
         config = digits_config(folder, stage, init_from=two_heads(folder), batch_size=8, **changes)
-        # Softmax, and two forms of different chunks and feature maps.
         config.hybrid.blocks, config.hybrid.chunk_frames, config.hybrid.feature_map.features = (1,), 2, 16
-        config.forms = ({"blocks": (2,), "chunk_frames": 3, "feature_map": {"kind": "hedgehog"}},)
+        if stage == "distill":  # softmax, and two forms of different chunks and feature maps
+            config.forms = ({"blocks": (2,), "chunk_frames": 3, "feature_map": {"kind": "hedgehog"}},)
         config.optimizer.learning_rate = 1e-3
         run(config, folder / "run", (1, 1, 1, 1))
         runs[stage] = config, folder / "run"
@@ -117,6 +117,15 @@ def test_a_run_on_many_devices_is_that_on_one(single, stage, sizes, tmp_path):
     config, expected = single[stage]
     run(config, tmp_path / "run", sizes)
     assert_same_run(tmp_path / "run", expected)
+
+
+def test_several_updates_of_a_batch_on_many_devices_are_those_on_one(single, tmp_path):
+    config = single["distill"][0].copy_and_resolve_references()
+    config.optimizer.clip_norm, config.optimizer.warmup_steps, config.steps = 0.0, 1, 2
+    config.distill.updates_per_batch, config.distill.clip_norm, config.distill.loss = 2, 0.1, "energy_l2"
+    for name, sizes in (("one", (1, 1, 1, 1)), ("many", (1, 2, 2, 2))):
+        run(config, tmp_path / name, sizes)
+    assert_same_run(tmp_path / "many", tmp_path / "one")
 
 
 def test_a_stopped_run_goes_on_on_another_mesh(single, tmp_path):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.attention.on_mesh import hybrid_attention_on_mesh
 from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.cost_model.chips import CHIPS, chip_of, device_count, larger_topology
@@ -107,8 +107,11 @@ def test_recomputation_and_the_teacher_are_not_the_models_flops():
     narrow_count = forward_flops(narrow, LATENTS)
     again = 2 * (narrow_count.block - narrow_count.last_product) + narrow_count.softmax + hybrid
     assert training_flops(narrow, LATENTS, remat="block").recomputed == again
-    distill = distillation_flops(config, LATENTS, remat="none").model
-    assert distill < count.outside + 2 * (count.block + count.softmax) + 3 * hybrid
+    distill = distillation_flops(config, LATENTS).model
+    teacher = count.outside + 2 * (count.block + count.softmax)
+    assert distill < teacher + 3 * hybrid
+    # The teacher runs once for all updates of a batch.
+    assert distillation_flops(config, LATENTS, updates=4).model == teacher + 4 * (distill - teacher)
 
 
 # ----------------------------------------------------------------------------------------------------------- programs

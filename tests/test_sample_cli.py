@@ -12,7 +12,7 @@ from flax import nnx
 from videos import read_mp4
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.files import mp4
 from rehyat_jax.files.mp4 import NoEncoder, open_video, read_settings
 from rehyat_jax.generation import pipeline as pipelines

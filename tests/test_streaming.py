@@ -15,7 +15,7 @@ from flax import nnx
 from tiny_runs import TINY, tiny_batch, tiny_model
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.diffusion.samplers import Coefficients, coefficient_table, initial_state, solver_step
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.errors import InputError

@@ -1,8 +1,8 @@
 """Names, values and files of others: a terminal gets no control characters, and no reader waits or takes all memory."""
 
-import contextlib
 import errno
 import gc
+import io
 import json
 import os
 import shutil
@@ -71,13 +71,21 @@ def test_bugs_keep_their_traceback(error):
         report_input_errors(lambda: fail(error))
 
 
-def test_output_without_a_reader_ends_the_command_quietly(capsys, monkeypatch):
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "PYTHONUNBUFFERED"])
+def test_output_without_a_reader_ends_the_command_quietly(capsys, monkeypatch, buffering):
     reader, writer = os.pipe()
     os.close(reader)
-    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
+    output = io.TextIOWrapper(os.fdopen(writer, "wb", buffering), write_through=not buffering)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
         assert report_input_errors(lambda: print("x" * 100_000)) == NO_READER
+    output.close()  # the command has replaced the pipe by the null device
     assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_elsewhere_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError):
+        report_input_errors(lambda: fail(BrokenPipeError(32, "of a data worker")))
 
 
 def test_names_that_are_no_text_can_be_printed(capsys):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_compare import make_run
 from test_sample_cli import arguments as sampling
 from test_sample_cli import save_random_model
 from tiny_runs import digits_config, write_config
 
-from rehyat_jax import convert, evaluate, plan, prepare, sample, train
+from rehyat_jax import compare, convert, evaluate, plan, prepare, sample, study, train
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.generation.pipeline import Pipeline
 
@@ -142,3 +143,18 @@ def test_a_video_that_may_not_be_read_is_read_later(tmp_path, refused, capsys):
         refused(prepare.main, command, "data")
     assert prepare.main([str(argument) for argument in command]) == 0
     assert "3 examples" in capsys.readouterr().out
+
+
+def test_comparisons_and_studies_that_may_not_read_or_write_say_where(tmp_path, refused):
+    runs, place = [make_run(tmp_path / name, [2.0, 1.0]) for name in ("a", "b")], tmp_path / "place"
+    events = next((runs[0] / "tensorboard").iterdir()).name
+    for name in ("config.json", "metrics.jsonl", f"tensorboard/{events}"):
+        with mode(runs[0] / name, 0):
+            refused(compare.main, runs, Path(name).name)
+    place.mkdir()
+    with mode(place, 0o555):
+        refused(compare.main, [*runs, "--out", place / "new.md"], place / "new.md")
+        refused(study.main, ["configs/studies/stabilizer.py", "--workdir", place / "study"], place / "study")
+    with mode(place, 0):
+        refused(study.main, ["--render", tmp_path / "new.md", place / "study.json"], "study.json")
+    assert not (tmp_path / "new.md").exists()

@@ -18,12 +18,15 @@ from rehyat_jax.attention.features.inline import InlineFeatures, identity
 from rehyat_jax.attention.hybrid.api import hybrid_attention, hybrid_key_sums
 from rehyat_jax.attention.hybrid.context_parallel import hybrid_attention_in_parts
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
+from rehyat_jax.attention.linear import linear_attention
+from rehyat_jax.attention.strided import strided_attention
 from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
 
 CONTEXT = "context"
 TOKENS = PartitionSpec(BATCH, CONTEXT, "tensor", None)
 _TEXT = PartitionSpec(BATCH, None, "tensor", None)
 _PER_HEAD = PartitionSpec("tensor")
+_GAINS = PartitionSpec(BATCH, CONTEXT, "tensor")
 _SUMS = PartitionSpec(BATCH, "tensor")
 _LINEAR_STATE = LinearState(_SUMS, _SUMS)
 _STATE = HybridState(
@@ -33,6 +36,7 @@ _STATE = HybridState(
     overlap_value=_TEXT,
     chunks=PartitionSpec(),
 )
+_PER_HEAD_OPTIONS = ("log_decay", "branch_gate")
 
 
 def hybrid_attention_on_mesh(
@@ -50,19 +54,25 @@ def hybrid_attention_on_mesh(
 
     Args:
       num_frames: frames of the video, without padding.
-      **form: tokens_per_frame, chunk_frames, overlap_frames, causal and stabilizer.
+      **form: the arguments of `hybrid_attention` that describe a form of attention.
     """
     if not is_cut():
         return hybrid_attention(query, key, value, phi_query, phi_key, implementation=implementation, **form)
+    form, per_head = _without_arrays(form)
 
-    def part(tokens, phis):
+    def part(tokens, phis, per_head):
+        options = form | per_head | {"implementation": implementation}
         if axis_size(CONTEXT) == 1:
-            return hybrid_attention(*tokens, *phis, implementation=implementation, **form)
-        return hybrid_attention_in_parts(
-            *tokens, *phis, axis=CONTEXT, num_frames=num_frames, implementation=implementation, **form
-        )
+            return hybrid_attention(*tokens, *phis, **options)
+        return hybrid_attention_in_parts(*tokens, *phis, axis=CONTEXT, num_frames=num_frames, **options)
 
-    return _on_every_device(part, (query, key, value), (phi_query, phi_key), TOKENS)
+    return _on_every_device(part, (query, key, value), (phi_query, phi_key), TOKENS, (per_head, _PER_HEAD))
+
+
+def _without_arrays(form: dict[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The options of a form that are constants, and those that are arrays [heads]."""
+    arrays = {name: form[name] for name in _PER_HEAD_OPTIONS if form.get(name) is not None}
+    return {name: value for name, value in form.items() if name not in _PER_HEAD_OPTIONS}, arrays
 
 
 def hybrid_attention_part_on_mesh(
@@ -92,17 +102,21 @@ def hybrid_attention_part_on_mesh(
     The mesh must not shard videos along time.
     """
 
-    def part(tokens, phis, state, later=None):
-        options = dict(initial_state=state, later=later, implementation=implementation, **form)
+    form, per_head = _without_arrays(form)
+
+    def part(tokens, phis, per_head, state, later=None):
+        options = dict(initial_state=state, later=later, implementation=implementation, **form, **per_head)
         if is_last:
             return hybrid_attention(*tokens, *phis, **options), state
         y, state = hybrid_attention(*tokens, *phis, return_state=True, **options)
         return y, dataclasses.replace(state, form=None)
 
     if not is_cut():
-        return part((query, key, value), (phi_query, phi_key), state, later)
-    sums = [(state, _STATE)] if later is None else [(state, _STATE), (later, _LINEAR_STATE)]
-    return _on_every_device(part, (query, key, value), (phi_query, phi_key), (TOKENS, _STATE), *sums)
+        return part((query, key, value), (phi_query, phi_key), per_head, state, later)
+    spec = _STATE if state.anchor_key is None else dataclasses.replace(_STATE, anchor_key=_TEXT, anchor_value=_TEXT)
+    sums = [(state, spec)] if later is None else [(state, spec), (later, _LINEAR_STATE)]
+    results = (TOKENS, spec)
+    return _on_every_device(part, (query, key, value), (phi_query, phi_key), results, (per_head, _PER_HEAD), *sums)
 
 
 def hybrid_key_sums_on_mesh(
@@ -113,6 +127,46 @@ def hybrid_key_sums_on_mesh(
     if not is_cut():
         return part((key, value), (phi_key,))
     return _on_every_device(part, (key, value), (phi_key,), _LINEAR_STATE)
+
+
+def strided_attention_on_mesh(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    phi_query: InlineFeatures,
+    phi_key: InlineFeatures,
+    *,
+    num_tokens: int,
+    **options: Any,
+) -> jax.Array:
+    """`strided_attention` over the mesh in use; `num_tokens` of the video's tokens are not padding."""
+    if not is_cut():
+        return strided_attention(query, key, value, phi_query, phi_key, **options)
+    sharding = dict(axis=CONTEXT, num_tokens=num_tokens) if axis_size(CONTEXT) > 1 else {}
+    part = lambda tokens, phis: strided_attention(*tokens, *phis, **sharding, **options)
+    return _on_every_device(part, (query, key, value), (phi_query, phi_key), TOKENS)
+
+
+def linear_attention_on_mesh(
+    value: jax.Array,
+    phi_query: InlineFeatures,
+    phi_key: InlineFeatures,
+    *,
+    past: LinearState | None = None,
+    later: LinearState | None = None,
+    num_frames: int | None = None,
+    **options: Any,
+) -> tuple[jax.Array, LinearState]:
+    """`linear_attention` over the mesh in use; `num_frames` of the video's frames are not padding."""
+    if not is_cut():
+        return linear_attention(value, phi_query, phi_key, past=past, later=later, **options)
+    sharding = dict(axis=CONTEXT, num_frames=num_frames) if axis_size(CONTEXT) > 1 else {}
+    sums = {name: tree for name, tree in (("past", past), ("later", later)) if tree is not None}
+    part = lambda tokens, phis, sums: linear_attention(*tokens, *phis, **sums, **sharding, **options)
+    results = (TOKENS, _LINEAR_STATE)
+    # A map of its own tokens is given its source, which is not one of these.
+    features = [dataclasses.replace(phi, of_own_tokens=False) for phi in (phi_query, phi_key)]
+    return _on_every_device(part, (value,), features, results, (sums, dict.fromkeys(sums, _LINEAR_STATE)))
 
 
 def _on_every_device(part: Callable, tokens: tuple, phis: tuple, results: Any, *sums: tuple[Any, Any]) -> Any:
@@ -126,19 +180,21 @@ def _on_every_device(part: Callable, tokens: tuple, phis: tuple, results: Any, *
     features = [phi if isinstance(phi, InlineFeatures) else InlineFeatures(phi, (), identity) for phi in phis]
     sources = [None if phi.of_own_tokens else phi.source for phi in features]
 
-    def run(tokens, sources, weights, *sums):
+    def run(tokens, sources, weights, gains, *sums):
         bound = [
-            InlineFeatures(source, matrices, phi.function).bound(x)
-            for x, source, matrices, phi in zip(tokens, sources, weights, features, strict=False)
+            InlineFeatures(source, matrices, phi.function, gain).bound(x)
+            for x, source, matrices, gain, phi in zip(
+                (*tokens, *tokens), sources, weights, gains, features, strict=False
+            )
         ]
         return part(tokens, bound, *sums)
 
     return jax.shard_map(
         run,
-        in_specs=(TOKENS, TOKENS, _PER_HEAD, *(spec for _, spec in sums)),
+        in_specs=(TOKENS, TOKENS, _PER_HEAD, _GAINS, *(spec for _, spec in sums)),
         out_specs=results,
         check_vma=False,
-    )(tokens, sources, [phi.weights for phi in features], *(tree for tree, _ in sums))
+    )(tokens, sources, [phi.weights for phi in features], [phi.gain for phi in features], *(tree for tree, _ in sums))
 
 
 def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array, *, num_tokens: int) -> jax.Array:

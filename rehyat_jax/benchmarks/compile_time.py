@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.cli import CommandParser
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.benchmarks.peak_memory import measuring_process, peak_bytes
 from rehyat_jax.cli import CommandParser, report_input_errors

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.attention.features.inline import as_inline
-from rehyat_jax.attention.form import AttentionInputs, Form
+from rehyat_jax.attention.forms.base import AttentionInputs, Form
 from rehyat_jax.models.student import Inputs, converted_rows, teacher_scan
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.training.noising import noise_batch
@@ -54,7 +54,10 @@ def attention_differences(model: WanTransformer, inputs: Inputs) -> dict[str, ja
 
     def differences(form: Form, inputs: AttentionInputs, target: jax.Array, maps: Any) -> dict[str, jax.Array]:
         features = model.features(form, inputs, maps)
-        nothing = None if features is None else tuple(as_inline(jnp.zeros_like(phi), phi.dtype) for phi in features)
+        nothing = features
+        if features is not None:
+            zero = lambda phi: as_inline(jnp.zeros(phi.shape, phi.dtype), phi.dtype)
+            nothing = features._replace(query=zero(features.query), key=zero(features.key))
         attend = lambda features: form.attend(inputs, features, implementation=model.attention_implementation)
         # Exact attention of padding is not zero, unlike that of the forms.
         size = lambda x: jnp.abs(x[:, : inputs.num_tokens]).mean((1, 2, 3))

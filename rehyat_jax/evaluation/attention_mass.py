@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from rehyat_jax.attention.form import AttentionInputs
+from rehyat_jax.attention.forms.base import AttentionInputs
 from rehyat_jax.models.student import Inputs
 from rehyat_jax.models.wan.modeling import WanTransformer
 

@@ -16,6 +16,9 @@ from pathlib import Path
 KINDS = ("partial", "incomplete", "replaced")
 """A file, a directory, and what a finished directory replaces."""
 
+LONGEST_NAME = 255
+"""Most bytes of a name in the usual file systems."""
+
 _MAKER = re.compile(r"^\.(?P<name>.+)\.(?P<host>\w+)-(?P<number>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.(?P<kind>\w+)$")
 
 
@@ -25,8 +28,14 @@ def new_token() -> str:
 
 
 def temporary_path(path: Path, token: str, kind: str) -> Path:
-    """The temporary path next to `path`, for one of `KINDS`."""
-    return path.with_name(f".{path.name}.{token}.{kind}")
+    """The temporary path next to `path`, for one of `KINDS`. A long name is shortened, except of what is replaced."""
+    end = f".{token}.{kind}"
+    name = path.name
+    if kind != "replaced" and len(os.fsencode(name)) <= LONGEST_NAME:
+        # The token makes the name unique. What is replaced is put back under its complete name.
+        room = LONGEST_NAME - len(os.fsencode(end)) - 1
+        name = os.fsencode(name)[:room].decode(errors="ignore")
+    return path.with_name(f".{name}{end}")
 
 
 def remove_leftovers(folder: Path) -> None:

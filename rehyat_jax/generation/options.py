@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import get_args
 
 from rehyat_jax.diffusion.samplers import Sampler
@@ -54,16 +54,32 @@ class SamplingOptions:
     mesh: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Adds an option for each field."""
-        parser.set_defaults(**dataclasses.asdict(cls()))
+    def add_to(
+        cls,
+        parser: argparse.ArgumentParser,
+        defaults: "SamplingOptions | None" = None,
+        *,
+        without: Collection[str] = (),
+    ) -> None:
+        """Adds an option for each field.
+
+        Args:
+          parser: the parser of a command.
+          defaults: the command's own defaults.
+          without: fields of "negative_prompt" and "seed" that the command reads in another way.
+        """
+        defaults = defaults or cls()
+        parser.set_defaults(**dataclasses.asdict(defaults))
         option = parser.add_argument
         default = " (default: %(default)s)"
-        option("--negative-prompt", help="what to move away from (default: the empty prompt)")
-        option("--seed", type=number(int, 0, 2**32 - 1), help="of the initial noise" + default)
+        if "negative_prompt" not in without:
+            option("--negative-prompt", help="what to move away from (default: the empty prompt)")
+        if "seed" not in without:
+            option("--seed", type=number(int, 0, 2**32 - 1), help="of the initial noise" + default)
         option("--steps", type=number(int, 1, 10_000), help="evaluations of the model" + default)
         option("--guidance-scale", type=number(float, 0, 1000), help="1 turns guidance off" + default)
-        shift = "above 1, more steps near noise (default: that of the pipeline's scheduler, or 5)"
+        shift = "that of the pipeline's scheduler, or 5" if defaults.flow_shift is None else "%(default)s"
+        shift = f"above 1, more steps near noise (default: {shift})"
         option("--flow-shift", type=number(float, 0.001, 1000), help=shift)
         option("--sampler", choices=get_args(Sampler), help="solver of the flow" + default)
         option("--frames", type=number(int, 1, 10**9), help="of the video (default: the codec's)")

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rehyat_jax.attention.features.maps import FeatureMapPair
-from rehyat_jax.attention.form import AttentionInputs, BlockForms, Features, Form, MapStack
+from rehyat_jax.attention.features.maps import LinearBranch
+from rehyat_jax.attention.form import BlockForms, MapStack
+from rehyat_jax.attention.forms.base import AttentionInputs, BlockFeatures, Features, Form
 
 T = TypeVar("T")
 
@@ -30,7 +31,15 @@ def make_feature_maps(forms: BlockForms, *, num_heads: int, head_dim: int, rngs:
     """A model's "feature_maps": every stack under its key, or the only stack itself; None if no form has maps."""
 
     def make(stack: MapStack) -> nnx.Module:
-        create = lambda rngs: FeatureMapPair(stack.config, heads=num_heads, head_dim=head_dim, rngs=rngs)
+        learned = stack.config
+        create = lambda rngs: LinearBranch(
+            learned.feature_map,
+            decay=learned.decay,
+            branch_gate=learned.branch_gate,
+            heads=num_heads,
+            head_dim=head_dim,
+            rngs=rngs,
+        )
         return stacked(create, len(stack.blocks), rngs)
 
     modules = {stack.key: make(stack) for stack in forms.stacks}
@@ -50,17 +59,12 @@ def map_stacks(forms: BlockForms, change: Callable[..., Any], *feature_maps: Any
     return changed.get(None, changed)
 
 
-def per_block_arguments(forms: BlockForms, feature_maps: nnx.Module | None) -> dict[str, Any]:
-    """What the layers of a scan are given: arrays with a leading axis over all blocks.
+def rows_over_blocks(forms: BlockForms, feature_maps: Any) -> Any:
+    """A tree like "feature_maps" with rows of all blocks; the inverse of taking each stack's own rows.
 
     A block without maps of a stack is given the row of the stack's first block, which it does not use.
-
-    Returns: "block", its number; "form", the index of its form; and "feature_maps", its rows, if there are any.
     """
     count = len(forms.of_block)
-    arguments = {"block": jnp.arange(count), "form": jnp.array(forms.indices)}
-    if feature_maps is None:
-        return arguments
 
     def spread(stack: MapStack, maps: Any) -> Any:
         if len(stack.blocks) == count:
@@ -68,7 +72,18 @@ def per_block_arguments(forms: BlockForms, feature_maps: nnx.Module | None) -> d
         rows = jnp.array([stack.blocks.index(block) if block in stack.blocks else 0 for block in range(count)])
         return jax.tree.map(lambda leaf: leaf[rows], maps)
 
-    return arguments | {"feature_maps": map_stacks(forms, spread, nnx.to_pure_dict(nnx.state(feature_maps)))}
+    return map_stacks(forms, spread, feature_maps)
+
+
+def per_block_arguments(forms: BlockForms, feature_maps: nnx.Module | None) -> dict[str, Any]:
+    """What the layers of a scan are given: arrays with a leading axis over all blocks.
+
+    Returns: "block", its number; "form", the index of its form; and "feature_maps", its rows, if there are any.
+    """
+    arguments = {"block": jnp.arange(len(forms.of_block)), "form": jnp.array(forms.indices)}
+    if feature_maps is None:
+        return arguments
+    return arguments | {"feature_maps": rows_over_blocks(forms, nnx.to_pure_dict(nnx.state(feature_maps)))}
 
 
 def by_form(forms: BlockForms, per_block: dict[str, Any], branch: Callable[[Form], Callable[[], T]]) -> T:
@@ -88,17 +103,21 @@ def by_form(forms: BlockForms, per_block: dict[str, Any], branch: Callable[[Form
 def block_features(
     forms: BlockForms, form: Form, feature_maps: nnx.Module | None, rows: Any, inputs: AttentionInputs
 ) -> Features:
-    """phi_query and phi_key of one block, each of [B, N, H, F]; None for a form without maps.
+    """What one block's learned parameters make of its inputs; None for a form without any.
 
     Args:
       feature_maps: the model's module, for its structure.
       rows: one block's slice of its parameters, as `per_block_arguments` gives.
       inputs: of the block's attention.
     """
-    if form.feature_map is None:
+    if form.learned is None:
         return None
     stack = forms.stack_of(form)
-    maps = nnx.merge(nnx.graphdef(stack.of(feature_maps)), stack.of(rows))
-    if form.feature_map.input == "unrotated":
-        return maps.query.inline(inputs.unrotated_query), maps.key.inline(inputs.unrotated_key)
-    return maps.query.inline().bound(inputs.query), maps.key.inline().bound(inputs.key)
+    branch = nnx.merge(nnx.graphdef(stack.of(feature_maps)), stack.of(rows))
+    source = form.learned.feature_map.input
+    prefix = "" if source == "rotated" else f"{source}_"
+    query, key = (
+        getattr(branch, name).inline(getattr(inputs, prefix + name), of_own_tokens=not prefix)
+        for name in ("query", "key")
+    )
+    return BlockFeatures(query, key, branch.log_decay(), branch.gate())

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rehyat_jax.attention.form import SOFTMAX, AttentionInputs, Form
+from rehyat_jax.attention.forms.base import AttentionInputs, Form
+from rehyat_jax.attention.forms.softmax import SOFTMAX
 from rehyat_jax.models.hybrid import by_form, make_feature_maps, map_stacks, rows_of_blocks
 from rehyat_jax.models.wan.modeling import WanTransformer
 
@@ -16,15 +17,19 @@ Inputs = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def teacher_scan(
-    model: WanTransformer, inputs: Inputs, compare: Callable[[Form, AttentionInputs, jax.Array, Any], Any]
+    model: WanTransformer,
+    inputs: Inputs,
+    compare: Callable[[Form, AttentionInputs, jax.Array, Any], Any],
+    rows: Any = None,
 ) -> Any:
-    """Runs the softmax teacher, and `compare(form, inputs, target, feature_maps)` in every converted block.
+    """Runs the softmax teacher, and `compare(form, inputs, target, rows)` in every converted block.
 
     Args:
       model: a transformer with converted blocks; their softmax attention is the teacher.
       inputs: of the model.
-      compare: (form of the block, AttentionInputs, softmax attention [B, N, H, d], the block's slice of the parameters
-        "feature_maps") -> tree of arrays, of the same shapes for every form.
+      compare: (form of the block, AttentionInputs, softmax attention [B, N, H, d], the block's slice of `rows`) -> tree
+        of arrays, of the same shapes for every form.
+      rows: arrays with a leading axis over all blocks; None for the model's "feature_maps".
 
     Returns:
       The trees, stacked on a leading axis over all blocks; zero for blocks that are not converted.
@@ -33,12 +38,13 @@ def teacher_scan(
 
     def attend(inputs: AttentionInputs, per_block: Any) -> tuple[jax.Array, Any]:
         target = inputs.softmax()
-        run = lambda form: compare(form, inputs, target, per_block.get("feature_maps"))
+        run = lambda form: compare(form, inputs, target, per_block.get("rows", per_block.get("feature_maps")))
         converted = next(form for form in forms.forms if form != SOFTMAX)
         skip = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: run(converted)))
         return target, by_form(forms, per_block, lambda form: skip if form == SOFTMAX else lambda: run(form))
 
-    return model.forward(*inputs, attend, model.per_block_attention())[1]
+    given = {} if rows is None else {"rows": rows}
+    return model.forward(*inputs, attend, model.per_block_attention() | given)[1]
 
 
 def converted_rows(model: WanTransformer, stacked_over_blocks: Any) -> Any:
@@ -69,7 +75,8 @@ def calibrated_maps(model: WanTransformer, inputs: Inputs) -> Any:
 
     def corrected(stack: Any, maps: Any) -> Any:
         half = rows_of_blocks(forms, halves, stack.blocks)
-        return {name: {**tree, "log_scale": tree["log_scale"] + half} for name, tree in maps.items()}
+        change = lambda tree: {**tree, "log_scale": tree["log_scale"] + half}
+        return maps | {name: change(maps[name]) for name in ("query", "key")}
 
     return map_stacks(forms, corrected, nnx.to_pure_dict(nnx.state(model.feature_maps)))
 

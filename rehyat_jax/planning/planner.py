@@ -38,7 +38,7 @@ class Request:
     @property
     def flops(self) -> StepFlops:
         """Operations of one example of a step."""
-        return STAGES[self.config.stage].step_flops(self.wan, self.latents, remat=self.config.remat)
+        return STAGES[self.config.stage].step_flops(self.wan, self.latents, self.config)
 
     def changed(self, changes: dict[str, Any], topology: str | None = None) -> "Request":
         """A request with other values of the configuration's fields, optionally on another topology."""

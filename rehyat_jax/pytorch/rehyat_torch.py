@@ -41,7 +41,20 @@ class HeadwiseLinear(nn.Module):
         return torch.einsum("bnhi,hio->bnho", x, self.weight.to(x.dtype))
 
 
-class FeatureMap(nn.Module):
+class HeadwiseMap(nn.Module):
+    """A feature map. With a parameter gate [heads, head_dim], features are multiplied by 2 sigmoid(gate.x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Queries or keys [batch, tokens, heads, head_dim] -> features [batch, tokens, heads, features], at least 0."""
+        features = self.features(x)
+        if not hasattr(self, "gate"):
+            return features
+        dtype = _accumulation_dtype(x)
+        gain = 2 * torch.einsum("bnhd,hd->bnh", x.to(dtype), self.gate.to(x.dtype).to(dtype)).sigmoid()
+        return (features * gain[..., None]).to(x.dtype)
+
+
+class FeatureMap(HeadwiseMap):
     """ReHyAt's map: a network per head, whose output is split into `degree` parts; part i is raised to the power i.
 
     Parameters: layers.I.weight [heads, in, features] and log_scale [heads]. The features are multiplied by
@@ -67,8 +80,8 @@ class FeatureMap(nn.Module):
         self.layers = nn.ModuleList(HeadwiseLinear(heads, *pair) for pair in itertools.pairwise(widths))
         self.log_scale = nn.Parameter(torch.zeros(heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Queries or keys [batch, tokens, heads, head_dim] -> features [batch, tokens, heads, features], at least 0."""
+    def features(self, x: Tensor) -> Tensor:
+        """The features without the gate."""
         dtype, accumulation = x.dtype, _accumulation_dtype(x)
         for layer in self.layers[:-1]:
             x = self.hidden_activation(layer(x).to(accumulation)).to(dtype)
@@ -78,7 +91,7 @@ class FeatureMap(nn.Module):
         return (torch.cat(powers, dim=-1) * scale[:, None]).to(dtype)
 
 
-class HedgehogMap(nn.Module):
+class HedgehogMap(HeadwiseMap):
     """Hedgehog's map (arXiv 2402.04347): softmax over the features of x W and of -x W.
 
     Parameters: layers.0.weight [heads, head_dim, features / 2] and log_scale [heads]. The features are multiplied by
@@ -92,20 +105,42 @@ class HedgehogMap(nn.Module):
         self.layers = nn.ModuleList([layer])
         self.log_scale = nn.Parameter(torch.zeros(heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Queries or keys [batch, tokens, heads, head_dim] -> features [batch, tokens, heads, features], at least 0."""
+    def features(self, x: Tensor) -> Tensor:
+        """The features without the gate."""
         scores = self.layers[0](x).to(_accumulation_dtype(x))
         features = torch.cat([scores.softmax(dim=-1), (-scores).softmax(dim=-1)], dim=-1)
         scale = self.log_scale.to(features.dtype).exp() * features.shape[-1] ** 0.5 / 2
         return (features * scale[:, None]).to(x.dtype)
 
 
-FEATURE_MAPS = {"mlp": FeatureMap, "hedgehog": HedgehogMap}
+class SiluMap(HeadwiseMap):
+    """SiLU of x W, shifted to be non-negative and divided by its L2 norm.
+
+    Parameters: layers.0.weight [heads, head_dim, features] and log_scale [heads]. The features are multiplied by
+    exp(log_scale).
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, features: int = 256, **fields_of_other_kinds):
+        super().__init__()
+        self.layers = nn.ModuleList([HeadwiseLinear(heads, head_dim, features)])
+        self.log_scale = nn.Parameter(torch.zeros(heads))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The features without the gate."""
+        features = F.silu(self.layers[0](x).to(_accumulation_dtype(x))) + 0.27847
+        features = features * (features.square().sum(dim=-1, keepdim=True) + 1e-12).rsqrt()
+        return (features * self.log_scale.to(features.dtype).exp()[:, None]).to(x.dtype)
 
 
-def make_feature_map(heads: int, head_dim: int, *, kind: str = "mlp", **fields) -> nn.Module:
+FEATURE_MAPS = {"mlp": FeatureMap, "hedgehog": HedgehogMap, "silu_l2": SiluMap}
+
+
+def make_feature_map(heads: int, head_dim: int, *, kind: str = "mlp", gate: bool = False, **fields) -> nn.Module:
     """The feature map of all heads that "feature_map" in rehyat.json describes; its "input" is not given here."""
-    return _choose("feature_map.kind", kind, FEATURE_MAPS)(heads, head_dim, **fields)
+    feature_map = _choose("feature_map.kind", kind, FEATURE_MAPS)(heads, head_dim, **fields)
+    if gate:
+        feature_map.gate = nn.Parameter(torch.zeros(heads, head_dim))
+    return feature_map
 
 
 def hybrid_attention(
@@ -120,6 +155,9 @@ def hybrid_attention(
     overlap_frames: int,
     causal: bool = True,
     stabilizer: str = "row_max",
+    anchor_frames: int = 0,
+    log_decay: Tensor | None = None,
+    branch_gate: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention inside a temporal window, linear attention outside it, and one normalisation over both.
 
@@ -144,6 +182,11 @@ def hybrid_attention(
       causal: whether linear attention is only to the past.
       stabilizer: "row_max": c is the row's largest score in the window and scale is 1. "joint": scale is exp(-c), so
         that c cancels. These are two different functions; a student needs the one with which it was trained.
+      anchor_frames: the video's first frames, at most Tc, are softmax keys of every chunk, and no linear keys.
+      log_decay: [heads]; the linear weight of a key is multiplied by exp(log_decay) for each frame between it and the
+        window. None for no decay.
+      branch_gate: [heads]; the branches are normalised separately, (1 - gate) softmax + gate linear. None for one
+        normalisation.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`.
 
@@ -155,50 +198,160 @@ def hybrid_attention(
         raise ValueError(f"expected whole frames of {tokens_per_frame} tokens, found {tokens} tokens")
     if chunk_frames < 1 or not 0 <= overlap_frames <= chunk_frames:
         raise ValueError(f"expected 0 <= overlap_frames <= chunk_frames, found {overlap_frames} and {chunk_frames}")
+    if not 0 <= anchor_frames <= chunk_frames:
+        raise ValueError(f"expected 0 <= anchor_frames <= chunk_frames, found {anchor_frames} and {chunk_frames}")
     if stabilizer not in ("row_max", "joint"):
         raise ValueError(f'stabilizer must be "row_max" or "joint", found {stabilizer!r}')
-    chunk, overlap = chunk_frames * tokens_per_frame, overlap_frames * tokens_per_frame
-    bounds = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+    frames = tokens // tokens_per_frame
+    bounds = [(start, min(start + chunk_frames, frames)) for start in range(0, frames, chunk_frames)]
     dtype = _accumulation_dtype(query)
 
-    part = lambda x, start, end: x[:, start:end].transpose(1, 2).to(dtype)  # [batch, heads, end - start, ...]
+    def part(x: Tensor, start: int, end: int) -> Tensor:
+        """Frames as [batch, heads, tokens, ...]."""
+        return x[:, start * tokens_per_frame : end * tokens_per_frame].transpose(1, 2).to(dtype)
+
     # A column of ones next to the values: every weighted sum of them then has its normaliser in one more column.
     values = lambda start, end: F.pad(part(value, start, end), (0, 1), value=1.0)
-    linear_sums = lambda start, end: part(phi_key, start, end).mT @ values(start, end)
 
+    def decayed(x: Tensor, exponents: Tensor) -> Tensor:
+        """x [batch, heads, n, ...] times exp(log_decay * exponents), [n] or [1]."""
+        return x if log_decay is None else x * (log_decay.to(dtype)[:, None] * exponents).exp()[..., None]
+
+    def linear_sums(start: int, end: int, *, future: bool = False) -> Tensor:
+        """The sums over frames that are no anchors, decayed by their distance to the end, or to the start."""
+        first = max(start, anchor_frames)
+        frame = torch.arange(first, max(end, first), device=query.device).repeat_interleave(tokens_per_frame)
+        phi = decayed(part(phi_key, first, max(end, first)), frame - start if future else end - 1 - frame)
+        return phi.mT @ values(first, max(end, first))
+
+    count = lambda n: torch.full((1,), n, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
         past, seen = linear_sums(0, 0), 0
         future = [past]  # the sums over all later chunks, for the chunks from last to first
         for start, end in [] if causal else reversed(bounds[1:]):
-            future.append(future[-1] + linear_sums(start, end))
+            future.append(decayed(future[-1], count(end - start)) + linear_sums(start, end, future=True))
 
         outputs = []
         for start, end in bounds:
-            window = max(start - overlap, 0)
-            past, seen = past + linear_sums(seen, window), window
+            window = max(start - overlap_frames, 0)
+            past, seen = decayed(past, count(window - seen)) + linear_sums(seen, window), window
+            anchors = min(anchor_frames, window)
+            keys = torch.cat([part(key, 0, anchors), part(key, window, end)], dim=2)
+            window_values = torch.cat([values(0, anchors), values(window, end)], dim=2)
 
-            scores = part(query, start, end) @ part(key, window, end).mT / query.shape[-1] ** 0.5
+            scores = part(query, start, end) @ keys.mT / query.shape[-1] ** 0.5
             linear = part(phi_query, start, end) @ (past if causal else past + future.pop())
-            c, scale = scores.detach().amax(-1, keepdim=True), 1.0
-            if stabilizer == "joint":
-                # c also depends on the linear mass: otherwise exp(-c) would overflow where all scores are low.
-                c = torch.maximum(c, linear.detach()[..., -1:].log())
-                scale = (-c.clamp(min=-64.0)).exp()
-            total = (scores - c).exp() @ values(window, end) + scale * linear
-            outputs.append((total[..., :-1] / total[..., -1:]).transpose(1, 2).to(query.dtype))
-    return torch.cat(outputs, dim=1)
+            outputs.append(_merged(scores, window_values, linear, stabilizer, branch_gate))
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype)
+
+
+def strided_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    *,
+    tokens_per_frame: int,
+    stride: int,
+    stabilizer: str = "row_max",
+) -> Tensor:
+    """Attention Surgery's form (arXiv 2509.24899): softmax over every R-th token, linear attention to the others.
+
+    Args: as `hybrid_attention`, and stride: R. tokens_per_frame is not used.
+    """
+    dtype = _accumulation_dtype(query)
+    with torch.autocast(query.device.type, enabled=False):
+        query_, key, value, phi_query, phi_key = (
+            x.transpose(1, 2).to(dtype) for x in (query, key, value, phi_query, phi_key)
+        )
+        values = F.pad(value, (0, 1), value=1.0)
+        is_linear = torch.arange(key.shape[2], device=key.device) % stride > 0
+        linear = phi_key[:, :, is_linear].mT @ values[:, :, is_linear]
+        outputs = [
+            _merged(
+                part @ key[:, :, ::stride].mT / key.shape[-1] ** 0.5, values[:, :, ::stride], phi @ linear, stabilizer
+            )
+            for part, phi in zip(query_.split(1024, dim=2), phi_query.split(1024, dim=2), strict=True)
+        ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    *,
+    tokens_per_frame: int,
+    chunk_frames: int = 1,
+    causal: bool = True,
+) -> Tensor:
+    """Linear attention alone: to all frames up to the end of the query's chunk or, unless causal, to all frames.
+
+    Args: as `hybrid_attention`. query and key are not used.
+    """
+    del key
+    dtype, size = _accumulation_dtype(query), chunk_frames * tokens_per_frame
+    with torch.autocast(query.device.type, enabled=False):
+        value, phi_query, phi_key = (x.transpose(1, 2).to(dtype) for x in (value, phi_query, phi_key))
+        values = F.pad(value, (0, 1), value=1.0)
+        parts = [phi.mT @ part for phi, part in zip(phi_key.split(size, dim=2), values.split(size, dim=2), strict=True)]
+        sums = list(itertools.accumulate(parts)) if causal else [sum(parts)] * len(parts)
+        reads = torch.cat([phi @ s for phi, s in zip(phi_query.split(size, dim=2), sums, strict=True)], dim=2)
+        mass = reads[..., -1:]
+        y = reads[..., :-1] / torch.where(mass > 0, mass, 1)
+    return y.transpose(1, 2).to(query.dtype)
+
+
+def _merged(
+    scores: Tensor, values: Tensor, linear: Tensor, stabilizer: str, branch_gate: Tensor | None = None
+) -> Tensor:
+    """The output [..., queries, head_dim] of scores [..., queries, keys] and linear reads; last columns are masses."""
+    c, scale = scores.detach().amax(-1, keepdim=True), 1.0
+    if branch_gate is not None:
+        softmax = (scores - c).exp() @ values
+        softmax, mass = softmax[..., :-1] / softmax[..., -1:], linear[..., -1:]
+        gate = torch.where(mass > 0, branch_gate.to(scores.dtype)[:, None, None], 0)
+        return softmax + gate * (linear[..., :-1] / torch.where(mass > 0, mass, 1) - softmax)
+    if stabilizer == "joint":
+        # c also depends on the linear mass: otherwise exp(-c) would overflow where all scores are low.
+        c = torch.maximum(c, linear.detach()[..., -1:].log())
+        scale = (-c.clamp(min=-64.0)).exp()
+    total = (scores - c).exp() @ values + scale * linear
+    return total[..., :-1] / total[..., -1:]
+
+
+def window_attention(*arrays: Tensor, **form) -> Tensor:
+    """Softmax in the window and to the anchors, nothing outside: `hybrid_attention` with no features."""
+    return hybrid_attention(*arrays, **form)
+
+
+KINDS = {
+    "hybrid": hybrid_attention,
+    "two_branch": hybrid_attention,
+    "window": window_attention,
+    "strided": strided_attention,
+    "linear": linear_attention,
+}
+"""The attention of each kind of form in rehyat.json."""
 
 
 class HybridAttnProcessor:
-    """Self-attention of hybrid blocks, which replaces diffusers' `WanAttnProcessor`.
+    """Self-attention of converted blocks, which replaces diffusers' `WanAttnProcessor`.
 
     Projections, norms and RoPE are the same; only the attention itself differs. The attention module must have the
-    submodules `feature_map_query` and `feature_map_key`. One processor serves all hybrid blocks with the same form.
+    submodules and parameters of `add_parameters`. One processor serves all blocks with the same form.
     """
 
-    def __init__(self, *, feature_map_input: str, **form):
-        """`feature_map_input`: "rotated" (after RoPE) or "unrotated"; `form`: keywords of `hybrid_attention`."""
-        self.unrotated = _choose("input", feature_map_input, {"rotated": False, "unrotated": True})
+    def __init__(self, kind: str = "hybrid", *, feature_map_input: str | None = "rotated", **form):
+        """`feature_map_input`: "rotated" (after RoPE), "unrotated" (before it), "unnormed" (before the norm too), or
+        None for a form without feature maps; `form`: keywords of the kind's function in `KINDS`."""
+        self.attend = _choose("kind", kind, KINDS)
+        if feature_map_input is not None:
+            _choose("input", feature_map_input, {"rotated": 0, "unrotated": 0, "unnormed": 0})
+        self.input = feature_map_input
         self.form = form
         self.grid = (0, 0, 0)
 
@@ -223,18 +376,22 @@ class HybridAttnProcessor:
                 f"expected {frames}x{height}x{width} tokens, as many as were last embedded, found "
                 f"{hidden_states.shape[1]}; run backward before the next video if gradients are checkpointed"
             )
-        query, key, value = (
-            attn.norm_q(attn.to_q(hidden_states)),
-            attn.norm_k(attn.to_k(hidden_states)),
-            attn.to_v(hidden_states),
-        )
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        rotated_query, rotated_key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-        phi_query = attn.feature_map_query(query if self.unrotated else rotated_query)
-        phi_key = attn.feature_map_key(key if self.unrotated else rotated_key)
-        y = hybrid_attention(
-            rotated_query, rotated_key, value, phi_query, phi_key, tokens_per_frame=height * width, **self.form
-        )
+        heads = lambda x: x.unflatten(2, (attn.heads, -1))
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), heads(attn.to_v(hidden_states))
+        sources = {"unnormed": (heads(query), heads(key))}
+        sources["unrotated"] = heads(attn.norm_q(query)), heads(attn.norm_k(key))
+        sources["rotated"] = tuple(rotate(x, *rotary_emb) for x in sources["unrotated"])
+        if self.input is None:
+            phis = tuple(x[..., :0] for x in sources["rotated"])
+        else:
+            phi_query, phi_key = sources[self.input]
+            phis = attn.feature_map_query(phi_query), attn.feature_map_key(phi_key)
+        learned = {}
+        if hasattr(attn, "linear_decay"):
+            learned["log_decay"] = -F.softplus(attn.linear_decay)
+        if hasattr(attn, "branch_gate"):
+            learned["branch_gate"] = attn.branch_gate
+        y = self.attend(*sources["rotated"], value, *phis, tokens_per_frame=height * width, **learned, **self.form)
         return attn.to_out[1](attn.to_out[0](y.flatten(2)))
 
 
@@ -257,15 +414,38 @@ def attach_hybrid_attention(transformer: WanTransformer3DModel, hybrid_blocks: l
       hybrid: the form, as in rehyat.json.
     """
     form = dict(hybrid)
-    maps = dict(form.pop("feature_map"))
-    processor = HybridAttnProcessor(feature_map_input=maps.pop("input"), **form)
+    kind, maps = form.pop("kind", "hybrid"), form.pop("feature_map", None)
+    add = lambda attn: None
+    if maps is not None:
+        maps = dict(maps)
+        options = dict(decay=form.pop("decay", False), branch_gate=kind == "two_branch")
+        form["feature_map_input"] = maps.pop("input", "rotated")
+        add = lambda attn: add_parameters(attn, maps, **options)
+    else:
+        form["feature_map_input"] = None
+    processor = HybridAttnProcessor(kind, **form)
     # A bound method, so that a copy of the model records in its own processor; a closure would not.
     transformer.patch_embedding.register_forward_hook(processor.record_grid)
     for index in range(len(transformer.blocks)) if hybrid_blocks == "all" else hybrid_blocks:
         attn = transformer.blocks[index].attn1
-        attn.feature_map_query = make_feature_map(attn.heads, attn.inner_dim // attn.heads, **maps)
-        attn.feature_map_key = make_feature_map(attn.heads, attn.inner_dim // attn.heads, **maps)
+        add(attn)
         attn.set_processor(processor)
+
+
+def add_parameters(attn: nn.Module, maps: dict, *, decay: bool, branch_gate: bool) -> None:
+    """Gives an attention module the learned parameters of its linear branch.
+
+    Args:
+      maps: keywords of `make_feature_map`.
+      decay: also `linear_decay` [heads], where log_decay = -softplus(linear_decay).
+      branch_gate: also `branch_gate` [heads].
+    """
+    for name in ("feature_map_query", "feature_map_key"):
+        setattr(attn, name, make_feature_map(attn.heads, attn.inner_dim // attn.heads, **maps))
+    if decay:
+        attn.linear_decay = nn.Parameter(torch.full((attn.heads,), -4.0))
+    if branch_gate:
+        attn.branch_gate = nn.Parameter(torch.zeros(attn.heads))
 
 
 def hybrid_forms(content: dict) -> list[tuple[list[int] | str, dict]]:
@@ -278,10 +458,11 @@ def hybrid_forms(content: dict) -> list[tuple[list[int] | str, dict]]:
     forms = []
     for entry in content.get("attention", []):
         form = dict(entry)
-        kind, blocks = form.pop("kind"), form.pop("blocks")
-        if kind != "hybrid":
+        blocks = form.pop("blocks")
+        if form["kind"] not in KINDS:
             raise ValueError(
-                f'{FORM}: kind of attention should be "hybrid", found {kind!r}; get a newer rehyat_torch.py'
+                f"{FORM}: kind of attention should be one of {list(KINDS)}, found {form['kind']!r}; get a newer "
+                f"rehyat_torch.py"
             )
         forms.append((blocks, form))
     return forms
@@ -343,7 +524,7 @@ def _load_weights(transformer: WanTransformer3DModel, folder: Path, torch_dtype:
     """Fills a transformer on the meta device, file by file."""
     index = folder / f"{WEIGHTS}.index.json"
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
-    in_float32 = {*transformer._keep_in_fp32_modules, "log_scale"}
+    in_float32 = {*transformer._keep_in_fp32_modules, "log_scale", "linear_decay", "branch_gate"}
     missing, unexpected = set(transformer.state_dict()), []
     for file in files:
         tensors = load_file(folder / file)

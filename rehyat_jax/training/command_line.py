@@ -5,6 +5,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import ml_collections
 from absl import flags
@@ -15,6 +16,8 @@ from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.files.shown import shown
 from rehyat_jax.training.config import check_config, check_known
 from rehyat_jax.training.values import shown_value
+
+T = TypeVar("T")
 
 LARGEST_FILE = 2**20
 """Bytes of the largest configuration file that is read."""
@@ -85,23 +88,37 @@ def read_config_file(argument: str) -> ml_collections.ConfigDict:
       InputError: the file cannot be read, or it fails, or its result is no configuration. The message has the line.
     """
     name, *arguments = argument.split(":", 1)
+    expected = "a function get_config that returns default_config() with changes"
+    return call_in_file(name, "get_config", ml_collections.ConfigDict, expected, *arguments)
+
+
+def call_in_file(name: str, function: str, kind: type[T], expected: str, *arguments: str) -> T:
+    """Runs a file of `configs/` and returns the result of one of its functions.
+
+    Args:
+      name: path of the file.
+      function: name of the function, called with `arguments`.
+      kind: type of its result.
+      expected: the function and its result in words, for the error.
+
+    Raises:
+      InputError: the file cannot be read, or it fails, or its result has another type. The message has the line.
+    """
     content = _content(Path(name))
     module = ModuleType("config_file")
     module.__file__ = name
     sys.modules[module.__name__] = module  # dataclasses in the file look for it there
     try:
         exec(compile(content, name, "exec"), module.__dict__)
-        config = module.get_config(*arguments) if hasattr(module, "get_config") else None
+        result = getattr(module, function)(*arguments) if hasattr(module, function) else None
     except (Exception, SystemExit) as error:
-        kind, message = type(error).__name__, error.msg if isinstance(error, SyntaxError) else error
-        raise InputError(f"{_place(error, Path(name))}: {kind}: {_message(message)}; correct the file") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        found = shown_value(config) if hasattr(module, "get_config") else "no such function"
-        raise InputError(
-            f"{name}: expected a function get_config that returns default_config() with changes, found {found}; "
-            f"see configs/ for examples"
-        )
-    return config
+        kind_of_error, message = type(error).__name__, error.msg if isinstance(error, SyntaxError) else error
+        place = _place(error, Path(name))
+        raise InputError(f"{place}: {kind_of_error}: {_message(message)}; correct the file") from error
+    if not isinstance(result, kind):
+        found = shown_value(result) if hasattr(module, function) else "no such function"
+        raise InputError(f"{name}: expected {expected}, found {found}; see configs/ for examples")
+    return result
 
 
 def _content(file: Path) -> bytes:

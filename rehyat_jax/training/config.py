@@ -11,7 +11,9 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from rehyat_jax.attention.form import FORMS, Form, HybridConfig, make_form
+from rehyat_jax.attention.form import FORMS, make_form
+from rehyat_jax.attention.forms.base import Form
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.shown import closest
@@ -58,6 +60,15 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"({config.steps}); lower it"
         )
     stage = STAGES[config.stage]
+    if stage.updates_per_step(config) > 1:
+        needed = {"optimizer.name": "adamw", "optimizer.clip_norm": 0, "accumulation_steps": 1}
+        for path, value in needed.items():
+            if _lookup(config, path) != value:
+                raise InputError(
+                    f"config.distill.updates_per_batch ({config.distill.updates_per_batch}) needs config.{path} = "
+                    f"{value!r}, found {shown_value(_lookup(config, path))}: the blocks make their updates one after "
+                    f"another. config.distill.clip_norm clips each block"
+                )
     if stage.starts_from_model and not config.init_from:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
     if stage.is_of_hybrid_blocks and not config.hybrid.blocks and not config.forms:
@@ -101,8 +112,7 @@ def _check_form(entry: Mapping[str, Any], place: str) -> None:
     rows["kind"].allowed.check(kind, f"{place}.kind")
     rows["blocks"].allowed.check(entry.get("blocks"), f"{place}.blocks")
     rows |= {field.name: None for field in dataclasses.fields(FORMS[kind])}
-    if kind == HybridConfig.kind:
-        rows |= {name: field for name, field in _group("hybrid").items() if name in rows and name != "blocks"}
+    rows |= {name: field for name, field in _group("hybrid").items() if name in rows and name != "blocks"}
     _check_entry(entry, rows, place)
     if "feature_map" in rows and "feature_map" in entry:
         Entry().check(entry["feature_map"], f"{place}.feature_map")

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 import rehyat_jax
 from rehyat_jax.errors import InputError
-from rehyat_jax.training.fields import CHANGED, REFUSED, SAME, effect_of_change
+from rehyat_jax.training.fields import BY_PATH, CHANGED, REFUSED, SAME, effect_of_change
 from rehyat_jax.training.stages import STAGES
 
 
@@ -66,11 +66,13 @@ def check_continuation(saved: dict[str, Any], now: dict[str, Any], step: int, pl
 def _differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> Iterator[Difference]:
     old, new = (flatten_dict(run["config"], sep=".") for run in (saved, now))
     for field in sorted(old.keys() | new.keys()):
-        # A field that only one version of the code knows is not refused: the last row names the versions.
-        before, after = old.get(field, "unknown"), new.get(field, "unknown")
+        # A field that the run's version did not know had the effect of its default. One that only that version knew is
+        # not refused: the last row names the versions.
+        before = old.get(field, _default(field))
+        after = new.get(field, "unknown")
         if before == after:
             continue
-        then = effect_of_change(field, before, after, step) if field in old and field in new else CHANGED
+        then = effect_of_change(field, before, after, step) if field in new else CHANGED
         inputs = saved.get("inputs", {})
         if field in inputs and inputs[field] == now["inputs"].get(field):
             then = SAME  # the same files at another place
@@ -84,6 +86,11 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> Itera
         yield Difference("number of training examples", saved["examples"], now["examples"], REFUSED)
     if saved["code"] != now["code"]:
         yield Difference("version of the code", saved["code"], now["code"], CHANGED)
+
+
+def _default(field: str) -> Any:
+    """The default of a field, as JSON has it."""
+    return json.loads(json.dumps(BY_PATH[field].default)) if field in BY_PATH else "unknown"
 
 
 def _effect_of_files(field: str, run: dict[str, Any]) -> str:

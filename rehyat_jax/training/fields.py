@@ -11,12 +11,14 @@ from typing import Any
 from rehyat_jax.attention.features.config import INPUTS
 from rehyat_jax.attention.features.kinds import FEATURE_MAPS
 from rehyat_jax.attention.features.mlp import HIDDEN_ACTIVATIONS, OUTPUT_ACTIVATIONS
-from rehyat_jax.attention.form import FORMS, HybridConfig
+from rehyat_jax.attention.form import FORMS
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.attention.hybrid.api import STABILIZERS
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.data.sources import SOURCES
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
+from rehyat_jax.training.distill import LOSSES
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.values import Blocks, Boolean, Choice, Entry, Integer, Real, Several, Text, Values
 
@@ -131,6 +133,20 @@ FIELDS = (
         REFUSED,
         "Constant that is subtracted from the scores; see `hybrid_attention`.",
     ),
+    Field(
+        "hybrid.anchor_frames",
+        _FORM.anchor_frames,
+        Integer(0, 10**6),
+        REFUSED,
+        "First latent frames of a video that the softmax attention of every chunk reads, too; at most chunk_frames.",
+    ),
+    Field(
+        "hybrid.decay",
+        _FORM.decay,
+        Boolean(),
+        REFUSED,
+        "True: learn, for every head, how linear attention decays with the distance from the window.",
+    ),
     Field("hybrid.feature_map.kind", _MAP.kind, Choice(FEATURE_MAPS), REFUSED, "Kind of the feature maps."),
     Field("hybrid.feature_map.features", _MAP.features, Integer(1, 2**16), REFUSED, "Features of each head."),
     Field("hybrid.feature_map.num_layers", _MAP.num_layers, Integer(1, 100), REFUSED, 'Linear layers of kind "mlp".'),
@@ -160,7 +176,15 @@ FIELDS = (
         _MAP.input,
         Choice(INPUTS),
         REFUSED,
-        'Queries and keys that feature maps read: after RoPE ("rotated") or before it ("unrotated").',
+        'Queries and keys that feature maps read: after RoPE ("rotated"), before it ("unrotated"), or before their '
+        'norm too ("unnormed").',
+    ),
+    Field(
+        "hybrid.feature_map.gate",
+        _MAP.gate,
+        Boolean(),
+        REFUSED,
+        "True: learn to multiply the features of each token by a gate between 0 and 2.",
     ),
     Field(
         "forms",
@@ -256,6 +280,29 @@ FIELDS = (
     Field("optimizer.weight_decay", 0.01, Real(0), CHANGED, "Decoupled weight decay."),
     Field("optimizer.clip_norm", 1.0, Real(0), CHANGED, "Highest global norm of a gradient. 0 does not clip."),
     Field(
+        "distill.loss",
+        "l1",
+        Choice(LOSSES),
+        CHANGED,
+        'Loss of a block in stage "distill": "l1", the mean absolute difference from softmax attention; "l2", the mean '
+        'squared difference; or "energy_l2", "l2" divided by the mean square of softmax attention.',
+    ),
+    Field(
+        "distill.clip_norm",
+        0.0,
+        Real(0),
+        CHANGED,
+        'Highest norm of one block\'s gradient in stage "distill"; the other blocks keep theirs. 0 does not clip.',
+    ),
+    Field(
+        "distill.updates_per_batch",
+        1,
+        Integer(1, 10**4),
+        REFUSED,
+        'Updates of a step in stage "distill", all on the same inputs of attention. The teacher runs once for them. '
+        "More than 1 needs AdamW, accumulation_steps = 1 and optimizer.clip_norm = 0.",
+    ),
+    Field(
         "ema_decay",
         0.99,
         Real(0, 1, below=True),
@@ -338,7 +385,8 @@ ENTRIES = {
             HybridConfig.kind,
             Choice(FORMS),
             REFUSED,
-            'The form\'s kind. An entry of kind "hybrid" may have all fields of config.hybrid.',
+            "The form's kind; docs/forms.md lists them. An entry may have the fields of its kind. Those that it lacks "
+            "are taken from config.hybrid.",
         ),
     ),
     "evals": (

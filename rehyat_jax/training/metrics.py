@@ -18,7 +18,17 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.files.write import reported_write_errors, written_whole
+
+METRICS_FILE = "metrics.jsonl"
+"""The file in a run's workdir with one JSON object for each logged step."""
+
+TENSORBOARD = "tensorboard"
+"""The folder there with TensorBoard's files."""
+
+TAIL_BYTES = 2**16
+"""Bytes at the end of the file that `last_step` reads: more than two lines."""
 
 
 class SkippedStep(NamedTuple):
@@ -90,7 +100,7 @@ class MetricWriter:
     def __init__(self, workdir: Path, *, first_step: int, steps: int, description: str, is_silent: bool = False):
         self.trouble: InputError | None = None
         self._is_silent = is_silent
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS_FILE
         if not is_silent:
             self._open(workdir, first_step)
         shown = dict(total=steps, initial=first_step, desc=description, unit="step", dynamic_ncols=True, mininterval=1)
@@ -106,7 +116,7 @@ class MetricWriter:
             with written_whole(self._path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in kept))
             self._file = self._path.open("a")
-            self._tensorboard = _Tensorboard(workdir / "tensorboard")
+            self._tensorboard = _Tensorboard(workdir / TENSORBOARD)
             self._tensorboard.write(Event(file_version="brain.Event:2"))
             # TensorBoard then drops what an earlier process wrote for the steps that run again.
             self._tensorboard.write(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -189,6 +199,34 @@ def _curves(name: str, value: np.ndarray) -> list[TensorboardSummary.Value]:
         TensorboardSummary.Value(tag=f"{name}/{index:02d}", simple_value=float(entry))
         for index, entry in enumerate(value.ravel())
     ]
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics: "step", and scalars and vectors by name. Lines that are no objects are left out.
+
+    Raises:
+      InputError: there are no metrics, or they cannot be read.
+    """
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        raise InputError(f"{path}: expected the metrics of a training run, found no file; check the folder")
+    check_regular_file(path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    return [json.loads(line) for line in lines if _step(line) < float("inf")]
+
+
+def last_step(workdir: Path) -> int:
+    """The last step of a run whose metrics were written, 0 if there is none. Reads only the end of the file."""
+    try:
+        with (workdir / METRICS_FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            steps = [step for line in file.read().splitlines() if (step := _step(line)) < float("inf")]
+    except OSError:
+        return 0
+    return int(steps[-1]) if steps else 0
 
 
 def _step(line: bytes) -> float:

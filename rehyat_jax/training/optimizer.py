@@ -36,10 +36,16 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The configured optimizer with gradient clipping. Weight decay is only for AdamW's kernels or Muon's matrices."""
+def make_optimizer(config: ml_collections.ConfigDict, updates_per_step: int = 1) -> optax.GradientTransformation:
+    """The configured optimizer with gradient clipping. Weight decay is only for AdamW's kernels or Muon's matrices.
+
+    Args:
+      config: steps and the group "optimizer" are read.
+      updates_per_step: updates of a step, all with the step's learning rate.
+    """
     options = config.optimizer
-    schedule = learning_rate_schedule(options.learning_rate, config)
+    of_step = learning_rate_schedule(options.learning_rate, config)
+    schedule = of_step if updates_per_step == 1 else lambda update: of_step(update // updates_per_step)
     if options.name == "muon":
         optimizer = optax.contrib.muon(
             learning_rate_schedule(options.muon_learning_rate, config),

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from rehyat_jax.attention.form import SOFTMAX, Form, HybridConfig, MapStack
+from rehyat_jax.attention.form import MapStack
+from rehyat_jax.attention.forms.base import Form
+from rehyat_jax.attention.forms.hybrid import HybridConfig
+from rehyat_jax.attention.forms.softmax import SOFTMAX
 from rehyat_jax.data.pipeline import Source
 from rehyat_jax.data.sources import make_source
 from rehyat_jax.errors import InputError
@@ -253,7 +256,7 @@ def _check_learns(source: Source, wan: WanConfig) -> None:
     longest = max(bucket.latents_shape[0] // wan.patch_size[0] for bucket in source.buckets)
     for block in forms.converted:
         form = forms.of_block[block]
-        if form.feature_map is not None and not form.keys(longest)[1].any():
+        if form.learned is not None and not form.keys(longest)[1].any():
             raise InputError(
                 f"block {block}: its chunks of {form.chunk_frames} frames hold all {longest} latent "
                 f"frames of the longest training examples, so no token attends linearly and its feature maps would "

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from rehyat_jax.parallel.sharding import BATCHES, shardings
 from rehyat_jax.training.compiler_options import compiler_options
-from rehyat_jax.training.step import Context, GradFn, Params, State, init_state, make_step, state_specs
+from rehyat_jax.training.step import Context, Params, State, UpdateFn, init_state, make_step, state_specs
 
 
 class ShardedStep(NamedTuple):
@@ -28,7 +28,7 @@ class ShardedStep(NamedTuple):
 
 
 def make_sharded_step(
-    grad_fn: GradFn,
+    update_fn: UpdateFn,
     optimizer: optax.GradientTransformation,
     params: Params,
     specs: Any,
@@ -38,20 +38,15 @@ def make_sharded_step(
     """`make_step` with explicit shardings on the mesh in use.
 
     Args:
+      update_fn: the update of a step.
+      optimizer: the optimizer whose state it changes.
       params, context: the trained and the constant arrays, perhaps abstract; context's arrays carry their shardings.
       specs: PartitionSpecs of params.
-      config: seed, accumulation_steps, ema_decay and spike_factor are read.
+      config: seed, ema_decay and spike_factor are read.
     """
     init = lambda params: init_state(params, optimizer, keep_ema=config.ema_decay > 0)
     state_shardings = shardings(state_specs(jax.eval_shape(init, params), specs))
-    step = make_step(
-        grad_fn,
-        optimizer,
-        seed=config.seed,
-        accumulation_steps=config.accumulation_steps,
-        ema_decay=config.ema_decay,
-        spike_factor=config.spike_factor,
-    )
+    step = make_step(update_fn, seed=config.seed, ema_decay=config.ema_decay, spike_factor=config.spike_factor)
     context_shardings = jax.tree.map(lambda leaf: leaf.sharding, context)
     return ShardedStep(
         jax.jit(

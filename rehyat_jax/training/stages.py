@@ -5,14 +5,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
+import optax
 from flax import nnx
 
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, training_flops
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.optimizer import make_optimizer
 from rehyat_jax.training.sharded_step import ShardedStep, make_sharded_step
-from rehyat_jax.training.step import Context, GradFn, Params
+from rehyat_jax.training.step import Context, Params, UpdateFn, accumulate, gradient_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,22 +22,24 @@ class Stage:
     """One stage, whose name is its key in `STAGES`.
 
     Attributes:
-      make_grad_fn: (graph definition of the model, configuration) -> gradients of the parameters in training.
-      step_flops: (architecture, size of the latents, remat=...) -> FLOPs of one video in a step.
+      make_update: (graph definition of the model, configuration, optimizer) -> the update of a step.
+      step_flops: (architecture, size of the latents, configuration) -> FLOPs of one video in a step.
       starts_from_model: whether the model is read from `init_from`; otherwise it is initialised.
       trains: the part of the parameter tree in training; None for all of it. The rest is frozen: the teacher.
       is_of_hybrid_blocks: whether a model without hybrid blocks has nothing to train.
       data_kinds: the kinds of data sets that it learns from; see `data.pipeline.Source`.
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
+      updates_per_step: configuration -> updates of the optimizer in a step.
     """
 
-    make_grad_fn: Callable[[nnx.GraphDef, ml_collections.ConfigDict], GradFn]
-    step_flops: Callable[..., StepFlops]
+    make_update: Callable[[nnx.GraphDef, ml_collections.ConfigDict, optax.GradientTransformation], UpdateFn]
+    step_flops: Callable[[WanConfig, tuple[int, int, int], ml_collections.ConfigDict], StepFlops]
     starts_from_model: bool = True
     trains: str | None = None
     is_of_hybrid_blocks: bool = False
     data_kinds: tuple[str, ...] = ("examples",)
     recomputes: bool = True
+    updates_per_step: Callable[[ml_collections.ConfigDict], int] = lambda config: 1
 
     def split(self, params: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
         """Splits a tree with the structure of the model's parameters into (trained part, frozen part)."""
@@ -48,21 +52,37 @@ class Stage:
         return trained if self.trains is None else {**frozen, self.trains: trained}
 
 
-def _whole_model(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> GradFn:
-    return finetune.make_grad_fn(apply_model(model_def), config)
+def _update_whole_model(
+    model_def: nnx.GraphDef, config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation
+) -> UpdateFn:
+    grad_fn = finetune.make_grad_fn(apply_model(model_def), config)
+    return gradient_update(accumulate(grad_fn, config.accumulation_steps), optimizer)
+
+
+def _flops_of_whole_model(
+    model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict
+) -> StepFlops:
+    return training_flops(model, latents, remat=config.remat)
+
+
+def _flops_of_distillation(
+    model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict
+) -> StepFlops:
+    return distillation_flops(model, latents, updates=distill.updates_per_step(config))
 
 
 STAGES = {
-    "pretrain": Stage(_whole_model, training_flops, starts_from_model=False),
+    "pretrain": Stage(_update_whole_model, _flops_of_whole_model, starts_from_model=False),
     "distill": Stage(
-        distill.make_grad_fn,
-        distillation_flops,
+        distill.make_update,
+        _flops_of_distillation,
         trains="feature_maps",
         is_of_hybrid_blocks=True,
         data_kinds=("examples", "trajectories"),
         recomputes=False,
+        updates_per_step=distill.updates_per_step,
     ),
-    "finetune": Stage(_whole_model, training_flops),
+    "finetune": Stage(_update_whole_model, _flops_of_whole_model),
 }
 """The stages by `config.stage`."""
 
@@ -102,6 +122,7 @@ def assemble(
     trained_specs, _ = stage.split(specs)
     if frozen:
         context = {**context, "frozen": frozen}
-    grad_fn = stage.make_grad_fn(model_def, config)
-    sharded = make_sharded_step(grad_fn, make_optimizer(config), trained, trained_specs, context, config)
+    optimizer = make_optimizer(config, stage.updates_per_step(config))
+    update_fn = stage.make_update(model_def, config, optimizer)
+    sharded = make_sharded_step(update_fn, optimizer, trained, trained_specs, context, config)
     return Assembly(sharded, trained, context)

@@ -1,11 +1,11 @@
-"""The step that every stage shares: accumulate gradients, apply the optimizer, average the parameters.
+"""The step that every stage shares: propose an update, make it if it is useful, average the parameters.
 
 A harmful update is skipped: one whose loss or gradient is not finite, or whose gradient norm is far above its running
 mean.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,25 @@ program."""
 
 GradFn = Callable[[Params, Context, Batch, jax.Array], tuple[Metrics, Params]]
 """(params, context, batch, key) -> (metrics, gradients)."""
+
+
+class Proposal(NamedTuple):
+    """An update that a step may make.
+
+    Attributes:
+      metrics: "loss" and others.
+      norm: float32 [], norm of the gradient, which decides about skipping.
+      params, opt_state: the parameters and the optimizer's state after the update.
+    """
+
+    metrics: Metrics
+    norm: jax.Array
+    params: Params
+    opt_state: Any
+
+
+UpdateFn = Callable[[Params, Any, Context, Batch, jax.Array], Proposal]
+"""(params, opt_state, context, batches [accumulation_steps, B, ...], key) -> the update."""
 
 State = dict[str, Any]
 """The fields are:
@@ -85,6 +104,17 @@ def accumulate(grad_fn: GradFn, parts: int) -> GradFn:
     return accumulated
 
 
+def gradient_update(grad_fn: GradFn, optimizer: optax.GradientTransformation) -> UpdateFn:
+    """One update of the optimizer; `grad_fn` takes all batches of a step, see `accumulate`."""
+
+    def update(params: Params, opt_state: Any, context: Context, batches: Batch, key: jax.Array) -> Proposal:
+        metrics, grads = grad_fn(params, context, batches, key)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return Proposal(metrics, optax.tree.norm(grads), optax.apply_updates(params, updates), opt_state)
+
+    return update
+
+
 def is_useful(state: State, loss: jax.Array, norm: jax.Array, spike_factor: float) -> jax.Array:
     """bool []: true if an update with this loss and gradient norm should be made.
 
@@ -99,29 +129,21 @@ def is_useful(state: State, loss: jax.Array, norm: jax.Array, spike_factor: floa
 
 
 def make_step(
-    grad_fn: GradFn,
-    optimizer: optax.GradientTransformation,
-    *,
-    seed: int,
-    accumulation_steps: int,
-    ema_decay: float,
-    spike_factor: float,
+    update_fn: UpdateFn, *, seed: int, ema_decay: float, spike_factor: float
 ) -> Callable[[State, Context, Batch], tuple[State, Metrics]]:
     """(state, context, batches [accumulation_steps, B, ...]) -> (state, metrics).
 
     A run depends only on its configuration, seed and data, even if it is stopped and resumed. A step without a useful
     update (`is_useful`) changes neither parameters nor average nor optimizer.
     """
-    grad_fn = accumulate(grad_fn, accumulation_steps)
 
     def step(state: State, context: Context, batch: Batch) -> tuple[State, Metrics]:
-        metrics, grads = grad_fn(state["params"], context, batch, step_key(seed, state["step"]))
-        norm = optax.tree.norm(grads)
+        key = step_key(seed, state["step"])
+        metrics, norm, params, opt_state = update_fn(state["params"], state["opt_state"], context, batch, key)
         useful = is_useful(state, metrics["loss"], norm, spike_factor)
         # XLA selects in the same pass over memory as the update itself.
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(useful, new, old), new, old)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = keep(optax.apply_updates(state["params"], updates), state["params"])
+        params = keep(params, state["params"])
         ema = state["ema"] and keep(optax.incremental_update(params, state["ema"], 1 - ema_decay), state["ema"])
         # The plain mean of the norms while they are few.
         weight = jnp.maximum(1 - NORM_DECAY, 1 / (state["updates"] + 1))

@@ -7,7 +7,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from rehyat_jax.attention.form import FORM_FIELDS, FORMS, HybridConfig
+from rehyat_jax.attention.form import FORM_FIELDS, FORMS
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import closest
 from rehyat_jax.models.wan_vae.config import Real

@@ -103,20 +103,30 @@ def linear_rows(path: str, diffusers: str, original: str, in_features: int, out_
 
 
 def feature_map_rows(forms: BlockForms, num_heads: int, head_dim: int) -> list[Row]:
-    """The feature maps of the converted blocks. PyTorch has no such model, so this package defines their layout."""
+    """The learned parameters of the converted blocks' attention.
+
+    PyTorch has no such model, so this package defines their layout.
+    """
     rows = []
     for stack in forms.stacks:
         prefix = ".".join(("feature_maps", *filter(None, [stack.key]))) + "."
+        learned = stack.config
+        found: list[tuple[str, tuple[int, ...], str]] = []
         for side in ("query", "key"):
             name = f"feature_map_{side}"
             maps: list[tuple[str, tuple[int, ...], str]] = [
                 (f"layer_{i}.kernel", (num_heads, *shape), f"{name}.layers.{i}.weight")
-                for i, shape in enumerate(stack.config.kernel_shapes(head_dim))
+                for i, shape in enumerate(learned.feature_map.kernel_shapes(head_dim))
             ]
             maps.append(("log_scale", (num_heads,), f"{name}.log_scale"))
-            for ours, shape, theirs in maps:
-                row = Row(f"{side}.{ours}", shape, f"attn1.{theirs}", f"self_attn.{theirs}")
-                rows.append(in_blocks(row, prefix, stack.blocks))
+            if learned.feature_map.gate:
+                maps.append(("gate", (num_heads, head_dim), f"{name}.gate"))
+            found += [(f"{side}.{ours}", shape, theirs) for ours, shape, theirs in maps]
+        found += [("decay", (num_heads,), "linear_decay")] * learned.decay
+        found += [("branch_gate", (num_heads,), "branch_gate")] * learned.branch_gate
+        for ours, shape, theirs in found:
+            row = Row(ours, shape, f"attn1.{theirs}", f"self_attn.{theirs}")
+            rows.append(in_blocks(row, prefix, stack.blocks))
     return rows
 
 

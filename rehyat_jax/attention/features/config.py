@@ -4,7 +4,7 @@ import dataclasses
 
 from rehyat_jax.attention.features.kinds import FEATURE_MAPS, FeatureMapKind
 
-INPUTS = ("rotated", "unrotated")
+INPUTS = ("rotated", "unrotated", "unnormed")
 """Values of `FeatureMapConfig.input`."""
 
 
@@ -16,8 +16,10 @@ class FeatureMapConfig:
       features: F, features per head.
       num_layers, degree, hidden_activation, output_activation: see `features.mlp`.
       input: "rotated" feeds queries and keys after RoPE (the papers' equations reuse the softmax branch's), "unrotated"
-        feeds them before it.
-      kind: a key of `FEATURE_MAPS`: "mlp" (ReHyAt's) or "hedgehog".
+        feeds them before it, "unnormed" before their norm too.
+      kind: a key of `FEATURE_MAPS`: "mlp" (ReHyAt's), "hedgehog" or "silu_l2".
+      gate: True to multiply the features of each token by 2 sigmoid(w.x), with a learned vector w of every head that is
+        zero at first.
     """
 
     features: int = 256
@@ -27,12 +29,13 @@ class FeatureMapConfig:
     output_activation: str = "relu"
     input: str = "rotated"
     kind: str = "mlp"
+    gate: bool = False
 
     def __post_init__(self):
         for field, allowed in (("kind", tuple(FEATURE_MAPS)), ("input", INPUTS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"feature_map.{field} must be one of {allowed}, found {getattr(self, field)!r}")
-        read = ("features", "input", "kind", *self.row.fields)
+        read = ("features", "input", "kind", "gate", *self.row.fields)
         for field in dataclasses.fields(self):
             if field.name not in read and getattr(self, field.name) != field.default:
                 raise ValueError(

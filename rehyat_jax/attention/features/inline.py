@@ -5,10 +5,13 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("source", "weights"), meta_fields=("function", "of_own_tokens")
+    jax.tree_util.register_dataclass,
+    data_fields=("source", "weights", "gain"),
+    meta_fields=("function", "of_own_tokens"),
 )
 @dataclasses.dataclass(frozen=True)
 class InlineFeatures:
@@ -23,6 +26,8 @@ class InlineFeatures:
       weights: arrays [heads, rows, columns], of any number.
       function: (tokens [tokens, width], *matrices [rows, columns]) -> features [tokens, features] in the tokens' dtype,
         of one head. Made of jax operations that Pallas can lower; compared by `==`, so give it value semantics.
+      gain: [batch, tokens, heads], float32 (float64 for float64 tokens), what the features are multiplied by; None for
+        nothing.
       of_own_tokens: whether the source is the attention's own query or key, as `bound` sets it. A kernel then holds one
         copy of these tokens, and one gradient.
     """
@@ -30,6 +35,7 @@ class InlineFeatures:
     source: jax.Array | None
     weights: tuple[jax.Array, ...]
     function: Callable[..., jax.Array]
+    gain: jax.Array | None = None
     of_own_tokens: bool = False
 
     def bound(self, tokens: jax.Array) -> "InlineFeatures":
@@ -41,7 +47,7 @@ class InlineFeatures:
         # Heads first: the products then have them first too, and XLA moves no axes between them.
         all_videos = jax.vmap(self.function, in_axes=(0, *(None for _ in self.weights)))
         all_heads = jax.vmap(all_videos, in_axes=(2, *(0 for _ in self.weights)), out_axes=2)
-        return all_heads(self.source, *self.weights)
+        return multiplied(all_heads(self.source, *self.weights), self.gain)
 
     @property
     def ndim(self) -> int:
@@ -54,6 +60,21 @@ class InlineFeatures:
     @property
     def dtype(self) -> jax.numpy.dtype:
         return jax.eval_shape(self.compute).dtype
+
+
+def multiplied(features: jax.Array, gain: jax.Array | None) -> jax.Array:
+    """Features [..., tokens, heads, features] times gain [..., tokens, heads], in the dtype of the features."""
+    return features if gain is None else (features * gain[..., None]).astype(features.dtype)
+
+
+def with_gain(features: jax.Array | InlineFeatures, gain: jax.Array | None) -> jax.Array | InlineFeatures:
+    """Features that are multiplied by `gain` [tokens, heads] too."""
+    if gain is None:
+        return features
+    if not isinstance(features, InlineFeatures):
+        return multiplied(features, gain)
+    gain = jnp.broadcast_to(gain, features.shape[:3]) if features.gain is None else features.gain * gain
+    return dataclasses.replace(features, gain=gain)
 
 
 def identity(features: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from rehyat_jax.attention.features import hedgehog, mlp
+from rehyat_jax.attention.features import hedgehog, mlp, silu_l2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,14 @@ FEATURE_MAPS = {
         initializer=hedgehog.initializer,
         divisor=hedgehog.divisor,
         apply=hedgehog.apply,
+    ),
+    "silu_l2": FeatureMapKind(
+        fields=(),
+        problem=silu_l2.problem,
+        kernel_shapes=silu_l2.kernel_shapes,
+        initializer=silu_l2.INITIALIZER,
+        divisor=silu_l2.divisor,
+        apply=silu_l2.apply,
     ),
 }
 """By `FeatureMapConfig.kind`."""

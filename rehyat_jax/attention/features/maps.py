@@ -8,6 +8,10 @@ from flax import nnx
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.features.inline import InlineFeatures
+from rehyat_jax.attention.product import product
+
+# A decay of 0.98 a frame: half of the weight after 38 frames.
+_FIRST_DECAY = -4.0
 
 
 class HeadwiseLinear(nnx.Module):
@@ -37,9 +41,10 @@ class FeatureFunction:
 class FeatureMap(nnx.Module):
     """phi_query or phi_key: a `FeatureFunction` with weights of its own for every head.
 
-    Parameters (float32): layer_i.kernel [heads, rows, columns], of the shapes that the kind states, and log_scale
-    [heads], zero at first (see `calibration.linear_mass_log_scale`). The features are multiplied by exp(log_scale) and
-    divided by the kind's `divisor`.
+    Parameters (float32): layer_i.kernel [heads, rows, columns], of the shapes that the kind states; log_scale [heads],
+    zero at first (see `calibration.linear_mass_log_scale`); and, if the configuration has a gate, gate [heads,
+    head_dim], zero at first. The features are multiplied by exp(log_scale), by 2 sigmoid(gate.x), and divided by the
+    kind's `divisor`.
     """
 
     def __init__(self, config: FeatureMapConfig, *, heads: int, head_dim: int, rngs: nnx.Rngs):
@@ -48,24 +53,62 @@ class FeatureMap(nnx.Module):
         for i, shape in enumerate(shapes):
             setattr(self, f"layer_{i}", HeadwiseLinear(heads, shape, config.row.initializer, rngs=rngs))
         self.log_scale = nnx.Param(jnp.zeros(heads), axes=("tensor",))
+        if config.gate:
+            self.gate = nnx.Param(jnp.zeros((heads, head_dim)), axes=("tensor", None))
 
-    def inline(self, x: jax.Array | None = None) -> InlineFeatures:
+    def inline(self, x: jax.Array | None = None, *, of_own_tokens: bool = False) -> InlineFeatures:
         """The features of x [batch, tokens, heads, head_dim], to be computed where they are needed.
 
-        None stands for the query or key of the attention that they are given to.
+        Args:
+          x: None stands for the query or key of the attention that they are given to. A map with a gate needs it.
+          of_own_tokens: True if x is that query or key.
+
+        Raises:
+          ValueError: a map with a gate is given no x.
         """
         scale = jnp.exp(self.log_scale[...]) / self.config.row.divisor(self.config)
         kernels = (getattr(self, f"layer_{i}").kernel[...] for i in range(self.num_kernels))
-        return InlineFeatures(x, (scale[:, None, None], *kernels), FeatureFunction(self.config))
+        gain = None
+        if self.config.gate:
+            if x is None:
+                raise ValueError("x: a feature map with a gate needs its tokens, found None; give the query or key")
+            gain = 2 * jax.nn.sigmoid(product("bnhd,hd->bnh", x, self.gate[...].astype(x.dtype)))
+        weights = (scale[:, None, None], *kernels)
+        return InlineFeatures(x, weights, FeatureFunction(self.config), gain, of_own_tokens)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Queries or keys [batch, tokens, heads, head_dim] -> features [batch, tokens, heads, features]."""
         return self.inline(x).compute()
 
 
-class FeatureMapPair(nnx.Module):
-    """phi_query and phi_key of one block."""
+class LinearBranch(nnx.Module):
+    """The learned parameters of one block's linear branch.
 
-    def __init__(self, config: FeatureMapConfig, *, heads: int, head_dim: int, rngs: nnx.Rngs):
+    Parameters: the feature maps `query` and `key`; optionally `decay` [heads], where log_decay = -softplus(decay), and
+    `branch_gate` [heads], zero at first. Both are float32; see `hybrid_attention`.
+    """
+
+    def __init__(
+        self,
+        config: FeatureMapConfig,
+        *,
+        decay: bool = False,
+        branch_gate: bool = False,
+        heads: int,
+        head_dim: int,
+        rngs: nnx.Rngs,
+    ):
         self.query = FeatureMap(config, heads=heads, head_dim=head_dim, rngs=rngs)
         self.key = FeatureMap(config, heads=heads, head_dim=head_dim, rngs=rngs)
+        if decay:
+            self.decay = nnx.Param(jnp.full(heads, _FIRST_DECAY), axes=("tensor",))
+        if branch_gate:
+            self.branch_gate = nnx.Param(jnp.zeros(heads), axes=("tensor",))
+
+    def log_decay(self) -> jax.Array | None:
+        """[heads], at most 0; None without decay."""
+        return -jax.nn.softplus(self.decay[...]) if hasattr(self, "decay") else None
+
+    def gate(self) -> jax.Array | None:
+        """[heads]; None without a gate."""
+        return self.branch_gate[...] if hasattr(self, "branch_gate") else None

@@ -32,6 +32,9 @@ def hybrid_attention(
     overlap_frames: int,
     causal: bool = True,
     stabilizer: str = "row_max",
+    anchor_frames: int = 0,
+    log_decay: jax.Array | None = None,
+    branch_gate: jax.Array | None = None,
     implementation: str | None = None,
     initial_state: HybridState | None = None,
     return_state: bool = False,
@@ -63,6 +66,12 @@ def hybrid_attention(
         the row's largest score in the window; the linear weights are relative to it. "joint": zero (computed safely);
         full softmax attention is recovered where phi_query.phi_key = exp(q.k / sqrt(head_dim)). These are two different
         functions: never mix them between training and inference.
+      anchor_frames: the video's first A frames, at most chunk_frames, are softmax keys of every chunk. They are not
+        linear keys.
+      log_decay: [heads], at most 0. The linear weight of a key is multiplied by exp(log_decay) for every frame between
+        it and the window. None for no decay.
+      branch_gate: [heads]. The two branches are normalised separately, y = (1 - gate) aS/nS + gate aL/nL, without gate
+        where there are no linear keys, and `stabilizer` has no effect. None for the joint normalisation.
       implementation: one of
         - "reference": dense, the definition;
         - "scan": recurrent;
@@ -71,7 +80,7 @@ def hybrid_attention(
         - "pallas_tpu": fused kernels for TPUs;
         - "pallas_gpu": one fused kernel forward, cuDNN's backward, head_dim 128, for Hopper GPUs;
         - None: the best one that can do the request on the platform that the program is compiled for.
-        The first three support forward mode (`jax.jvp`).
+        The first three support forward mode (`jax.jvp`) and all arguments. Others name what they cannot do.
       initial_state: the state returned with the preceding chunks of the same video; None at its start.
       return_state: also return the state that continues the video. Only after complete chunks.
       later: sums over the frames after these (`hybrid_key_sums`). Bidirectional attention needs them to continue a
@@ -90,6 +99,9 @@ def hybrid_attention(
         overlap_frames=overlap_frames,
         causal=causal,
         stabilizer=stabilizer,
+        anchor_frames=anchor_frames,
+        log_decay=log_decay,
+        branch_gate=branch_gate,
         initial_state=initial_state,
         return_state=return_state,
         later=later,
@@ -154,6 +166,9 @@ def hybrid_attention_weights(
     overlap_frames: int,
     causal: bool = True,
     stabilizer: str = "row_max",
+    anchor_frames: int = 0,
+    log_decay: jax.Array | None = None,
+    branch_gate: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The dense weights of `hybrid_attention`, for inspection. Their memory grows with the square of the tokens.
 
@@ -173,6 +188,9 @@ def hybrid_attention_weights(
         overlap_frames=overlap_frames,
         causal=causal,
         stabilizer=stabilizer,
+        anchor_frames=anchor_frames,
+        log_decay=log_decay,
+        branch_gate=branch_gate,
     )
     batch, tokens, heads, _ = request.query.shape
     if (count := batch * heads * tokens**2) > _MOST_WEIGHTS:
@@ -192,6 +210,9 @@ def _checked_request(
     overlap_frames: int,
     causal: bool,
     stabilizer: str,
+    anchor_frames: int = 0,
+    log_decay: jax.Array | None = None,
+    branch_gate: jax.Array | None = None,
     initial_state: HybridState | None = None,
     return_state: bool = False,
     later: LinearState | None = None,
@@ -200,12 +221,16 @@ def _checked_request(
     query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in tokens)
     _check_tokens(query, key, value)
     numbers = dict(tokens_per_frame=tokens_per_frame, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
+    numbers |= dict(anchor_frames=anchor_frames)
     geometry = _checked_geometry(query, **{name: _integer(name, number) for name, number in numbers.items()})
     _check_choice("stabilizer", stabilizer, STABILIZERS)
     phi_query, phi_key = (
         _features(name, phi, x) for name, phi, x in zip(("phi_query", "phi_key"), features, (query, key), strict=True)
     )
     _check_features(query, phi_query, phi_key)
+    log_decay, branch_gate = (
+        _per_head(name, given, query) for name, given in (("log_decay", log_decay), ("branch_gate", branch_gate))
+    )
     return Request(
         query,
         key,
@@ -218,7 +243,19 @@ def _checked_request(
         initial_state=initial_state,
         return_state=return_state,
         later=later,
+        log_decay=log_decay,
+        branch_gate=branch_gate,
     )
+
+
+def _per_head(name: str, given: Any, query: jax.Array) -> jax.Array | None:
+    """One number for every head, in the dtype of sums."""
+    if given is None:
+        return None
+    given = jnp.asarray(given, accumulation_dtype(query.dtype))
+    if given.shape != query.shape[2:3]:
+        raise ValueError(f"{name} must be [heads] = {list(query.shape[2:3])}, found shape {list(given.shape)}")
+    return given
 
 
 def _check_tokens(query, key, value):
@@ -241,7 +278,7 @@ def _features(name: str, features: Features, x: jax.Array) -> jax.Array | Inline
             f"{name} must be features [batch, tokens, heads, features], InlineFeatures or a feature map, found None"
         )
     if hasattr(features, "inline"):
-        features = features.inline()
+        features = features.inline(x, of_own_tokens=True)
     elif callable(features):
         features = features(x)
     if not isinstance(features, InlineFeatures):
@@ -272,7 +309,7 @@ def _integer(name: str, number: int) -> int:
         raise ValueError(f"{name} must be an integer, found {number!r}") from None
 
 
-def _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames) -> ChunkGeometry:
+def _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames, anchor_frames) -> ChunkGeometry:
     tokens = query.shape[1]
     if tokens_per_frame < 1 or tokens < 1 or tokens % tokens_per_frame:
         raise ValueError(
@@ -286,7 +323,12 @@ def _checked_geometry(query, tokens_per_frame, chunk_frames, overlap_frames) -> 
             f"overlap_frames must be between 0 and chunk_frames={chunk_frames}, so that the overlap lies within the "
             f"preceding chunk; found {overlap_frames}"
         )
-    return ChunkGeometry(tokens // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
+    if not 0 <= anchor_frames <= chunk_frames:
+        raise ValueError(
+            f"anchor_frames must be between 0 and chunk_frames={chunk_frames}, so that the first chunk holds all "
+            f"anchors; found {anchor_frames}"
+        )
+    return ChunkGeometry(tokens // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames, anchor_frames)
 
 
 def _check_choice(name: str, found: str, allowed: tuple[str, ...]):

@@ -6,12 +6,15 @@ import importlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from rehyat_jax.attention.features.inline import InlineFeatures, as_array
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry, without_padding
 from rehyat_jax.attention.hybrid.linear_products import sum_keys
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState, StateForm
 from rehyat_jax.attention.platform import target_platform
+from rehyat_jax.attention.product import accumulation_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Request:
       later: sums over the frames after these, for bidirectional attention. Needs an initial_state.
       num_frames: number of frames that are not padding, int32 scalar, at least 1; None if there is no padding. Needs an
         initial_state.
+      log_decay, branch_gate: see `hybrid_attention`.
     """
 
     query: jax.Array
@@ -39,6 +43,8 @@ class Request:
     return_state: bool = False
     later: LinearState | None = None
     num_frames: jax.Array | None = None
+    log_decay: jax.Array | None = None
+    branch_gate: jax.Array | None = None
 
     @property
     def start(self) -> HybridState:
@@ -56,6 +62,7 @@ class Request:
             self.phi_key.shape[-1],
             tokens_per_frame=self.geometry.tokens_per_frame,
             overlap_frames=self.geometry.overlap_frames,
+            anchor_frames=self.geometry.anchor_frames,
             dtype=self.query.dtype,
         )
 
@@ -64,7 +71,42 @@ class Request:
         """The form of attention that a state of this video must have."""
         geometry = self.geometry
         sizes = geometry.tokens_per_frame, geometry.chunk_frames, geometry.overlap_frames
-        return StateForm(*sizes, self.stabilizer)
+        return StateForm(*sizes, self.stabilizer, geometry.anchor_frames)
+
+    def key_gain(self, *, future: bool = False) -> jax.Array | None:
+        """What multiplies phi_key in the sums of the past or of the future, [tokens, heads]; None if nothing does.
+
+        Anchors have the gain zero, and decay lowers the gain of frames that are far from the window at first. Sums
+        are multiplied by exp(`chunk_log_decay`) from chunk to chunk.
+        """
+        is_start: bool | jax.Array = self.initial_state is None or self.initial_state.chunks == 0
+        return self.gain(self.geometry.decay_exponents(future=future), is_start)
+
+    def gain(self, exponents: np.ndarray, is_start: bool | jax.Array) -> jax.Array | None:
+        """`key_gain` with the powers of the decay of every frame, int [frames].
+
+        Args:
+          is_start: True if these frames are the first of the video.
+        """
+        geometry, gain = self.geometry, None
+        dtype = accumulation_dtype(self.query.dtype)
+        if geometry.anchor_frames:
+            is_anchor = np.arange(geometry.num_frames) < geometry.anchor_frames
+            gain = jnp.where(is_anchor & is_start, 0.0, 1.0)[:, None]
+        if self.log_decay is not None:
+            decay = jnp.exp(exponents[:, None] * self.log_decay)
+            gain = decay if gain is None else gain * decay
+        if gain is None:
+            return None
+        gain = jnp.broadcast_to(gain.astype(dtype), (len(gain), self.query.shape[2]))
+        return jnp.repeat(gain, geometry.tokens_per_frame, axis=0)
+
+    @property
+    def chunk_log_decay(self) -> jax.Array | None:
+        """The logarithm of the factor [heads] of sums from one chunk to the next; None without decay."""
+        if self.log_decay is None:
+            return None
+        return self.geometry.chunk_frames * self.log_decay.astype(accumulation_dtype(self.query.dtype))
 
     def with_arrays(self) -> "Request":
         """The request with its features computed; phi_key is zero for padding."""
@@ -80,6 +122,11 @@ def _sums_by_xla(
     before = sum_keys(phi_key[:, :split], value[:, :split])
     overlap = sum_keys(phi_key[:, split:], value[:, split:])
     return before, jax.tree.map(jax.numpy.add, before, overlap)
+
+
+def why_not_gated(request: Request) -> str | None:
+    """The reason of a backend whose kernels normalise both branches jointly."""
+    return None if request.branch_gate is None else 'branch_gate, only joint normalisation: use implementation="xla"'
 
 
 def _can_do_all(request: Request) -> str | None:

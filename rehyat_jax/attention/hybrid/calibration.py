@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
-
 _LARGEST_LOG_SCALE = 60.0
 # Queries whose scores are in memory at a time.
 _QUERIES = 256
@@ -19,9 +17,7 @@ def linear_mass_log_scale(
     phi_key: jax.Array,
     *,
     tokens_per_frame: int,
-    chunk_frames: int,
-    overlap_frames: int,
-    causal: bool,
+    key_masks: tuple[np.ndarray, np.ndarray],
     stabilizer: str,
 ) -> jax.Array:
     """The logarithm, for every head, of the factor of phi_query.phi_key that corrects the linear branch's mass.
@@ -38,12 +34,12 @@ def linear_mass_log_scale(
     Args:
       query, key: [batch, tokens, heads, head_dim].
       phi_query, phi_key: current features [batch, tokens, heads, features].
-      others: see `hybrid_attention`.
+      tokens_per_frame, stabilizer: see `hybrid_attention`.
+      key_masks: the softmax keys and the linear keys of every frame, boolean [query frame, key frame].
 
     Returns: [heads] float32, between -60 and 60; 0 for a head whose tokens are all excluded.
     """
-    geometry = ChunkGeometry(query.shape[1] // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
-    softmax_keys, linear_keys = geometry.key_masks(causal=causal)
+    softmax_keys, linear_keys = key_masks
 
     def frames_first(tokens: jax.Array) -> jax.Array:
         frames = tokens.astype(jnp.float32).reshape(tokens.shape[0], -1, tokens_per_frame, *tokens.shape[2:])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rehyat_jax.attention.features.inline import with_gain
 from rehyat_jax.attention.hybrid.backend import Request
 from rehyat_jax.attention.hybrid.linear_products import sum_keys
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
@@ -30,37 +31,54 @@ def attend_chunks(attend: AttendWindow, request: Request) -> tuple[jax.Array, Hy
     """
     geometry, initial_state = request.geometry, request.start
     split = lambda tokens: jnp.moveaxis(geometry.split(tokens), 0, 1)
-    leaving = sum_keys(split(geometry.delay(request.phi_key)), split(geometry.delay(request.value)))
-    arrays = (request.query, request.key, request.value, request.phi_query, request.phi_key)
+    phi_key = with_gain(request.phi_key, request.key_gain())
+    leaving = sum_keys(split(geometry.delay(phi_key)), split(geometry.delay(request.value)))
+    arrays = (request.query, request.key, request.value, request.phi_query, phi_key)
     query, key, value, phi_query, phi_key = map(split, arrays)
-    overlap_start, chunk = geometry.overlap_start, np.arange(geometry.num_chunks)
+    overlap_start, chunk, log_decay = geometry.overlap_start, np.arange(geometry.num_chunks), request.chunk_log_decay
 
-    linear = _past_states(initial_state, leaving)
+    linear, past = _past_states(initial_state, leaving, log_decay)
     if not request.causal:
         # Never subtract the window from the total: cancellation could make a normalizer negative.
-        future = jax.tree.map(lambda sums: _select(chunk > chunk[:, None], sums), sum_keys(phi_key, value))
-        linear = LinearState.sum(linear, future)
+        future_phi_key = split(with_gain(request.phi_key, request.key_gain(future=True)))
+        future_sums = sum_keys(future_phi_key, value)
+        linear = LinearState.sum(linear, _sums_between(future_sums, chunk - chunk[:, None] - 1, log_decay))
     if request.later is not None:
-        linear = jax.tree.map(lambda sums, after: sums + after[:, None], linear, request.later)
+        after = _decayed(request.later, geometry.num_chunks - 1 - chunk, log_decay)
+        linear = LinearState.sum(linear, after)
 
     overlap_tokens = initial_state.overlap_key.shape[1]
     chunk_tokens = geometry.chunk_tokens(request.num_frames)
     num_keys = chunk_tokens + overlap_tokens * (initial_state.chunks + chunk > 0).astype(np.int32)
+    keys = _windows(key, initial_state.overlap_key, overlap_start, chunk_tokens)
+    values = _windows(value, initial_state.overlap_value, overlap_start, chunk_tokens)
+    anchors: dict[str, jax.Array] = {}
+    if initial_state.anchor_key is not None:
+        is_first = initial_state.chunks == 0
+        for name, tokens in (("anchor_key", key), ("anchor_value", value)):
+            before = getattr(initial_state, name)
+            anchors[name] = jnp.where(is_first, tokens[:, 0, : before.shape[1]], before)
+        is_anchor = geometry.anchor_keys(initial_state.chunks + chunk)
+        keys = _with_anchors(keys, anchors["anchor_key"], num_keys)
+        values = _with_anchors(values, anchors["anchor_value"], num_keys)
+        num_keys = num_keys + is_anchor.sum(axis=1, dtype=np.int32)
     output = attend(
         query,
-        _windows(key, initial_state.overlap_key, overlap_start, chunk_tokens),
-        _windows(value, initial_state.overlap_value, overlap_start, chunk_tokens),
+        keys,
+        values,
         num_keys,
         phi_query,
         linear,
         stabilizer=request.stabilizer,
+        **({} if request.branch_gate is None else {"branch_gate": request.branch_gate}),
     )
     final_state = HybridState(
-        past=LinearState.sum(initial_state.past, initial_state.overlap, jax.tree.map(lambda s: s.sum(axis=1), leaving)),
+        past=past,
         overlap=sum_keys(phi_key[:, -1, overlap_start:], value[:, -1, overlap_start:]),
         overlap_key=key[:, -1, overlap_start:],
         overlap_value=value[:, -1, overlap_start:],
         chunks=initial_state.chunks + geometry.num_chunks,
+        **anchors,
     )
     return geometry.join(jnp.moveaxis(output, 1, 0)), final_state
 
@@ -82,26 +100,57 @@ def _windows(chunks: jax.Array, initial_overlap: jax.Array, overlap_start: int, 
     return jax.lax.dynamic_update_index_in_dim(windows, window, ragged, axis=1)
 
 
-def _past_states(initial_state: HybridState, leaving: LinearState) -> LinearState:
-    """The sums over all frames before each chunk's window; leaves [batch, chunks, ...].
+def _with_anchors(windows: jax.Array, anchors: jax.Array, num_keys: jax.Array) -> jax.Array:
+    """Windows [batch, chunks, w, ...] with room for the anchors [batch, n, ...], which follow each window's keys."""
+    room = jnp.pad(windows, [(0, 0), (0, 0), (0, anchors.shape[1])] + [(0, 0)] * (windows.ndim - 3))
+    place = jax.vmap(
+        lambda window, start: jax.lax.dynamic_update_slice_in_dim(window, anchors, start, axis=1), (1, 0), 1
+    )
+    return place(room, jnp.asarray(num_keys))
+
+
+def _past_states(
+    initial_state: HybridState, leaving: LinearState, log_decay: jax.Array | None
+) -> tuple[LinearState, LinearState]:
+    """The sums over all frames before each chunk's window, [batch, chunks, ...]; and those before the next window.
 
     `leaving` holds the sums over the frames that leave the softmax window after each chunk. It excludes the initial
     overlap, which leaves with the first chunk.
     """
+    count = leaving.normalizer.shape[1]
+    reader, chunk = np.arange(count + 1), np.arange(count)
+    before = LinearState.sum(initial_state.past.scaled(log_decay), initial_state.overlap)
+    first = jax.tree.map(lambda leaf: leaf[:, None], initial_state.past)
+    later = _decayed(before, reader[1:] - 1, log_decay)
+    begun = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, later)
+    past = LinearState.sum(begun, _sums_between(leaving, reader[:, None] - chunk - 1, log_decay))
+    return jax.tree.map(lambda leaf: leaf[:, :-1], past), jax.tree.map(lambda leaf: leaf[:, -1], past)
 
-    def past(initial_past, initial_overlap, leaving):
-        later = jnp.broadcast_to((initial_past + initial_overlap)[:, None], leaving[:, 1:].shape)
-        chunk = np.arange(leaving.shape[1])
-        return jnp.concatenate([initial_past[:, None], later], axis=1) + _select(chunk < chunk[:, None], leaving)
 
-    return jax.tree.map(past, initial_state.past, initial_state.overlap, leaving)
+def _decayed(sums: LinearState, chunks: np.ndarray, log_decay: jax.Array | None) -> LinearState:
+    """Sums [batch, ...] after these numbers of chunks, [batch, n, ...]."""
+    if log_decay is None:
+        return jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf[:, None], (len(leaf), len(chunks), *leaf.shape[1:])), sums
+        )
+    factor = jnp.exp(chunks[:, None] * log_decay)
+    return LinearState(sums.state[:, None] * factor[..., None, None], sums.normalizer[:, None] * factor[..., None])
 
 
-def _select(selection: np.ndarray, chunks: jax.Array) -> jax.Array:
-    """Sums the chunks that the boolean [readers, chunks] selects: [batch, chunks, ...] -> [batch, readers, ...].
+def _sums_between(sums: LinearState, distance: np.ndarray, log_decay: jax.Array | None) -> LinearState:
+    """The sum of the chunks at a distance of 0 or more, decayed by it: [batch, chunks, ...] -> [batch, readers, ...].
 
     XLA would lower a cumulative sum to a quadratic reduce-window. This small product only adds, so it needs full
     precision.
+
+    Args:
+      distance: int [readers, chunks].
     """
-    selection = selection.astype(chunks.dtype)
-    return jnp.einsum("rc,bc...->br...", selection, chunks, precision=jax.lax.Precision.HIGHEST)
+    dtype, is_read = sums.state.dtype, distance >= 0
+    full = jax.lax.Precision.HIGHEST
+    if log_decay is None:
+        return jax.tree.map(
+            lambda leaf: jnp.einsum("rc,bc...->br...", is_read.astype(dtype), leaf, precision=full), sums
+        )
+    factor = jnp.where(is_read, jnp.exp(distance.clip(0) * log_decay[:, None, None]), 0)
+    return jax.tree.map(lambda leaf: jnp.einsum("hrc,bch...->brh...", factor, leaf, precision=full), sums)

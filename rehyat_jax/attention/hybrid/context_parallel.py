@@ -8,8 +8,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rehyat_jax.attention.features.inline import InlineFeatures
+from rehyat_jax.attention.features.inline import InlineFeatures, with_gain
 from rehyat_jax.attention.flat_tokens import cut, flat, with_heads
 from rehyat_jax.attention.hybrid.backend import Request, choose_backend
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry, without_padding
@@ -40,7 +41,10 @@ def hybrid_attention_in_parts(
     chunk_frames: int,
     overlap_frames: int,
     causal: bool,
-    stabilizer: str,
+    stabilizer: str = "row_max",
+    anchor_frames: int = 0,
+    log_decay: jax.Array | None = None,
+    branch_gate: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """One device's part of `hybrid_attention`. All devices along the mesh axis `axis` call it in `shard_map`.
@@ -53,7 +57,8 @@ def hybrid_attention_in_parts(
     Returns: y for this device's tokens, zero for padding.
     """
     tokens = query.shape[1]
-    geometry = ChunkGeometry(tokens // tokens_per_frame, tokens_per_frame, chunk_frames, overlap_frames)
+    frames = tokens // tokens_per_frame
+    geometry = ChunkGeometry(frames, tokens_per_frame, chunk_frames, overlap_frames, anchor_frames)
     index, devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     last = (num_frames - 1) // geometry.num_frames  # the device with the last frame; later devices hold only padding
     is_padded = num_frames < devices * geometry.num_frames
@@ -64,27 +69,61 @@ def hybrid_attention_in_parts(
         real_frames = jnp.where(index == last, last_frames, geometry.num_frames).astype(jnp.int32)
 
     # ---------------------------------------------------------------------------------------------------- exchange
-    request = Request(query, key, value, phi_query, phi_key, geometry, causal=causal, stabilizer=stabilizer)
+    request = Request(
+        *(query, key, value, phi_query, phi_key, geometry),
+        causal=causal,
+        stabilizer=stabilizer,
+        log_decay=log_decay,
+        branch_gate=branch_gate,
+    )
     backend = choose_backend(request, implementation)
-    before_overlap, total = backend.video_sums(phi_key, value, geometry, None if causal else real_frames)
+
+    def sums(exponents: np.ndarray) -> tuple[LinearState, LinearState]:
+        """Sums over the frames before the last overlap_frames, and over all frames."""
+        gained = with_gain(phi_key, request.gain(exponents, index == 0))
+        return backend.video_sums(gained, value, geometry, None if causal else real_frames)
+
+    # Distances to the window of the next device's first chunk; the overlap's, to the window after that.
+    frame, window = np.arange(frames), frames - overlap_frames
+    before_overlap, total = sums(np.where(frame < window, window, window + chunk_frames) - 1 - frame)
     to_next = lambda tree: jax.tree.map(
         lambda leaf: jax.lax.ppermute(leaf, axis, [(n, n + 1) for n in range(devices - 1)]), tree
     )
-    totals = jax.lax.all_gather(total, axis)
     device = jnp.arange(devices)
-
-    def sum_over(chosen: jax.Array) -> LinearState:
-        return jax.tree.map(lambda sums: _sum_of(sums, chosen), totals)
-
-    left = to_next(before_overlap)
+    left, totals = to_next(before_overlap), jax.lax.all_gather(total, axis)
+    overlap = jax.tree.map(jnp.subtract, _sum_of(totals, device == index - 1), left)
+    if log_decay is None:
+        past = LinearState.sum(_sum_of(totals, device < index - 1), left)
+    else:
+        befores = jax.lax.all_gather(before_overlap, axis)
+        overlaps = jax.tree.map(jnp.subtract, totals, befores)
+        distance = frames * (index - 1 - device)
+        past = LinearState.sum(
+            _sum_of(befores, device < index, distance * log_decay[:, None]),
+            _sum_of(overlaps, device < index - 1, (distance - chunk_frames) * log_decay[:, None]),
+        )
+    anchors: dict[str, jax.Array] = {}
+    if anchor_frames:
+        first = lambda tokens: jax.lax.psum(
+            jnp.where(index == 0, cut(tokens, 0, anchor_frames * tokens_per_frame), 0), axis
+        )
+        anchors = {"anchor_key": first(key), "anchor_value": first(value)}
     initial_state = HybridState(
-        past=LinearState.sum(sum_over(device < index - 1), left),
-        overlap=jax.tree.map(jnp.subtract, sum_over(device == index - 1), left),
+        past=past,
+        overlap=overlap,
         overlap_key=to_next(cut(key, tokens - overlap_frames * tokens_per_frame, tokens)),
         overlap_value=to_next(cut(value, tokens - overlap_frames * tokens_per_frame, tokens)),
         chunks=index * geometry.num_chunks,
+        **anchors,
     )
-    later = None if causal else sum_over((device > index) & (device <= last))
+    later = None
+    if not causal:
+        is_later = (device > index) & (device <= last)
+        if log_decay is None:
+            later = _sum_of(totals, is_later)
+        else:
+            futures = jax.lax.all_gather(sums(frame)[1], axis)
+            later = _sum_of(futures, is_later, frames * (device - index - 1) * log_decay[:, None])
 
     # --------------------------------------------------------------------------------------------------- attention
     here = dict(initial_state=initial_state, later=later, num_frames=real_frames)
@@ -95,6 +134,14 @@ def hybrid_attention_in_parts(
     return output
 
 
-def _sum_of(parts: jax.Array, chosen: jax.Array) -> jax.Array:
-    """The sum of the `parts` [devices, ...] that `chosen`, bool [devices], selects. A product would round on TPUs."""
-    return jnp.where(jnp.expand_dims(chosen, range(1, parts.ndim)), parts, 0).sum(axis=0)
+def _sum_of(parts: LinearState, chosen: jax.Array, log_factor: jax.Array | None = None) -> LinearState:
+    """The sum of the parts [devices, ...] that `chosen`, bool [devices], selects. A product would round on TPUs.
+
+    Args:
+      log_factor: [heads, devices], the logarithm of what multiplies each part; None for zero.
+    """
+    if log_factor is not None:
+        scale = jnp.exp(jnp.where(chosen, log_factor, 0)).T[:, None]  # [devices, 1, heads]
+        parts = LinearState(parts.state * scale[..., None, None], parts.normalizer * scale[..., None])
+    select = lambda part: jnp.where(jnp.expand_dims(chosen, range(1, part.ndim)), part, 0).sum(axis=0)
+    return jax.tree.map(select, parts)

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from rehyat_jax.attention.hybrid.backend import Backend, Request
+from rehyat_jax.attention.hybrid.backend import Backend, Request, why_not_gated
 from rehyat_jax.attention.hybrid.chunks import attend_chunks
 from rehyat_jax.attention.hybrid.gpu.cudnn_calls import cudnn_backward, cudnn_forward, why_not_cudnn
 from rehyat_jax.attention.hybrid.gpu.flash_merge import merged_forward
@@ -22,4 +22,4 @@ def run(request: Request) -> tuple[jax.Array, HybridState]:
     return attend_chunks(functools.partial(attend_window_fused, KERNELS), request)
 
 
-BACKEND = Backend("cudnn", run, why_not=lambda request: why_not_cudnn(request.query))
+BACKEND = Backend("cudnn", run, why_not=lambda request: why_not_gated(request) or why_not_cudnn(request.query))

@@ -14,13 +14,15 @@ class ChunkGeometry:
 
     Tokens are frame-major: token n belongs to frame n // tokens_per_frame. Chunk t holds the frames [t*Tc, (t+1)*Tc),
     where Tc = chunk_frames; the last chunk may hold fewer. The softmax window of chunk t reaches To = overlap_frames
-    further into the past. Because To <= Tc, the overlap of chunk t is the end of chunk t-1.
+    further into the past. Because To <= Tc, the overlap of chunk t is the end of chunk t-1. The video's first
+    A = anchor_frames frames, at most Tc, are softmax keys of every chunk.
     """
 
     num_frames: int
     tokens_per_frame: int
     chunk_frames: int
     overlap_frames: int
+    anchor_frames: int = 0
 
     @property
     def num_chunks(self) -> int:
@@ -39,15 +41,27 @@ class ChunkGeometry:
     def key_masks(self, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
         """The softmax keys and the linear keys of every frame, as two disjoint boolean arrays [query frame, key frame].
 
-        Softmax keys of chunk t are the frames of its window, [max(t*Tc - To, 0), (t+1)*Tc). Linear keys are the frames
-        before the window and, unless `causal`, also those after it.
+        Softmax keys of chunk t are the anchors and the frames of its window, [max(t*Tc - To, 0), (t+1)*Tc). Linear
+        keys are the other frames before the window and, unless `causal`, also those after it.
         """
         frame = np.arange(self.num_frames)
         chunk = frame[:, None] // self.chunk_frames
-        before_window = frame < chunk * self.chunk_frames - self.overlap_frames
+        is_anchor = frame < self.anchor_frames
+        before_window = (frame < chunk * self.chunk_frames - self.overlap_frames) & ~is_anchor
         after_window = frame >= (chunk + 1) * self.chunk_frames
-        softmax_keys = ~before_window & ~after_window
-        return softmax_keys, (before_window if causal else ~softmax_keys)
+        linear_keys = before_window if causal else before_window | (after_window & ~is_anchor)
+        return ~before_window & (~after_window | is_anchor), linear_keys
+
+    def window_distance(self) -> np.ndarray:
+        """The number of frames between every frame and the window of a query's chunk, int [query frame, key frame].
+
+        It is 0 for the last frame before the window and for the first frame after it.
+        """
+        frame = np.arange(self.num_frames)
+        chunk = frame[:, None] // self.chunk_frames
+        before = chunk * self.chunk_frames - self.overlap_frames - 1 - frame
+        after = frame - (chunk + 1) * self.chunk_frames
+        return np.maximum(before, after)
 
     def split(self, tokens: jax.Array) -> jax.Array:
         """[batch, tokens, ...] -> [chunks, batch, chunk tokens, ...], a ragged last chunk padded with zeros."""
@@ -84,9 +98,29 @@ class ChunkGeometry:
         is_ragged = (frames > 0) & (frames < self.chunk_frames)
         return where(is_ragged, frames, self.chunk_frames).astype(np.int32) * self.tokens_per_frame
 
+    def anchor_keys(self, chunk: Any) -> Any:
+        """Boolean [chunks, anchor tokens]: True for the anchors that a chunk attends to in addition to its window.
+
+        Args:
+          chunk: numbers of the chunks, int32 [chunks].
+        """
+        frame = np.arange(self.anchor_frames * self.tokens_per_frame) // self.tokens_per_frame
+        return frame < (chunk * self.chunk_frames - self.overlap_frames)[:, None]
+
     def is_token(self, num_frames: jax.Array | None = None) -> np.ndarray | jax.Array:
         """Boolean [chunks, chunk tokens]: True for tokens of `split` that are keys of a window; see `chunk_tokens`."""
         return np.arange(self.chunk_frames * self.tokens_per_frame) < self.chunk_tokens(num_frames)[:, None]
+
+    def decay_exponents(self, *, future: bool = False) -> np.ndarray:
+        """The power of the decay with which each frame enters its sums, int [frames], at most Tc - 1.
+
+        A frame enters the sums of the past when it leaves the window, and is as far from the next window then. It
+        enters the sums of the future with its chunk, at the distance from that chunk's beginning.
+        """
+        frame = np.arange(self.num_frames)
+        if future:
+            return frame % self.chunk_frames
+        return self.chunk_frames - 1 - (frame + self.overlap_frames) % self.chunk_frames
 
 
 def without_padding(tokens: jax.Array, geometry: ChunkGeometry, num_frames: jax.Array | None) -> jax.Array:

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from rehyat_jax.attention.hybrid.backend import Backend, Request
+from rehyat_jax.attention.hybrid.backend import Backend, Request, why_not_gated
 from rehyat_jax.attention.hybrid.chunks import attend_chunks
 from rehyat_jax.attention.hybrid.gpu.cudnn_calls import cudnn_backward
 from rehyat_jax.attention.hybrid.gpu.fused_window import WindowKernels, attend_window_fused
@@ -22,4 +22,8 @@ def run(request: Request) -> tuple[jax.Array, HybridState]:
     return attend_chunks(functools.partial(attend_window_fused, KERNELS), request)
 
 
-BACKEND = Backend("pallas_gpu", run, why_not=lambda request: why_not_hopper(request.query, request.phi_query))
+BACKEND = Backend(
+    "pallas_gpu",
+    run,
+    why_not=lambda request: why_not_gated(request) or why_not_hopper(request.query, request.phi_query),
+)

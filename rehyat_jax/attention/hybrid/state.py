@@ -44,6 +44,13 @@ class LinearState(NamedTuple):
         """The sums over the union of disjoint sets of keys."""
         return cls(*(sum(leaves) for leaves in zip(*states, strict=True)))
 
+    def scaled(self, log_factor: jax.Array | None) -> "LinearState":
+        """The sums times exp(log_factor), [heads]; None for zero."""
+        if log_factor is None:
+            return self
+        factor = jnp.exp(log_factor)
+        return LinearState(self.state * factor[:, None, None], self.normalizer * factor[:, None])
+
 
 def _summary(leaf: Any) -> str:
     """dtype[shape] of an array; anything else in full."""
@@ -57,11 +64,12 @@ class StateForm(NamedTuple):
     chunk_frames: int
     overlap_frames: int
     stabilizer: str
+    anchor_frames: int = 0
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("past", "overlap", "overlap_key", "overlap_value", "chunks"),
+    data_fields=("past", "overlap", "overlap_key", "overlap_value", "chunks", "anchor_key", "anchor_value"),
     meta_fields=("form",),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -78,7 +86,9 @@ class HybridState:
         [batch, heads, features].
       overlap: sums over the frames of the overlap, same shapes.
       overlap_key, overlap_value: [batch, overlap_frames * tokens_per_frame, heads, head_dim], in the inputs' dtype.
-      chunks: number of chunks seen, int32 scalar. At 0 the overlap holds no frames, only zeros.
+      chunks: number of chunks seen, int32 scalar. At 0 the overlap and the anchors hold no frames, only zeros.
+      anchor_key, anchor_value: [batch, anchor_frames * tokens_per_frame, heads, head_dim], the video's first frames;
+        None without anchors.
       form: form of attention, checked when the video continues; None fits any form. It is part of the structure, not an
         array.
     """
@@ -88,12 +98,16 @@ class HybridState:
     overlap_key: jax.Array
     overlap_value: jax.Array
     chunks: jax.Array
+    anchor_key: jax.Array | None = None
+    anchor_value: jax.Array | None = None
     form: StateForm | None = None
 
     def __repr__(self) -> str:
         is_number = isinstance(self.chunks, jax.Array) and not isinstance(self.chunks, jax.core.Tracer)
         chunks = int(self.chunks) if is_number and not self.chunks.ndim else _summary(self.chunks)
         overlap = f"overlap_key={_summary(self.overlap_key)}, overlap_value={_summary(self.overlap_value)}"
+        if self.anchor_key is not None:
+            overlap += f", anchor_key={_summary(self.anchor_key)}, anchor_value={_summary(self.anchor_value)}"
         form = f", form={tuple(self.form)}" if self.form else ""
         return f"HybridState(chunks={chunks}, past={self.past}, overlap={self.overlap}, {overlap}{form})"
 
@@ -107,6 +121,7 @@ class HybridState:
         *,
         tokens_per_frame: int,
         overlap_frames: int,
+        anchor_frames: int = 0,
         chunk_frames: int | None = None,
         stabilizer: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -122,12 +137,15 @@ class HybridState:
         overlap = jnp.zeros((batch, overlap_frames * tokens_per_frame, heads, head_dim), dtype)
         form = None
         if chunk_frames is not None and stabilizer is not None:
-            form = StateForm(tokens_per_frame, chunk_frames, overlap_frames, stabilizer)
+            form = StateForm(tokens_per_frame, chunk_frames, overlap_frames, stabilizer, anchor_frames)
+        anchors = jnp.zeros((batch, anchor_frames * tokens_per_frame, heads, head_dim), dtype)
         return cls(
             past=sums,
             overlap=sums,
             overlap_key=overlap,
             overlap_value=overlap,
             chunks=jnp.zeros((), jnp.int32),
+            anchor_key=anchors if anchor_frames else None,
+            anchor_value=anchors if anchor_frames else None,
             form=form,
         )

@@ -9,9 +9,9 @@ from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.attention.hybrid.window import attend_window
 
 
-def _attend(query, key, value, num_keys, phi_query, linear: LinearState, *, stabilizer: str) -> jax.Array:
+def _attend(query, key, value, num_keys, phi_query, linear: LinearState, **options) -> jax.Array:
     is_key = jnp.arange(key.shape[2]) < num_keys[:, None]
-    return attend_window(query, key, value, is_key, phi_query, linear, stabilizer=stabilizer)
+    return attend_window(query, key, value, is_key, phi_query, linear, **options)
 
 
 def run(request: Request) -> tuple[jax.Array, HybridState]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.attention import FeatureMapConfig
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.benchmarks.gpu_run.random_arrays import abstract_params, random_params
 from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
 from rehyat_jax.models.wan.config import WanConfig

@@ -26,7 +26,7 @@ def rows(sizes: Sizes, **case: Any) -> Iterator[Row]:
       **case: keyword arguments of `cases.train_case`.
     """
     config, wan, latents = train_case(sizes, **case)
-    flops = STAGES[config.stage].step_flops(wan, latents, remat=config.remat)
+    flops = STAGES[config.stage].step_flops(wan, latents, config)
     device = jax.devices()[0]
     with jax.set_mesh(make_mesh(config.mesh, [device])):
         abstract = abstract_step(config, wan, latents)

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
-from rehyat_jax.attention.form import FORM_FIELDS, SOFTMAX, BlockForms, HybridConfig, forms_from_json, forms_to_json
+from rehyat_jax.attention.form import FORM_FIELDS, BlockForms, forms_from_json, forms_to_json
+from rehyat_jax.attention.forms.hybrid import HybridConfig
+from rehyat_jax.attention.forms.softmax import SOFTMAX
 
 
 @dataclasses.dataclass(frozen=True)

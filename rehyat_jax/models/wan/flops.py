@@ -18,7 +18,8 @@ With N tokens of width D = H d, L text tokens, a feed-forward width M and P = to
 import dataclasses
 import math
 
-from rehyat_jax.attention.form import SOFTMAX, FormFlops, Sizes
+from rehyat_jax.attention.forms.base import FormFlops, Sizes
+from rehyat_jax.attention.forms.softmax import SOFTMAX
 from rehyat_jax.models.wan.config import WanConfig
 
 
@@ -76,20 +77,19 @@ class StepFlops:
     recomputed: int
 
 
-def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: str) -> StepFlops:
+def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, updates: int = 1) -> StepFlops:
     """Counts for stage 1, the same for every remat policy. They include:
 
     - the softmax teacher's forward pass;
-    - the hybrid attention next to it;
-    - the gradients of only the feature maps: twice the forward pass for their products and the readout, once for the
-      sums, because values have no gradient.
+    - for each of the `updates` of a batch, the hybrid attention next to it;
+    - likewise the gradients of only the feature maps: twice the forward pass for their products and the readout, once
+      for the sums, because values have no gradient.
     """
-    del remat
     count, forms = forward_flops(config, latents), config.block_forms
     teacher = count.outside + config.num_layers * (count.block + count.softmax)
     students = [count.attention[block] for block in forms.converted]
     gradients = sum(2 * student.feature_maps + student.linear * 3 // 2 for student in students)
-    return StepFlops(teacher + sum(student.total for student in students) + gradients, 0)
+    return StepFlops(teacher + updates * (sum(student.total for student in students) + gradients), 0)
 
 
 def training_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: str) -> StepFlops:

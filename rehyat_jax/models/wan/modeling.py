@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from rehyat_jax.attention.flat_tokens import flat, with_heads
-from rehyat_jax.attention.form import AttentionInputs, Features, Form
+from rehyat_jax.attention.forms.base import AttentionInputs, Features, Form
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.attention.hybrid.context_parallel import padded_frames
 from rehyat_jax.attention.on_mesh import cross_attention_on_mesh
@@ -125,7 +125,8 @@ class Attention(nnx.Module):
         for name, layer, norm in (("query", self.query, self.query_norm), ("key", self.key, self.key_norm)):
             y = layer(x)
             rotated = scaled_and_rotated(y, norm.inverse_rms(y), norm.scale[...], rope)
-            projected |= {name: self._heads(rotated), f"unrotated_{name}": self._heads(norm(y))}
+            sources = {f"unrotated_{name}": self._heads(norm(y)), f"unnormed_{name}": self._heads(y)}
+            projected |= {name: self._heads(rotated), **sources}
         return projected | {"value": self._heads(self.value(x))}
 
     def merge(self, y: jax.Array) -> jax.Array:

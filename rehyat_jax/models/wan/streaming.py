@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.attention.flat_tokens import flat, with_heads
-from rehyat_jax.attention.form import AttentionInputs, Form
+from rehyat_jax.attention.forms.base import AttentionInputs, Form
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.hybrid import by_form

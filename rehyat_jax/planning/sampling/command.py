@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.cli import CommandParser, progress, report_input_errors
 from rehyat_jax.cost_model.chips import device_count
 from rehyat_jax.errors import InputError

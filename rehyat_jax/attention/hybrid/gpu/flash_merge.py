@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from rehyat_jax.attention.hybrid.linear_products import read_sums
+from rehyat_jax.attention.hybrid.parts import LOWEST_LINEAR_SHIFT
 from rehyat_jax.attention.hybrid.state import LinearState
-from rehyat_jax.attention.hybrid.window import LOWEST_LINEAR_SHIFT
 
 # A power of two rounds nothing: scores keep their float32 digits. A larger one brings the log-sum-exp closer to the
 # maximum: here at most log(6240) / 2**16 = 0.00013 above it, where all keys of a Wan window tie. But kernels round

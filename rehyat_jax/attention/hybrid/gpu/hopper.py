@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rehyat_jax.attention.hybrid.parts import LOWEST_LINEAR_SHIFT
 from rehyat_jax.attention.hybrid.state import LinearState
-from rehyat_jax.attention.hybrid.window import LOWEST_LINEAR_SHIFT
 
 HEAD_DIM = 128
 _WARPGROUPS, _ROWS = 2, 64  # compute warpgroups of a block, and queries of each

@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from rehyat_jax.attention.features.inline import InlineFeatures, as_inline
 from rehyat_jax.attention.flat_tokens import cut, joined
-from rehyat_jax.attention.hybrid.backend import Backend, Request
+from rehyat_jax.attention.hybrid.backend import Backend, Request, why_not_gated
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.attention.hybrid.tpu.backward import readout_backward, window_backward
@@ -115,6 +115,10 @@ def video_sums(
 def why_not(request: Request) -> str | None:
     """The reason why the kernels cannot do a request, and the remedy; None if they can."""
     query, instead = request.query, 'use implementation="xla"'
+    if problem := why_not_gated(request):
+        return problem
+    if request.geometry.anchor_frames or request.log_decay is not None or _has_gain(request):
+        return f"anchors, decay and gains are not in these kernels yet: {instead}"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
     if query.shape[-1] % 64:
@@ -122,6 +126,10 @@ def why_not(request: Request) -> str | None:
     if request.phi_query.shape[-1] % 128:
         return f"phi_query of {request.phi_query.shape[-1]} features, only of multiples of 128: {instead}"
     return None
+
+
+def _has_gain(request: Request) -> bool:
+    return any(getattr(features, "gain", None) is not None for features in (request.phi_query, request.phi_key))
 
 
 BACKEND = Backend("pallas_tpu", run, why_not, takes_inline_features=True, video_sums=video_sums)

@@ -1,0 +1,88 @@
+"""Sentences that a study's figures give: the best variant, and the comparison with published scores.
+
+A pair of variants has an order if their means differ. It has the same order in every seed if each seed that both
+finished agrees: variants with the same seed share their data and noise. Three seeds are too few for a test of
+significance.
+"""
+
+import itertools
+
+from rehyat_jax.studies.definition import Trend
+from rehyat_jax.studies.measure import METRICS
+from rehyat_jax.studies.record import FIGURE, Record, statistics
+
+
+def sentences(record: Record) -> list[str]:
+    """The sentences of a study; none as long as no two variants have figures."""
+    found = [best_variant(record)] if len(_finished(record)) > 1 else []
+    return found + [text for trend in record.trends if (text := compared(record, trend))]
+
+
+def best_variant(record: Record) -> str:
+    """Names the best variant by the headline and the one after it."""
+    metric, labels = METRICS[record.headline], _finished(record)
+    first, second = sorted(labels, key=lambda label: _badness(record, label))[:2]
+    seeds = _shared_seeds(record, first, second)
+    wins = sum(_badness(record, first, seed) < _badness(record, second, seed) for seed in seeds)
+    return (
+        f"Best {metric.title}: {_mean(record, first)} ({first}). Next: {_mean(record, second)} ({second}). "
+        f"The first is better in {wins} of {len(seeds)} seeds."
+    )
+
+
+def compared(record: Record, trend: Trend) -> str:
+    """Compares the order of the variants with their published order; "" unless two of them have figures."""
+    labels = sorted((label for label in trend.scores if label in _finished(record)), key=trend.scores.__getitem__)
+    if trend.lower_is_better:
+        labels.reverse()
+    pairs = [pair for pair in itertools.combinations(labels, 2) if len({trend.scores[label] for label in pair}) == 2]
+    if not pairs:
+        return ""
+    as_published = [pair for pair in pairs if _badness(record, pair[0]) > _badness(record, pair[1])]
+    contradicting = [pair for pair in pairs if pair not in as_published]
+    certain = sum(_in_every_seed(record, *pair) for pair in as_published)
+    scores = "; ".join(f"{label}: {trend.scores[label]:g}" for label in labels)
+    title = METRICS[record.headline].title
+    found = "; ".join(f"{label}: {_mean(record, label)}" for label in labels)
+    text = f"Published {trend.title}, from worse to better: {scores}. Here, {title}: {found}. "
+    if not contradicting:
+        order = "The pair has" if len(pairs) == 1 else f"All {len(pairs)} pairs of variants have"
+        return text + f"{order} the published order" + _certainty(certain, len(pairs))
+    if not as_published:
+        order = "The pair has" if len(pairs) == 1 else f"All {len(pairs)} pairs of variants have"
+        return text + f"{order} the opposite order."
+    exceptions = "; ".join(f"{worse} and {better}" for worse, better in contradicting)
+    return (
+        text + f"{len(as_published)} of {len(pairs)} pairs of variants have the published order"
+        f"{_certainty(certain, len(as_published))} The exceptions: {exceptions}."
+    )
+
+
+def _certainty(certain: int, pairs: int) -> str:
+    if certain == pairs:
+        return ", in every seed."
+    return f", {certain} of them in every seed." if pairs > 1 else ", but not in every seed."
+
+
+def _finished(record: Record) -> list[str]:
+    return [label for label in record.variants if record.values(label, record.headline)]
+
+
+def _shared_seeds(record: Record, first: str, second: str) -> list[int]:
+    return sorted(record.values(first, record.headline).keys() & record.values(second, record.headline).keys())
+
+
+def _in_every_seed(record: Record, worse: str, better: str) -> bool:
+    seeds = _shared_seeds(record, worse, better)
+    return bool(seeds) and all(_badness(record, worse, seed) > _badness(record, better, seed) for seed in seeds)
+
+
+def _badness(record: Record, label: str, seed: int | None = None) -> float:
+    """The headline of a variant, negated if a higher value is better: its mean, or its value with one seed."""
+    values = record.values(label, record.headline)
+    value = statistics(values).mean if seed is None else values[seed]
+    return value if METRICS[record.headline].lower_is_better else -value
+
+
+def _mean(record: Record, label: str) -> str:
+    return f"{statistics(record.values(label, record.headline)).mean:{FIGURE}}"

@@ -1,0 +1,169 @@
+"""Anchors, decay, gates of keys and separate branches: every implementation that takes them against the definition."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracles import F64, STABILIZERS, assert_close, attention, jit, make_arrays
+from test_mesh_attention import mesh_of, padded
+
+from rehyat_jax.attention import InlineFeatures, hybrid_attention, hybrid_attention_weights
+from rehyat_jax.attention.features.inline import identity
+from rehyat_jax.attention.on_mesh import hybrid_attention_on_mesh
+
+# (frames, tokens_per_frame, chunk_frames, overlap_frames, anchor_frames): anchors within the first window, beyond the
+# second one's beginning, all of the first chunk; ragged and complete.
+ANCHORED = [(8, 2, 3, 1, 1), (7, 2, 3, 1, 3), (6, 3, 2, 2, 2), (5, 2, 2, 0, 1)]
+# Distinct decays of the heads: almost none, and half a frame's weight.
+LOG_DECAY, GATE = np.array([-0.05, -0.7]), np.array([0.3, -0.2])
+OPTIONS = {
+    "anchors": {},
+    "decay": {"log_decay": LOG_DECAY},
+    "branches": {"branch_gate": GATE},
+    "all": {"log_decay": LOG_DECAY, "branch_gate": GATE},
+}
+
+
+def attend_with(form, implementation, causal, stabilizer, anchored, per_head):
+    """(query, key, value, phi_query, phi_key, gain, *per_head) -> output; `gain` multiplies phi_key."""
+
+    def attend(query, key, value, phi_query, phi_key, gain, *arrays):
+        return attention(
+            form[:4],
+            causal,
+            stabilizer,
+            implementation,
+            anchor_frames=form[4] if anchored else 0,
+            **dict(zip(per_head, arrays, strict=True)),
+        )(query, key, value, phi_query, InlineFeatures(phi_key, (), identity, gain))
+
+    return attend
+
+
+def arrays_of(form, batch=1):
+    gain = np.random.default_rng(3).uniform(0.5, 2, (batch, form[0] * form[1], 2))
+    return (*make_arrays(*form[:2], batch=batch), jnp.asarray(gain))
+
+
+def results(attend, arrays):
+    cotangent = np.random.default_rng(9).normal(size=arrays[0].shape)
+
+    @jit
+    def run(arrays):
+        output, pullback = jax.vjp(attend, *arrays)
+        return output, pullback(jnp.asarray(cotangent))
+
+    return jax.tree.map(np.asarray, run(arrays))
+
+
+@functools.cache
+def expected(form, causal, stabilizer, name, batch=1):
+    with jax.enable_x64(True):
+        arrays = (*arrays_of(form, batch), *map(jnp.asarray, OPTIONS[name].values()))
+        return results(
+            attend_with(form, "reference", causal, stabilizer, name in ("anchors", "all"), OPTIONS[name]), arrays
+        )
+
+
+@pytest.mark.parametrize("implementation", ["scan", "xla"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("form, name", [*zip(ANCHORED, OPTIONS, strict=True), (ANCHORED[1], "all")], ids=str)
+def test_outputs_and_gradients_are_those_of_the_definition(implementation, causal, form, name):
+    stabilizer = STABILIZERS[causal]
+    with jax.enable_x64(True):
+        arrays = (*arrays_of(form), *map(jnp.asarray, OPTIONS[name].values()))
+        attend = attend_with(form, implementation, causal, stabilizer, name in ("anchors", "all"), OPTIONS[name])
+        assert_close(results(attend, arrays), expected(form, causal, stabilizer, name), F64)
+
+
+def test_weights_are_those_that_the_options_say():
+    """The definition itself, written out by loops over frames of one token."""
+    frames, chunk, overlap, anchors = 7, 2, 1, 1
+    form = dict(tokens_per_frame=1, chunk_frames=chunk, overlap_frames=overlap, anchor_frames=anchors)
+    with jax.enable_x64(True):
+        query, key, _, phi_query, phi_key = map(np.asarray, make_arrays(frames, 1))
+        weights = hybrid_attention_weights(
+            query, key, phi_query, phi_key, log_decay=LOG_DECAY, branch_gate=GATE, causal=False, **form
+        )
+        softmax, linear = map(np.asarray, weights)
+    for t, j, head in itertools.product(range(frames), range(frames), range(2)):
+        first, end = t // chunk * chunk - overlap, (t // chunk + 1) * chunk
+        in_softmax = first <= j < end or j < anchors
+        assert (softmax[0, head, t, j] > 0) == in_softmax and (linear[0, head, t, j] != 0) == (not in_softmax)
+    # Decay: two frames before the window of frame 4's chunk, [3, 6), is one frame further than one before.
+    similarity = np.einsum("nhf,mhf->hnm", phi_query[0], phi_key[0])
+    ratio = linear[0, :, 4, 1] / linear[0, :, 4, 2] / (similarity[:, 4, 1] / similarity[:, 4, 2])
+    np.testing.assert_allclose(ratio, np.exp(LOG_DECAY), rtol=1e-12)
+    # Branches: each sums to its share.
+    np.testing.assert_allclose(linear[0].sum(-1), np.broadcast_to(GATE[:, None], (2, frames)), rtol=1e-12)
+    np.testing.assert_allclose(softmax.sum(-1) + linear.sum(-1), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "xla"])
+@pytest.mark.parametrize("name", ["anchors", "all"])
+def test_a_video_continued_from_its_state_equals_one_call(implementation, name):
+    form, options = (8, 2, 3, 1, 2), OPTIONS[name]
+    with jax.enable_x64(True):
+        *arrays, _ = arrays_of(form)
+        call = functools.partial(attention(form[:4], True, "joint", implementation, anchor_frames=2, **options))
+        complete = call(*arrays)
+        outputs, state = [], None
+        for start, stop in ((0, 3), (3, 6), (6, 8)):
+            part = [array[:, 2 * start : 2 * stop] for array in arrays]
+            if stop == 8:
+                outputs.append(call(*part, initial_state=state))
+            else:
+                output, state = call(*part, initial_state=state, return_state=True)
+                outputs.append(output)
+    assert state.anchor_key.shape == (1, 4, 2, 4)
+    assert_close(jnp.concatenate(outputs, axis=1), complete, F64)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("implementation, sizes", [("scan", (1, 1, 4, 2)), ("xla", (2, 1, 4, 1))], ids=str)
+def test_devices_together_give_the_definitions_results(implementation, sizes, causal):
+    form = (11, 2, 2, 1, 2)
+
+    def attend(query, key, value, phi_query, phi_key, gain, log_decay, branch_gate):
+        pad = lambda array: padded(array, form, sizes[2])
+        output = hybrid_attention_on_mesh(
+            *map(pad, (query, key, value, phi_query)),
+            InlineFeatures(pad(phi_key), (), identity, pad(gain[..., None])[..., 0]),
+            num_frames=form[0],
+            tokens_per_frame=form[1],
+            chunk_frames=form[2],
+            overlap_frames=form[3],
+            anchor_frames=form[4],
+            log_decay=log_decay,
+            branch_gate=branch_gate,
+            causal=causal,
+            stabilizer="joint",
+            implementation=implementation,
+        )
+        return output[:, : form[0] * form[1]]
+
+    with jax.enable_x64(True):
+        arrays = (*arrays_of(form, 2), jnp.asarray(LOG_DECAY), jnp.asarray(GATE))
+        with jax.set_mesh(mesh_of(sizes)):
+            found = results(attend, arrays)
+    assert_close(found, expected(form, causal, "joint", "all", 2), F64)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"anchor_frames": 4}, "anchor_frames must be between 0 and chunk_frames=3"),
+        ({"anchor_frames": 1.5}, "anchor_frames must be an integer"),
+        ({"log_decay": np.zeros(3)}, r"log_decay must be \[heads\] = \[2\], found shape \[3\]"),
+        ({"branch_gate": 0.5}, r"branch_gate must be \[heads\] = \[2\], found shape \[\]"),
+        ({"branch_gate": GATE, "implementation": "cudnn"}, '"cudnn" cannot do this: branch_gate'),
+        ({"branch_gate": GATE, "implementation": "pallas_tpu"}, '"pallas_tpu" cannot do this: branch_gate'),
+    ],
+)
+def test_wrong_options_are_named(change, message):
+    arrays = make_arrays(6, 2, dtype=np.float32)
+    with pytest.raises(ValueError, match=message):
+        hybrid_attention(*arrays, tokens_per_frame=2, chunk_frames=3, overlap_frames=1, **change)
