@@ -34,7 +34,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import numpy as np
 
-from rehyat_jax import HybridConfig, compare, convert, plan, prepare, sample, study, train
+from rehyat_jax import HybridConfig, compare, convert, evaluate, plan, prepare, sample, study, train
 from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.training.config import default_config
@@ -199,6 +199,17 @@ COMMANDS = {
         ("config.py", "model", "data"),
         ("new/model",),
         (4,),
+        weight=0.3,
+    ),
+    "evaluate": Command(
+        evaluate.main,
+        (
+            *(("--teacher", "model"), ("--student", "student"), ("--out", "new"), ("--data", "data")),
+            *(("--examples", "2"), ("--levels", "1"), ("--samples", "2"), ("--prompts", "prompts.txt")),
+            *SMALL_VIDEO,
+        ),
+        ("model", "student", "data", "prompts.txt"),
+        ("new/evaluation.json",),
         weight=0.3,
     ),
     "plan": Command(

@@ -12,7 +12,7 @@ from test_sample_cli import arguments as sampling
 from test_sample_cli import save_random_model
 from tiny_runs import digits_config, write_config
 
-from rehyat_jax import compare, convert, plan, prepare, sample, study, train
+from rehyat_jax import compare, convert, evaluate, plan, prepare, sample, study, train
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.generation.pipeline import Pipeline
 
@@ -103,6 +103,7 @@ def test_outputs_that_may_not_be_written_are_found_before_the_work(model, tmp_pa
         refused(sample.main, sampling(model, place / "new.mp4"), place / "new.mp4")
         planning = [f"--config={tmp_path / 'config.py'}", "--topology=v5e:1x1", f"--json={place / 'plan.json'}"]
         refused(plan.main, planning, place / "plan.json")
+        refused(evaluate.main, ["--teacher", model, "--student", model, "--out", place / "new"], place / "new")
 
 
 def test_a_run_that_may_not_write_or_read_says_where(tmp_path, refused):

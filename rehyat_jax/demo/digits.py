@@ -173,3 +173,9 @@ def open_source(path: str, seed: int) -> DigitVideos:
     """The training split; see `rehyat_jax.data.sources`. `path` is not used."""
     del path
     return DigitVideos(split="train", seed=seed)
+
+
+def open_held_out(path: str, seed: int) -> DigitVideos:
+    """Digits of other handwriting scans than those of training. `path` is not used."""
+    del path
+    return DigitVideos(split="judge", seed=seed)

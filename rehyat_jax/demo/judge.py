@@ -54,8 +54,11 @@ class Judge:
     """A support-vector classifier of single frames, trained on scans that no transformer trains on.
 
     It reads 97.9% of real videos of the transformer's 1,297 scans correctly, and the motion of all. Samples may score
-    higher, because they are more typical than handwriting.
+    higher, because they are more typical than handwriting. It is a `rehyat_jax.data.sources.Judge`.
     """
+
+    prompts = tuple(CAPTIONS)
+    frame_size = FRAME_SIZE, FRAME_SIZE
 
     def __init__(self, classifier: Any):
         self._classifier = classifier
@@ -89,8 +92,13 @@ class Judge:
         tracks = _centers_of_mass(frames).reshape(*videos.shape[:2], 2)
         return Reading(digits, [_axis(track[shown]) for track, shown in zip(tracks, shows_digit, strict=True)])
 
-    def score(self, videos: np.ndarray, captions: Sequence[str]) -> Score:
-        """Scores N videos [N, T, 24, 24, 3] against N captions from `rehyat_jax.demo.digits.CAPTIONS`."""
+    def verdicts(self, videos: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """Reads N videos [N, T, 24, 24, 3] against N captions from `rehyat_jax.demo.digits.CAPTIONS`.
+
+        Returns:
+          Booleans whose means are the fields of `Score`: "digit_accuracy" [N], "frame_accuracy" [N, T] and
+          "motion_accuracy" [N].
+        """
         unknown = [caption for caption in captions if caption not in CAPTIONS]
         if unknown:
             raise ValueError(f"captions: expected some of {list(CAPTIONS)}, found {unknown[0]!r}")
@@ -100,11 +108,20 @@ class Judge:
         wanted_axes = [CAPTIONS[caption][1] for caption in captions]
         reading = self.read(videos)
         right = reading.digits == wanted_digits[:, None]
-        return Score(
-            digit_accuracy=float((right.mean(1) > 0.5).mean()),
-            frame_accuracy=float(right.mean()),
-            motion_accuracy=float(np.mean([a == b for a, b in zip(reading.axes, wanted_axes, strict=True)])),
-        )
+        return {
+            "digit_accuracy": right.mean(1) > 0.5,
+            "frame_accuracy": right,
+            "motion_accuracy": np.array([a == b for a, b in zip(reading.axes, wanted_axes, strict=True)]),
+        }
+
+    def score(self, videos: np.ndarray, captions: Sequence[str]) -> Score:
+        """The means of `verdicts`."""
+        return Score(**{name: float(values.mean()) for name, values in self.verdicts(videos, captions).items()})
+
+
+def open_judge() -> Judge:
+    """See `rehyat_jax.data.sources.make_judge`."""
+    return Judge.fit()
 
 
 def _axis(track: np.ndarray) -> Axis | None:

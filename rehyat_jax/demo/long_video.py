@@ -7,6 +7,7 @@ import numpy as np
 from rehyat_jax.demo.digits import CAPTIONS, FRAME_SIZE, NUM_FRAMES
 from rehyat_jax.demo.judge import Judge
 from rehyat_jax.demo.measure import SOLVER
+from rehyat_jax.evaluation.consistency import frame_changes, jump
 from rehyat_jax.generation.codecs import SpaceToDepth
 from rehyat_jax.generation.noise import host_noise
 from rehyat_jax.generation.streaming import PART_CHUNKS, stream_latents
@@ -53,8 +54,8 @@ def sample_long(student: WanTransformer, longest: int | None = NUM_FRAMES) -> tu
 
 def by_position(judge: Judge, videos: np.ndarray, captions: list[str], chunk_frames: int) -> list[Segment]:
     """The quality of every segment of videos [N, 21 k, 24, 24, 3], streamed in chunks of `chunk_frames` frames."""
-    changes = np.abs(np.diff(videos, axis=1)).mean((0, 2, 3, 4))
-    # changes[i] leads to frame i + 1, and belongs to its segment.
+    changes = frame_changes(videos)
+    # Change i leads to frame i + 1, and belongs to its segment.
     frame = np.arange(1, videos.shape[1])
     is_part = frame % (PART_CHUNKS * chunk_frames) == 0
     is_chunk = (frame % chunk_frames == 0) & ~is_part
@@ -62,8 +63,7 @@ def by_position(judge: Judge, videos: np.ndarray, captions: list[str], chunk_fra
     for begin in range(0, videos.shape[1], NUM_FRAMES):
         score = judge.score(videos[:, begin : begin + NUM_FRAMES], captions)
         inside = (begin <= frame) & (frame < begin + NUM_FRAMES)
-        mean = lambda chosen, inside=inside: changes[inside & chosen].mean()
-        within = mean(~is_chunk & ~is_part)
-        jumps = float(mean(is_chunk) / within), float(mean(is_part) / within)
+        within = inside & ~is_chunk & ~is_part
+        jumps = [jump(changes, inside & chosen, within) for chosen in (is_chunk, is_part)]
         segments.append(Segment(score.frame_accuracy, score.motion_accuracy, *jumps))
     return segments

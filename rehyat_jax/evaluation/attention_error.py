@@ -10,7 +10,8 @@ from flax import nnx
 
 from rehyat_jax.attention.features.inline import as_inline
 from rehyat_jax.attention.forms.base import AttentionInputs, Form
-from rehyat_jax.models.student import converted_rows, teacher_scan
+from rehyat_jax.models.student import Inputs, converted_rows, teacher_scan
+from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.step import Batch
 
@@ -30,12 +31,45 @@ def exact_attention(form: Form, inputs: AttentionInputs, softmax: jax.Array) -> 
     Args:
       softmax: full softmax attention, which is the result for a form that attends to every frame.
     """
-    softmax_keys, linear_keys = form.keys(inputs.query.shape[1] // inputs.tokens_per_frame)
-    if (softmax_keys | linear_keys).all():
+    attended = np.logical_or(*form.keys(inputs.num_frames))
+    if attended.all():
         return softmax
     frame = np.arange(inputs.query.shape[1]) // inputs.tokens_per_frame
-    mask = jnp.asarray((softmax_keys | linear_keys)[frame[:, None], frame[None, :]])[None, None]
+    attended = np.pad(attended, (0, frame[-1] + 1 - inputs.num_frames))  # nothing attends to padding
+    mask = jnp.asarray(attended[frame[:, None], frame[None, :]])[None, None]
     return jax.nn.dot_product_attention(inputs.query, inputs.key, inputs.value, mask=mask)
+
+
+def attention_differences(model: WanTransformer, inputs: Inputs) -> dict[str, jax.Array]:
+    """Mean sizes of differences from softmax attention, on each hybrid block's inputs in the softmax model.
+
+    Args:
+      model: a transformer with hybrid blocks.
+      inputs: of the model.
+
+    Returns:
+      Float32 arrays [K, B] with one row per hybrid block: "hybrid", "window_only" and "exact" (see `attention_errors`),
+      and "softmax", the size of softmax attention itself.
+    """
+
+    def differences(form: Form, inputs: AttentionInputs, target: jax.Array, maps: Any) -> dict[str, jax.Array]:
+        features = model.features(form, inputs, maps)
+        nothing = features
+        if features is not None:
+            zero = lambda phi: as_inline(jnp.zeros(phi.shape, phi.dtype), phi.dtype)
+            nothing = features._replace(query=zero(features.query), key=zero(features.key))
+        attend = lambda features: form.attend(inputs, features, implementation=model.attention_implementation)
+        # Exact attention of padding is not zero, unlike that of the forms.
+        size = lambda x: jnp.abs(x[:, : inputs.num_tokens]).mean((1, 2, 3))
+        difference = lambda output: size(output.astype(jnp.float32) - target.astype(jnp.float32))
+        return {
+            "hybrid": difference(attend(features)),
+            "window_only": difference(attend(nothing)),
+            "exact": difference(exact_attention(form, inputs, target)),
+            "softmax": size(target.astype(jnp.float32)),
+        }
+
+    return converted_rows(model, teacher_scan(model, inputs, differences))
 
 
 def attention_errors(
@@ -60,20 +94,7 @@ def attention_errors(
         - "window_only": its attention without the linear branch
         - "exact": its attention with perfect feature maps; 0 for a form that attends to every frame
     """
-    model = nnx.merge(model_def, params)
-
-    def errors(form: Form, inputs: AttentionInputs, target: jax.Array, maps: Any) -> dict[str, jax.Array]:
-        features = model.features(form, inputs, maps)
-        nothing = features
-        if features is not None:
-            zero = lambda phi: as_inline(jnp.zeros(phi.shape, phi.dtype), phi.dtype)
-            nothing = features._replace(query=zero(features.query), key=zero(features.key))
-        attend = lambda features: form.attend(inputs, features, implementation=model.attention_implementation)
-        return {
-            "hybrid": relative_error(attend(features), target),
-            "window_only": relative_error(attend(nothing), target),
-            "exact": relative_error(exact_attention(form, inputs, target), target),
-        }
-
     noisy = noise_batch(batch, null_text, key, config)
-    return converted_rows(model, teacher_scan(model, (noisy.latents, noisy.timestep, noisy.text), errors))
+    found = attention_differences(nnx.merge(model_def, params), (noisy.latents, noisy.timestep, noisy.text))
+    size = found.pop("softmax").mean(1)
+    return {name: difference.mean(1) / size for name, difference in found.items()}

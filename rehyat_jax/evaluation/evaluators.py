@@ -10,20 +10,26 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
 from rehyat_jax.data.pipeline import Source
+from rehyat_jax.diffusion import flow
 from rehyat_jax.errors import InputError
-from rehyat_jax.evaluation.attention_error import attention_errors
+from rehyat_jax.evaluation.attention_error import attention_errors, relative_error
+from rehyat_jax.evaluation.pair import Facts, check_pair, facts_of
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import finetune
 from rehyat_jax.training.keys import evaluation_key
+from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.run_control import Evaluator, ScheduledEvaluator
 from rehyat_jax.training.run_data import RunData
+from rehyat_jax.training.step import Batch
 from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.training.values import Choice
+from rehyat_jax.weights.load import load_wan, open_checkpoint
 
 
 class Situation(NamedTuple):
@@ -51,13 +57,19 @@ def _fixed_batches(situation: Situation, count: int) -> list[dict[str, jax.Array
         return [jax.tree.map(lambda x: x[0], data.on_mesh(next_batch(data, step))) for step in range(1, count + 1)]
 
 
-def _mean_over_batches(situation: Situation, batches: int, measure: Callable[..., Any]) -> Evaluator:
-    """An evaluator that reports the means of measure(params, batch, key) over fixed batches with fixed noise."""
+def _mean_over_batches(
+    situation: Situation, batches: int, measure: Callable[..., Any], teacher: Any = None
+) -> Evaluator:
+    """An evaluator that reports the means of measure(params, batch, key, teacher) over fixed batches with fixed noise.
+
+    Args:
+      teacher: parameters of another model; an argument of the program, because XLA would bake a closure's into it.
+    """
     fixed, measure = _fixed_batches(situation, batches), jax.jit(measure)
     keys = [jax.random.fold_in(evaluation_key(situation.config.seed), number) for number in range(batches)]
 
     def evaluate(params: Any) -> Any:
-        found = [measure(params, batch, key) for batch, key in zip(fixed, keys, strict=True)]
+        found = [measure(params, batch, key, teacher) for batch, key in zip(fixed, keys, strict=True)]
         means = jax.tree.map(lambda *values: sum(values) / batches, *found)
         return jax.device_get(means).items()
 
@@ -69,7 +81,7 @@ def attention_error(situation: Situation, *, batches: int = 1) -> Evaluator:
     if not situation.model_config.hybrid_blocks:
         raise ValueError("the model has no hybrid blocks to evaluate")
     arguments = situation.null_text, situation.config
-    measure = lambda params, batch, key: attention_errors(
+    measure = lambda params, batch, key, _: attention_errors(
         situation.model_def, params, batch, arguments[0], key, arguments[1]
     )
     return _mean_over_batches(situation, batches, measure)
@@ -77,17 +89,72 @@ def attention_error(situation: Situation, *, batches: int = 1) -> Evaluator:
 
 def flow_loss(situation: Situation, *, batches: int = 1) -> Evaluator:
     """The flow-matching loss on fixed batches with fixed noise, comparable between steps and between stages."""
-    if situation.source.kind != "examples":
-        raise ValueError(f"needs clean latents, found {situation.source.kind}")
+    _check_clean(situation)
     loss = finetune.make_loss(apply_model(situation.model_def), situation.config)
     context = {"null_text": situation.null_text}
-    return _mean_over_batches(situation, batches, lambda params, batch, key: loss(params, context, batch, key)[1])
+    return _mean_over_batches(situation, batches, lambda params, batch, key, _: loss(params, context, batch, key)[1])
+
+
+def velocity_error(situation: Situation, *, teacher: str, batches: int = 1) -> Evaluator:
+    """mean |student - teacher| / mean |teacher| of velocities on the same noisy latents.
+
+    Args:
+      teacher: path of the teacher, as for `load_wan`.
+    """
+
+    def errors(velocity: jax.Array, of_teacher: jax.Array, target: jax.Array | None) -> dict[str, jax.Array]:
+        del target
+        return {"error": relative_error(velocity, of_teacher)}
+
+    return _against_teacher(situation, teacher, batches, errors)
+
+
+def excess_vs_teacher(situation: Situation, *, teacher: str, batches: int = 1) -> Evaluator:
+    """The flow-matching loss minus the teacher's on the same noise, see `evaluation.velocity`.
+
+    Args:
+      teacher: path of the teacher, as for `load_wan`.
+    """
+    _check_clean(situation)
+
+    def excess(velocity: jax.Array, of_teacher: jax.Array, target: jax.Array) -> dict[str, jax.Array]:
+        return {"loss": flow.flow_matching_loss(velocity, target) - flow.flow_matching_loss(of_teacher, target)}
+
+    return _against_teacher(situation, teacher, batches, excess)
+
+
+def _against_teacher(
+    situation: Situation, path: str, batches: int, compare: Callable[..., dict[str, jax.Array]]
+) -> Evaluator:
+    """Reports compare(velocity, the teacher's velocity, target) on the same noisy latents. Raises InputError."""
+    config = situation.config
+    own = Facts(situation.model_config, situation.source.codec, situation.source.text_encoder)
+    check_pair(path, "the model in training", facts_of(open_checkpoint(path)), own)
+    teacher_def, teacher = nnx.split(load_wan(path, dtype=jnp.dtype(config.dtype)))
+    student_apply, teacher_apply = apply_model(situation.model_def), apply_model(teacher_def)
+
+    def measure(params: Any, batch: Batch, key: jax.Array, teacher: Any) -> dict[str, jax.Array]:
+        noisy = noise_batch(batch, situation.null_text, key, config)
+        inputs = noisy.latents, noisy.timestep, noisy.text
+        return compare(student_apply(params, *inputs), teacher_apply(teacher, *inputs), noisy.velocity)
+
+    return _mean_over_batches(situation, batches, measure, teacher)
+
+
+def _check_clean(situation: Situation) -> None:
+    if situation.source.kind != "examples":
+        raise ValueError(f"needs clean latents, found {situation.source.kind}")
 
 
 COMMON = ("type", "every", "name")
 """The keys that every entry may have. All others are options of its type."""
 
-EVALUATORS: dict[str, Callable[..., Evaluator]] = {"attention_error": attention_error, "flow_loss": flow_loss}
+EVALUATORS: dict[str, Callable[..., Evaluator]] = {
+    "attention_error": attention_error,
+    "flow_loss": flow_loss,
+    "velocity_error": velocity_error,
+    "excess_vs_teacher": excess_vs_teacher,
+}
 """The evaluators by "type"; each is called with a `Situation` and the entry's options."""
 
 

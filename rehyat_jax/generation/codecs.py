@@ -110,5 +110,5 @@ class SpaceToDepth:
         return frames, height // self.block, width // self.block, self.block**2
 
 
-LATENT_SIZES = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
+LATENT_SIZES: dict[str, SpaceToDepth | WanVaeLatents] = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
 """`fps`, the defaults and `latent_shape` (see `Codec`), by the codec's name."""

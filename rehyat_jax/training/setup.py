@@ -204,35 +204,7 @@ def chosen_maps(wan: WanConfig, loaded: WanConfig, feature_maps: Any) -> Any:
 
 def check_data(source: Source, model: InitialModel, config: ml_collections.ConfigDict) -> None:
     """Raises InputError, naming the axis or field, if the model or the stage cannot use the source's examples."""
-    text_tokens, text_width = source.null_text.shape
-    expected = {"latent channels": model.config.in_channels, "text width": model.config.text_dim}
-    for bucket in source.buckets:
-        found = {"latent channels": bucket.latents_shape[-1], "text width": text_width}
-        for axis in expected:
-            if found[axis] != expected[axis]:
-                raise InputError(
-                    f"the training examples have {axis} {found[axis]}, but the model expects {expected[axis]}; encode "
-                    f"them with the model's codec {model.codec!r} and text encoder {model.text_encoder!r}"
-                )
-        for axis, size, patch in zip(
-            ("frames", "rows", "columns"), bucket.latents_shape, model.config.patch_size, strict=False
-        ):
-            if size % patch:
-                raise InputError(
-                    f"the training examples have {size} latent {axis}, but the model's patches have {patch}; "
-                    f"prepare them with another --size"
-                )
-    if text_tokens > model.config.text_length:
-        raise InputError(
-            f"the training examples have {text_tokens} text tokens, but the model takes at most "
-            f"{model.config.text_length}; truncate them"
-        )
-    for name in METADATA:
-        if getattr(source, name) != getattr(model, name):
-            raise InputError(
-                f"the training examples are of {name} {getattr(source, name)!r}, but the model is of "
-                f"{getattr(model, name)!r}; prepare them with the model's"
-            )
+    check_examples(source, model.config, model.codec, model.text_encoder)
     if STAGES[config.stage].is_of_hybrid_blocks:
         _check_learns(source, model.config)
     if source.kind not in STAGES[config.stage].data_kinds:
@@ -241,6 +213,39 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
             f"config.data.path: {config.data.path} holds {source.kind} of a teacher, which only stage {able} can "
             f"learn from, but config.stage is {config.stage!r}; prepare videos for it"
         )
+
+
+def check_examples(source: Source, wan: WanConfig, codec: str, text_encoder: str) -> None:
+    """Raises InputError, naming the axis or field, if a model with this codec and text encoder cannot use the examples.
+
+    Training and evaluation share this check.
+    """
+    text_tokens, text_width = source.null_text.shape
+    expected = {"latent channels": wan.in_channels, "text width": wan.text_dim}
+    for bucket in source.buckets:
+        found = {"latent channels": bucket.latents_shape[-1], "text width": text_width}
+        for axis in expected:
+            if found[axis] != expected[axis]:
+                raise InputError(
+                    f"the examples have {axis} {found[axis]}, but the model expects {expected[axis]}; encode "
+                    f"them with the model's codec {codec!r} and text encoder {text_encoder!r}"
+                )
+        for axis, size, patch in zip(("frames", "rows", "columns"), bucket.latents_shape, wan.patch_size, strict=False):
+            if size % patch:
+                raise InputError(
+                    f"the examples have {size} latent {axis}, but the model's patches have {patch}; "
+                    f"prepare them with another --size"
+                )
+    if text_tokens > wan.text_length:
+        raise InputError(
+            f"the examples have {text_tokens} text tokens, but the model takes at most {wan.text_length}; truncate them"
+        )
+    for name, expected_name in zip(METADATA, (codec, text_encoder), strict=True):
+        if getattr(source, name) != expected_name:
+            raise InputError(
+                f"the examples are of {name} {getattr(source, name)!r}, but the model is of "
+                f"{expected_name!r}; prepare them with the model's"
+            )
 
 
 def _check_learns(source: Source, wan: WanConfig) -> None:
