@@ -13,7 +13,8 @@ from tiny_runs import TINY, digits_config, pretrained, tiny_batch, tiny_model
 
 from rehyat_jax import evaluate
 from rehyat_jax.attention.features.config import FeatureMapConfig
-from rehyat_jax.attention.form import FORMS, HybridConfig, make_form
+from rehyat_jax.attention.form import FORMS, make_form
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.attention.hybrid.api import hybrid_attention_weights
 from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.attention_error import attention_differences

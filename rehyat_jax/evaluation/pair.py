@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rehyat_jax.attention.form import HybridConfig
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
 from rehyat_jax.files.shown import shown
