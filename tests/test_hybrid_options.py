@@ -174,17 +174,21 @@ def test_wrong_options_are_named(change, message):
 KERNEL_SIZES = dict(head_dim=64, features=128)
 
 
-def kernel_case(form, options, causal, implementation, groups=None, dtype=np.float32):
-    """Output and gradients, also of the gains of queries and keys, of one call or of calls on groups of frames."""
+def kernel_case(form, options, causal, implementation, groups=None, dtype=np.float32, features=128):
+    """Output and gradients, also of the gains of queries and keys, of one call or of calls on groups of frames.
+
+    Without features, there is only the window.
+    """
     gains = np.random.default_rng(3).uniform(0.5, 2, (2, 1, form[0] * form[1], 2))
-    arrays = (*make_arrays(*form[:2], dtype=dtype, **KERNEL_SIZES), *map(jnp.asarray, gains.astype(dtype)))
+    arrays = make_arrays(*form[:2], dtype=dtype, **KERNEL_SIZES)
+    arrays = (*arrays[:3], *(phi[..., :features] for phi in arrays[3:]), *map(jnp.asarray, gains.astype(dtype)))
     per_head = {name: jnp.asarray(array, dtype) for name, array in options.items()}
 
     def attend(query, key, value, phi_query, phi_key, query_gain, key_gain, per_head):
         outputs, state = [], None
         for start, stop in groups or [(0, form[0])]:
             part = slice(start * form[1], stop * form[1])
-            call = attention(form, causal, "joint", implementation, **per_head)
+            call = attention(form[:4], causal, "joint", implementation, anchor_frames=(*form, 0)[4], **per_head)
             tokens = (x[:, part] for x in (query, key, value))
             phis = (
                 InlineFeatures(phi[:, part], (), identity, gain[:, part])
@@ -208,24 +212,37 @@ def kernel_case(form, options, causal, implementation, groups=None, dtype=np.flo
 
 
 @pytest.mark.parametrize(
-    "form, options, causal, groups",
+    "form, options, causal, groups, features",
     [
-        ((7, 9, 3, 1), {}, True, None),  # padded frames, a ragged chunk
-        ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, None),
-        ((6, 8, 2, 2), {"log_decay": LOG_DECAY}, False, None),
-        ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, [(0, 2), (2, 6), (6, 7)]),
+        ((7, 9, 3, 1), {}, True, None, 128),  # padded frames, a ragged chunk
+        ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, None, 128),
+        ((6, 8, 2, 2, 1), {"log_decay": LOG_DECAY}, False, None, 128),
+        ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, [(0, 2), (2, 6), (6, 7)], 128),
+        ((8, 9, 3, 1, 3), {}, True, None, 128),  # the second window begins with an anchor
+        ((7, 8, 2, 1, 2), {"log_decay": LOG_DECAY}, True, [(0, 2), (2, 6), (6, 7)], 128),
+        ((7, 9, 3, 1), {}, True, None, 0),
+        ((7, 8, 2, 1, 1), {}, True, [(0, 2), (2, 6), (6, 7)], 0),
     ],
-    ids=["gains", "decay", "both directions", "parts"],
+    ids=[
+        "gains",
+        "decay",
+        "both directions",
+        "decay in parts",
+        "anchors",
+        "anchors in parts",
+        "window",
+        "window in parts",
+    ],
 )
-def test_gains_and_decay_run_inside_the_tpu_kernels(form, options, causal, groups):
+def test_all_options_but_branches_run_inside_the_tpu_kernels(form, options, causal, groups, features):
     with jax.enable_x64(True):
-        expected = kernel_case(form, options, causal, "reference", dtype=np.float64)
+        expected = kernel_case(form, options, causal, "reference", dtype=np.float64, features=features)
     with tpu_kernels_as_xla():
-        found = kernel_case(form, options, causal, "pallas_tpu", groups)
+        found = kernel_case(form, options, causal, "pallas_tpu", groups, features=features)
     assert_close(found, expected, TPU_F32)
 
 
-def test_decay_runs_inside_the_tpu_kernels_on_a_mesh():
+def test_the_tpu_kernels_take_anchors_and_decay_on_a_mesh():
     form = (7, 8, 2, 1)
     arrays = make_arrays(*form[:2], dtype=np.float32, **KERNEL_SIZES)
 
@@ -233,11 +250,12 @@ def test_decay_runs_inside_the_tpu_kernels_on_a_mesh():
         *tokens, log_decay = arrays
         options = dict(zip(("tokens_per_frame", "chunk_frames", "overlap_frames"), form[1:], strict=True))
         options |= dict(num_frames=form[0], log_decay=log_decay, implementation="pallas_tpu", causal=False)
+        options |= dict(anchor_frames=1)
         output = hybrid_attention_on_mesh(*(padded(array, form, 2) for array in tokens), **options)
         return output[:, : form[0] * form[1]]
 
     def dense(*arrays):
-        return attention(form, False, "row_max", log_decay=arrays[-1])(*arrays[:-1])
+        return attention(form, False, "row_max", log_decay=arrays[-1], anchor_frames=1)(*arrays[:-1])
 
     with jax.enable_x64(True):
         wide = [jnp.asarray(array, jnp.float64) for array in (*arrays, LOG_DECAY)]

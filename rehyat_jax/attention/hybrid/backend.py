@@ -114,9 +114,10 @@ class Request:
         return dataclasses.replace(self, phi_query=as_array(self.phi_query), phi_key=phi_key)
 
 
-def _sums_by_xla(
+def sums_by_xla(
     phi_key: jax.Array | InlineFeatures, value: jax.Array, geometry: ChunkGeometry, num_frames: jax.Array | None
 ) -> tuple[LinearState, LinearState]:
+    """`Backend.video_sums` by XLA."""
     phi_key = without_padding(as_array(phi_key), geometry, num_frames)
     split = max(value.shape[1] - geometry.overlap_frames * geometry.tokens_per_frame, 0)
     before = sum_keys(phi_key[:, :split], value[:, :split])
@@ -153,7 +154,7 @@ class Backend:
     why_not: Callable[[Request], str | None] = _can_do_all
     takes_inline_features: bool = False
     keeps_state: bool = True
-    video_sums: Callable[..., tuple[LinearState, LinearState]] = _sums_by_xla
+    video_sums: Callable[..., tuple[LinearState, LinearState]] = sums_by_xla
 
     def __call__(self, request: Request) -> tuple[jax.Array, HybridState | None]:
         """Runs the backend. Raises ValueError if it cannot do the request."""

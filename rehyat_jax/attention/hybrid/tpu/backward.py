@@ -184,11 +184,15 @@ def window_backward(
     tiling: Tiling,
     *,
     missing_frames: jax.Array | None,
+    anchors: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Adds the softmax window's gradients to `gradients`, the present ones of the query, the key and the value.
 
-    The keys of the overlaps come first, then the chunks' own keys. Within either set a key belongs to one chunk. One
-    pass of five products a tile therefore gives all three gradients. The query's stays in VMEM until its chunk is done.
+    The keys of the overlaps come first, then the chunks' own keys, then the anchors. Within either of the first two
+    sets a key belongs to one chunk. One pass of five products a tile therefore gives all three gradients. The query's
+    stays in VMEM until its chunk is done. A block of anchors stays there while all queries pass.
+
+    Args: see `attend`.
     """
     geometry = tiling.geometry
     run = functools.partial(
@@ -204,6 +208,11 @@ def window_backward(
             first_chunk = 0 if continues else 1
             gradients = run(gradients, group=group, first_chunk=first_chunk, frames=(0, overlap))
         gradients = run(gradients, group=group, first_chunk=0, frames=(overlap, overlap + own))
+    # A video that is shorter than its anchors has one chunk, which attends to none.
+    anchor_frames = geometry.anchor_frames if continues else min(geometry.anchor_frames, geometry.num_frames)
+    for block in range(anchor_frames * tiling.key_blocks_per_frame):
+        operands = query, key, value, output_cotangent, log_sum_exp, delta
+        gradients = _anchor_backward(operands, gradients, anchors, block, tiling)
     return gradients
 
 
@@ -227,7 +236,6 @@ def _window_part_backward(
     key_steps = (frames[1] - frames[0]) * parts
     num_query_blocks, num_key_blocks = tiling.tokens // rows, key.shape[1] // tiling.key_block
     window = functools.partial(window_block, tiling=tiling, continues=missing_frames is not None)
-    key_tiles = tiling.key_tiles()
     # A ragged last chunk may end before this group.
     last_begins = (geometry.num_chunks - 1) * geometry.chunk_frames * tiling.frame + group * tiling.backward_group
     num_chunks = geometry.num_chunks - (last_begins >= tiling.tokens) - first_chunk
@@ -239,16 +247,12 @@ def _window_part_backward(
         return (chunk + first_chunk) * blocks_per_chunk + group * query_steps + query_step
 
     def key_block_of(chunk, key_step):
-        return window(chunk + first_chunk, key_step + frames[0] * parts)
+        return window(chunk + first_chunk, key_step + (geometry.anchor_frames + frames[0]) * parts)
 
     def kernel(inputs, outputs, scratch):
         chunk, key_step, query_step = (pl.program_id(axis) for axis in (2, 3, 4))
         key_block = key_block_of(chunk, key_step)
-        key, value, d_query, d_key, d_value = (
-            inputs["key"],
-            inputs["value"],
-            *(scratch[name] for name in ("d_query", "d_key", "d_value")),
-        )
+        d_query, d_key, d_value = (scratch[name] for name in ("d_query", "d_key", "d_value"))
         queries = pl.ds(pl.multiple_of(query_step * rows, 8), rows)
         is_query_block = query_block_of(chunk, query_step) < num_query_blocks
         is_key_block = (key_block >= 0) & (key_block < num_key_blocks)
@@ -265,22 +269,9 @@ def _window_part_backward(
             d_key[...] = inputs["d_key"][...].astype(jnp.float32) / score_gradient
             d_value[...] = inputs["d_value"][...].astype(jnp.float32)
 
-        def add(tiles):
-            for start, size in tiles:
-                columns = pl.ds(start, size)
-                tile_query, cotangent = inputs["query"][columns, :], inputs["cotangent"][columns, :]
-                tile_log_sum_exp, tile_delta = inputs["log_sum_exp"][:, columns], inputs["delta"][:, columns]
-                d_rows = pl.ds(pl.multiple_of(query_step * rows + start, 8), size)
-                for low, high in key_tiles:
-                    part_key, part_value = key[low:high, :], value[low:high, :]
-                    weights = jnp.exp2(dot(part_key, tile_query, NT) * scale - tile_log_sum_exp)
-                    if tiling.is_padded:
-                        weights = jnp.where(is_key(jax.lax.rem(key_block, parts), low, high - low, tiling), weights, 0)
-                    d_value[low:high, :] += dot(weights.astype(cotangent.dtype), cotangent, NN)
-                    d_scores = weights * (dot(part_value, cotangent, NT) - tile_delta)
-                    d_scores = d_scores.astype(tile_query.dtype)
-                    d_key[low:high, :] += dot(d_scores, tile_query, NN)
-                    d_query[d_rows, :] += dot(d_scores, part_key, TN)
+        add = functools.partial(
+            _add_tiles, inputs, (d_query, d_key, d_value), key_block, query_step * rows, tiling, scale
+        )
 
         @pl.when(is_query_block & is_key_block)
         def _():
@@ -332,6 +323,108 @@ def _window_part_backward(
             "d_value": pltpu.VMEM((tiling.key_block, head_dim), jnp.float32),
         },
         parallel=3,
+        aliases={name: name for name in ("d_query", "d_key", "d_value")},
+    )
+    return tuple(view.unview(results[name]) for view, name in zip(views, ("d_query", "d_key", "d_value"), strict=True))
+
+
+def _add_tiles(inputs, gradients, key_block, first_row, tiling: Tiling, scale: float, tiles) -> None:
+    """Adds the gradients of the scores between a block of keys and tiles of a block of queries.
+
+    Args:
+      inputs: the kernel's "query", "cotangent", "log_sum_exp", "delta", "key" and "value".
+      gradients: float32 references: of queries, of which the block's begin at `first_row`, of the keys and the values.
+      key_block: number of the block of keys among all.
+      scale: see `score_scale`.
+      tiles: (start, size) of the tiles, in queries of the block.
+    """
+    d_query, d_key, d_value = gradients
+    key, value = inputs["key"], inputs["value"]
+    for start, size in tiles:
+        columns = pl.ds(start, size)
+        tile_query, cotangent = inputs["query"][columns, :], inputs["cotangent"][columns, :]
+        tile_log_sum_exp, tile_delta = inputs["log_sum_exp"][:, columns], inputs["delta"][:, columns]
+        d_rows = pl.ds(pl.multiple_of(first_row + start, 8), size)
+        for low, high in tiling.key_tiles():
+            part_key, part_value = key[low:high, :], value[low:high, :]
+            weights = jnp.exp2(dot(part_key, tile_query, NT) * scale - tile_log_sum_exp)
+            if tiling.is_padded:
+                part = jax.lax.rem(key_block, tiling.key_blocks_per_frame)
+                weights = jnp.where(is_key(part, low, high - low, tiling), weights, 0)
+            d_value[low:high, :] += dot(weights.astype(cotangent.dtype), cotangent, NN)
+            d_scores = weights * (dot(part_value, cotangent, NT) - tile_delta)
+            d_scores = d_scores.astype(tile_query.dtype)
+            d_key[low:high, :] += dot(d_scores, tile_query, NN)
+            d_query[d_rows, :] += dot(d_scores, part_key, TN)
+
+
+def _anchor_backward(
+    operands: tuple[jax.Array, ...],
+    gradients: tuple[jax.Array, jax.Array, jax.Array],
+    anchors: jax.Array | None,
+    block: int,
+    tiling: Tiling,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`window_backward` for one block of the anchors' keys and the queries of all chunks that attend to it."""
+    query, key, value, output_cotangent, log_sum_exp, delta = operands
+    batch, _, heads, head_dim = query.shape
+    rows, parts = tiling.backward_block, tiling.key_blocks_per_frame
+    score_gradient, scale = head_dim**-0.5, score_scale(head_dim)
+    num_query_blocks = tiling.tokens // rows
+    blocks_per_chunk = tiling.geometry.chunk_frames * tiling.frame // rows
+
+    def kernel(inputs, outputs, scratch):
+        query_block = pl.program_id(2)
+        d_query, d_key, d_value = (scratch[name] for name in ("d_query", "d_key", "d_value"))
+        d_query[...] = inputs["d_query"][...].astype(jnp.float32) / score_gradient
+
+        @pl.when(query_block == 0)
+        def _():
+            d_key[...] = inputs["d_key"][...].astype(jnp.float32) / score_gradient
+            d_value[...] = inputs["d_value"][...].astype(jnp.float32)
+
+        @pl.when(block < inputs["anchors"][jax.lax.div(query_block, blocks_per_chunk)] * parts)
+        def _():
+            add = functools.partial(_add_tiles, inputs, (d_query, d_key, d_value), block, 0, tiling, scale)
+            for_tiles(rows, _COLUMNS, rows // _COLUMNS or 1, add)
+
+        outputs["d_query"][...] = (d_query[...] * score_gradient).astype(outputs["d_query"].dtype)
+
+        @pl.when(query_block == num_query_blocks - 1)
+        def _():
+            outputs["d_key"][...] = (d_key[...] * score_gradient).astype(outputs["d_key"].dtype)
+            outputs["d_value"][...] = d_value[...].astype(outputs["d_value"].dtype)
+
+    queries, keys = lambda query_block: query_block, lambda query_block: block
+    d_query, d_key, d_value = gradients
+    views = [HeadBlocks.of(array) for array in gradients]
+    results = call_kernel(
+        "hybrid_anchor_backward",
+        kernel,
+        (batch, heads, num_query_blocks),
+        {
+            "query": token_blocks(query, rows, queries),
+            "cotangent": token_blocks(output_cotangent, rows, queries),
+            "log_sum_exp": row_blocks(log_sum_exp, rows, queries),
+            "delta": row_blocks(delta, rows, queries),
+            "key": token_blocks(key, tiling.key_block, keys),
+            "value": token_blocks(value, tiling.key_block, keys),
+            "d_query": token_blocks(d_query, rows, queries),
+            "d_key": token_blocks(d_key, tiling.key_block, keys),
+            "d_value": token_blocks(d_value, tiling.key_block, keys),
+            "anchors": scalars(anchors),
+        },
+        {
+            "d_query": (views[0].shape, views[0].spec(rows, queries)),
+            "d_key": (views[1].shape, views[1].spec(tiling.key_block, keys)),
+            "d_value": (views[2].shape, views[2].spec(tiling.key_block, keys)),
+        },
+        {
+            "d_query": pltpu.VMEM((rows, head_dim), jnp.float32),
+            "d_key": pltpu.VMEM((tiling.key_block, head_dim), jnp.float32),
+            "d_value": pltpu.VMEM((tiling.key_block, head_dim), jnp.float32),
+        },
+        parallel=2,
         aliases={name: name for name in ("d_query", "d_key", "d_value")},
     )
     return tuple(view.unview(results[name]) for view, name in zip(views, ("d_query", "d_key", "d_value"), strict=True))

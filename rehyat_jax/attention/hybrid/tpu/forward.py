@@ -6,6 +6,7 @@ complete registers, and reductions over keys are elementwise. Exponents are in b
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,19 +53,24 @@ def needs_running_maximum(
 
     Args:
       query_squares: largest squared norm of every frame's queries, [batch, heads, frames].
-      key_squares: the same of keys; with `continues` they begin with the first chunk's overlap.
+      key_squares: the same of keys; with `continues` they begin with the anchors and the first chunk's overlap.
     """
     geometry = tiling.geometry
-    frame = np.arange(key_squares.shape[2]) + (0 if not continues else -geometry.overlap_frames)
+    place = np.arange(key_squares.shape[2])
+    frame = place - (geometry.anchor_frames + geometry.overlap_frames if continues else 0)
     chunk = np.arange(geometry.num_chunks)[:, None]
-    in_chunk = (frame >= chunk * geometry.chunk_frames) & (frame < (chunk + 1) * geometry.chunk_frames)
-    in_overlap = (frame < chunk * geometry.chunk_frames) & (
-        frame >= chunk * geometry.chunk_frames - geometry.overlap_frames
+    is_anchor = place < geometry.anchor_frames
+    of_part = ~is_anchor if continues else np.ones_like(is_anchor)
+    in_chunk = of_part & (frame >= chunk * geometry.chunk_frames) & (frame < (chunk + 1) * geometry.chunk_frames)
+    in_overlap = (
+        of_part
+        & (frame < chunk * geometry.chunk_frames)
+        & (frame >= chunk * geometry.chunk_frames - geometry.overlap_frames)
     )
     largest = lambda squares, frames: jnp.where(frames, squares[:, :, None], 0).max(axis=-1)
     query_frames = in_chunk[:, -query_squares.shape[2] :]
     bound = score_scale(head_dim) * jnp.sqrt(
-        largest(query_squares, query_frames) * largest(key_squares, in_chunk | in_overlap)
+        largest(query_squares, query_frames) * largest(key_squares, in_chunk | in_overlap | is_anchor)
     )
     return jnp.where(bound <= FIXED_SHIFT_LIMIT, 0, 1).astype(jnp.int32)
 
@@ -73,26 +79,30 @@ def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    features: InlineFeatures,
-    states: jax.Array,
+    features: InlineFeatures | None,
+    states: jax.Array | None,
     is_running: jax.Array,
     tiling: Tiling,
     *,
     causal: bool,
     stabilizer: str,
     missing_frames: jax.Array | None,
+    anchors: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Attention to the window and to the state of the queries' chunk, jointly normalised.
 
     Args:
       query: [batch, tokens, heads, head_dim].
-      key, value: the same; if missing_frames is given, with the overlap_frames before the first chunk in front.
-      features: phi_query.
+      key, value: the same; if missing_frames is given, with the anchors and the overlap_frames before the first chunk
+        in front.
+      features: phi_query; None for attention to the window alone.
       states: states of every chunk, float32 [chunks, batch, heads, state_rows, features]; not read where
         `has_linear_keys` is false.
       is_running: int32 [batch, heads, chunks], 1 where the exponents of a chunk are relative to a running maximum.
       missing_frames: number of frames at the start and at the end of each chunk's window that are not keys, int32
         [2, chunks].
+      anchors: number of anchors that each chunk attends to in addition to its window, int32 [chunks]; None without
+        anchors. They are the first frames of the keys.
 
     Returns:
       (output; the joint log-sum-exp, base 2; with "row_max" the stabilizer c, base 2, else None), the last two
@@ -101,7 +111,8 @@ def attend(
     batch, _, heads, head_dim = query.shape
     geometry, scale = tiling.geometry, score_scale(head_dim)
     parts = tiling.key_blocks_per_frame
-    steps = (geometry.chunk_frames + geometry.overlap_frames) * parts
+    anchor_steps = geometry.anchor_frames * parts
+    steps = anchor_steps + (geometry.chunk_frames + geometry.overlap_frames) * parts
     num_key_blocks = key.shape[1] // tiling.key_block
     window = functools.partial(window_block, tiling=tiling, continues=missing_frames is not None)
 
@@ -170,7 +181,10 @@ def attend(
 
         is_key_block = (key_block >= 0) & (key_block < num_key_blocks)
         if missing_frames is not None:
-            is_key_block &= is_in_window(step, chunk, inputs["missing_frames"], tiling)
+            is_key_block &= is_in_window(step - anchor_steps, chunk, inputs["missing_frames"], tiling)
+        if anchors is not None:
+            is_anchor = step < inputs["anchors"][chunk] * parts
+            is_key_block = jnp.where(step < anchor_steps, is_anchor, is_key_block)
         is_running = inputs["is_running"][0, chunk] == 1
 
         @pl.when(is_key_block & ~is_running)
@@ -217,14 +231,26 @@ def attend(
         is_last = step == steps - 1
         has_state = has_linear_keys(chunk, tiling, causal=causal, continues=missing_frames is not None)
 
-        for_queries(is_last & has_state, FEATURE_ROWS, finish)
-        for_queries(is_last & ~has_state, FEATURE_ROWS, finish_without_state)
+        if features is None:
+            for_queries(is_last, FEATURE_ROWS, finish_without_state)
+        else:
+            for_queries(is_last & has_state, FEATURE_ROWS, finish)
+            for_queries(is_last & ~has_state, FEATURE_ROWS, finish_without_state)
 
     queries = lambda block, step: block
     keys = lambda block, step: jnp.clip(window(chunk_of(block), step), 0, num_key_blocks - 1)
     output = HeadBlocks.of(query)
     row = new_rows(batch, heads, tiling.num_query_blocks, tiling.query_block, queries)
     is_row_max = stabilizer == "row_max"
+    readout: dict[str, Any] = {}
+    if features is not None:
+        gain = None if features.gain is None else query_gain_rows(features.gain, tiling)
+        readout = {
+            "source": None if features.of_own_tokens else token_blocks(features.source, tiling.query_block, queries),
+            "weights": per_head(features.weights),
+            "gain": None if gain is None else row_blocks(gain, tiling.query_block, queries),
+            "states": state_block(states, lambda block, step: chunk_of(block)),
+        }
     results = call_kernel(
         "hybrid_attend",
         kernel,
@@ -233,12 +259,7 @@ def attend(
             "query": token_blocks(query, tiling.query_block, queries),
             "key": token_blocks(key, tiling.key_block, keys),
             "value": token_blocks(value, tiling.key_block, keys),
-            "source": None if features.of_own_tokens else token_blocks(features.source, tiling.query_block, queries),
-            "weights": per_head(features.weights),
-            "gain": None
-            if features.gain is None
-            else row_blocks(query_gain_rows(features.gain, tiling), tiling.query_block, queries),
-            "states": state_block(states, lambda block, step: chunk_of(block)),
+            **readout,
             "is_running": (
                 is_running[:, :, None],
                 pl.BlockSpec(
@@ -246,6 +267,7 @@ def attend(
                 ),
             ),
             "missing_frames": scalars(missing_frames),
+            "anchors": scalars(anchors),
         },
         {"output": (output.shape, output.spec(tiling.query_block, queries)), "log_sum_exp": row}
         | ({"stabilizer": row} if is_row_max else {}),
@@ -266,12 +288,15 @@ def query_gain_rows(gain: jax.Array, tiling: Tiling) -> jax.Array:
 
 
 def window_block(chunk: jax.Array, step: jax.Array, *, tiling: Tiling, continues: bool) -> jax.Array:
-    """The `step`-th key block of a chunk's window, among all key blocks; out of range where there is none.
+    """The key block of a chunk's step, among all key blocks; out of range where there is none.
 
-    With `continues`, the keys begin with the overlap of the first chunk.
+    The first steps are those of the anchors, which are the first keys. The window's steps follow. With `continues`, the
+    overlap of the first chunk lies between the anchors and the chunk's own keys.
     """
-    first_frame = chunk * tiling.geometry.chunk_frames - (0 if continues else tiling.geometry.overlap_frames)
-    return first_frame * tiling.key_blocks_per_frame + step
+    geometry, parts = tiling.geometry, tiling.key_blocks_per_frame
+    before = geometry.anchor_frames if continues else -geometry.overlap_frames
+    in_window = (chunk * geometry.chunk_frames + before) * parts + step - geometry.anchor_frames * parts
+    return jnp.where(step < geometry.anchor_frames * parts, step, in_window) if geometry.anchor_frames else in_window
 
 
 def is_in_window(step: jax.Array, chunk: jax.Array, missing_frames: jax.Array, tiling: Tiling) -> jax.Array:

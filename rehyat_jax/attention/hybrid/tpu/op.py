@@ -12,12 +12,13 @@ from jax.custom_derivatives import SymbolicZero
 
 from rehyat_jax.attention.features.inline import InlineFeatures, as_inline, with_gain
 from rehyat_jax.attention.flat_tokens import cut, joined
-from rehyat_jax.attention.hybrid.backend import Backend, Request, why_not_gated
+from rehyat_jax.attention.hybrid.backend import Backend, Request, sums_by_xla, why_not_gated
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.attention.hybrid.tpu.backward import readout_backward, window_backward
 from rehyat_jax.attention.hybrid.tpu.decay import GIVEN, decayed_states
 from rehyat_jax.attention.hybrid.tpu.forward import attend, needs_running_maximum
+from rehyat_jax.attention.hybrid.tpu.gain import gain_rows
 from rehyat_jax.attention.hybrid.tpu.states import (
     Walk,
     chunk_states,
@@ -39,6 +40,7 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
     query, key, value, geometry = request.query, request.key, request.value, request.geometry
     initial_state, num_frames, causal = request.initial_state, request.num_frames, request.causal
     phi_query, phi_key = (as_inline(features, query.dtype) for features in (request.phi_query, request.phi_key))
+    has_linear = phi_key.shape[-1] > 0
     tiling = Tiling.choose(
         geometry,
         head_dim=query.shape[-1],
@@ -47,10 +49,54 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
         continues=initial_state is not None,
     )
     pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
-    operands = {
-        "query": pad(query),
-        "key": pad(key),
-        "value": pad(value),
+    operands: dict[str, Any] = {"query": pad(query), "key": pad(key), "value": pad(value)}
+    anchors = _anchors(request)
+    if anchors:
+        chunk = np.arange(geometry.num_chunks) + (0 if initial_state is None else initial_state.chunks)
+        frames = chunk * geometry.chunk_frames - geometry.overlap_frames
+        operands["anchors"] = jnp.clip(frames, 0, geometry.anchor_frames).astype(jnp.int32)
+    if initial_state is not None:
+        # Anchors and the first chunk's overlap go before the keys.
+        operands["state_value"] = operands["value"]
+        for name in ("key", "value"):
+            operands[name] = joined(pad(getattr(initial_state, f"overlap_{name}")), operands[name])
+            if anchors:
+                operands[name] = joined(pad(anchors[f"anchor_{name}"]), operands[name])
+        operands["missing_frames"] = _missing_frames(tiling.geometry, initial_state.chunks > 0, num_frames)
+    functions = phi_query.function, phi_key.function
+    call = _Call(tiling, query.shape[2], request.return_state, causal, request.stabilizer, *functions)
+    if has_linear:
+        operands |= _linear_operands(request, phi_query, phi_key, pad, tiling)
+        output, past, overlap = _attention(call, _views(operands))
+    else:
+        operands.pop("state_value", None)
+        output, past, overlap = _window(call, _views(operands)), None, None
+    output = _drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
+    if not request.return_state:
+        return output, None
+
+    split = geometry.overlap_start - geometry.chunk_frames * geometry.tokens_per_frame or key.shape[1]
+    final_state = HybridState(
+        past=_sums_of_rows(past) if has_linear else request.zero_state.past,
+        overlap=_sums_of_rows(overlap) if has_linear else request.zero_state.overlap,
+        overlap_key=cut(key, split, None),
+        overlap_value=cut(value, split, None),
+        chunks=(0 if initial_state is None else initial_state.chunks) + jnp.int32(geometry.num_chunks),
+        **anchors,
+    )
+    return output, final_state
+
+
+def _linear_operands(
+    request: Request,
+    phi_query: InlineFeatures,
+    phi_key: InlineFeatures,
+    pad: Callable[[jax.Array], jax.Array],
+    tiling: Tiling,
+) -> dict[str, Any]:
+    """The operands of the linear branch; `pad` appends zeros to frames."""
+    initial_state, causal = request.initial_state, request.causal
+    operands: dict[str, Any] = {
         "query_source": None if phi_query.of_own_tokens else pad(phi_query.source),
         "key_source": None if phi_key.of_own_tokens else pad(phi_key.source),
         "query_weights": phi_query.weights,
@@ -58,41 +104,36 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
     }
     gains = {"query_gain": phi_query.gain, "key_gain": with_gain(phi_key, request.key_gain()).gain}
     if not causal and request.log_decay is not None:
-        gains["future_key_gain"] = with_gain(phi_key, request.key_gain(future=True)).gain
+        gains[_FUTURE_GAIN] = with_gain(phi_key, request.key_gain(future=True)).gain
     operands |= {name: pad(gain) for name, gain in gains.items() if gain is not None}
     if request.log_decay is not None:
         operands["log_decay"] = request.chunk_log_decay
     if initial_state is not None:
-        # The first chunk's overlap goes before the keys. Its sums are in the state, so it is not a source of features.
+        # The sums of the overlap are in the state, so the keys, which begin with it, are no source of features.
         operands |= {
             "key_source": pad(phi_key.source),
-            "state_value": operands["value"],
-            "key": joined(pad(initial_state.overlap_key), operands["key"]),
-            "value": joined(pad(initial_state.overlap_value), operands["value"]),
             "past": _sum_rows(initial_state.past),
             "overlap": _sum_rows(initial_state.overlap),
-            "missing_frames": _missing_frames(tiling.geometry, initial_state.chunks > 0, num_frames),
         }
     if request.later is not None:
         operands["later"] = _sum_rows(request.later)
-    if num_frames is not None and not causal:
-        operands["padding_frames"] = (tiling.geometry.num_frames - num_frames)[None]
-    functions = phi_query.function, phi_key.function
-    call = _Call(tiling, query.shape[2], request.return_state, causal, request.stabilizer, *functions)
-    output, past, overlap = _attention(call, _views(operands))
-    output = _drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
-    if not request.return_state:
-        return output, None
+    if request.num_frames is not None and not causal:
+        operands["padding_frames"] = (tiling.geometry.num_frames - request.num_frames)[None]
+    return operands
 
-    split = geometry.overlap_start - geometry.chunk_frames * geometry.tokens_per_frame or key.shape[1]
-    final_state = HybridState(
-        past=_sums_of_rows(past),
-        overlap=_sums_of_rows(overlap),
-        overlap_key=cut(key, split, None),
-        overlap_value=cut(value, split, None),
-        chunks=(0 if initial_state is None else initial_state.chunks) + jnp.int32(geometry.num_chunks),
-    )
-    return output, final_state
+
+def _anchors(request: Request) -> dict[str, jax.Array]:
+    """The keys and values of the anchors, as a state has them; empty without anchors."""
+    count = request.geometry.anchor_frames * request.geometry.tokens_per_frame
+    if not count:
+        return {}
+    found = {}
+    for name, tokens in (("anchor_key", request.key), ("anchor_value", request.value)):
+        own = cut(tokens, 0, min(count, tokens.shape[1]))
+        own = jnp.pad(own, ((0, 0), (0, count - own.shape[1]), (0, 0), (0, 0)))
+        before = None if request.initial_state is None else getattr(request.initial_state, name)
+        found[name] = own if before is None else jnp.where(request.initial_state.chunks == 0, own, before)
+    return found
 
 
 def video_sums(
@@ -100,6 +141,8 @@ def video_sums(
 ) -> tuple[LinearState, LinearState]:
     """Sums over the frames before the video's last overlap_frames, and over all its frames, by the same kernels."""
     phi_key = as_inline(phi_key, value.dtype)
+    if not phi_key.shape[-1]:
+        return sums_by_xla(phi_key, value, geometry, num_frames)
     tiling = Tiling.choose(geometry, head_dim=value.shape[-1], source_width=phi_key.source.shape[-1], dtype=value.dtype)
     # The video is treated as one chunk before another one; see `_Call.video_walk`.
     whole = dataclasses.replace(tiling.geometry, chunk_frames=tiling.geometry.num_frames)
@@ -126,13 +169,11 @@ def why_not(request: Request) -> str | None:
     query, instead = request.query, 'use implementation="xla"'
     if problem := why_not_gated(request):
         return problem
-    if request.geometry.anchor_frames:
-        return f"anchor_frames={request.geometry.anchor_frames}, only 0: {instead}"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
     if query.shape[-1] % 64:
         return f"query of head_dim {query.shape[-1]}, only of multiples of 64: {instead}"
-    if request.phi_query.shape[-1] % 128:
+    if request.phi_query.shape[-1] % 128:  # none is right: attention to the window alone
         return f"phi_query of {request.phi_query.shape[-1]} features, only of multiples of 128: {instead}"
     return None
 
@@ -248,6 +289,7 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
         causal=call.causal,
         stabilizer=call.stabilizer,
         missing_frames=operands.get("missing_frames"),
+        anchors=operands.get("anchors"),
     )
     output = HeadBlocks.of(output).view(output)
     output, log_sum_exp, stabilizer, states = kept((output, log_sum_exp, stabilizer, states))
@@ -395,11 +437,62 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
             tuple(begin),
             call.tiling,
             missing_frames=operands.get("missing_frames"),
+            anchors=operands.get("anchors"),
         )
     return (_views(gradients),)
 
 
 _attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _window(call: _Call, operands: dict[str, Any]) -> jax.Array:
+    """Attention to the window and the anchors alone; token arrays are views."""
+    return _window_forward(call, operands)[0]
+
+
+def _window_forward(call: _Call, operands: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
+    arrays = _unviews(operands, call.heads)
+    query, key = arrays["query"], arrays["key"]
+    squares = (_frame_squares(tokens, call.tiling.frame) for tokens in (query, key))
+    continues = "missing_frames" in operands
+    output, log_sum_exp, _ = attend(
+        query,
+        key,
+        arrays["value"],
+        None,
+        None,
+        needs_running_maximum(*squares, query.shape[-1], call.tiling, continues=continues),
+        call.tiling,
+        causal=True,
+        stabilizer="",
+        missing_frames=operands.get("missing_frames"),
+        anchors=operands.get("anchors"),
+    )
+    output, log_sum_exp = kept((HeadBlocks.of(output).view(output), log_sum_exp))
+    return output, (operands, output, log_sum_exp)
+
+
+def _window_backward(call: _Call, saved: tuple[Any, ...], d_output: jax.Array) -> tuple[dict[str, Any]]:
+    operands, output, log_sum_exp = saved
+    operands, tiling = _unviews(operands, call.heads), call.tiling
+    output, d_output = unview(output, call.heads), unview(d_output, call.heads)
+    delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(axis=-1)
+    names = ("query", "key", "value")
+    found = window_backward(
+        *(operands[name] for name in names),
+        d_output,
+        log_sum_exp,
+        gain_rows(delta, tiling.tokens // tiling.backward_block, tiling.backward_block),
+        tuple(jnp.zeros_like(operands[name]) for name in names),
+        tiling,
+        missing_frames=operands.get("missing_frames"),
+        anchors=operands.get("anchors"),
+    )
+    return (_views(dict.fromkeys(operands) | dict(zip(names, found, strict=True))),)
+
+
+_window.defvjp(_window_forward, _window_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -96,9 +96,10 @@ class Tiling:
         frames fills 37 by 99%.
 
         Args:
-          continues: True if the overlap of earlier frames goes before the keys.
+          continues: True if anchors and the overlap of earlier frames go before the keys.
         """
-        lengths = [geometry.num_frames, geometry.num_frames + geometry.overlap_frames * continues]
+        before = geometry.anchor_frames + geometry.overlap_frames if continues else 0
+        lengths = [geometry.num_frames, geometry.num_frames + before]
         unit = _block_unit(dtype, [frames * geometry.tokens_per_frame for frames in lengths])
         chunk_frames = min(geometry.chunk_frames, geometry.num_frames)
         vmem = _Vmem(max(head_dim, LANES), max(source_width, LANES), np.dtype(dtype).itemsize)
