@@ -80,7 +80,7 @@ def hybrid_attention(
         - "pallas_tpu": fused kernels for TPUs;
         - "pallas_gpu": one fused kernel forward, cuDNN's backward, head_dim 128, for Hopper GPUs;
         - None: the best one that can do the request on the platform that the program is compiled for.
-        The first three support forward mode (`jax.jvp`) and all arguments. Others name what they cannot do.
+        The first three support forward mode (`jax.jvp`).
       initial_state: the state returned with the preceding chunks of the same video; None at its start.
       return_state: also return the state that continues the video. Only after complete chunks.
       later: sums over the frames after these (`hybrid_key_sums`). Bidirectional attention needs them to continue a

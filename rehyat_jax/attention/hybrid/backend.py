@@ -125,11 +125,6 @@ def sums_by_xla(
     return before, jax.tree.map(jax.numpy.add, before, overlap)
 
 
-def why_not_gated(request: Request) -> str | None:
-    """The reason of a backend whose kernels normalise both branches jointly."""
-    return None if request.branch_gate is None else 'branch_gate, only joint normalisation: use implementation="xla"'
-
-
 def _can_do_all(request: Request) -> str | None:
     return None
 

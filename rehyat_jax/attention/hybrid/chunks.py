@@ -1,5 +1,6 @@
 """All chunks of a video as a batch: the softmax window and the linear state that each chunk's queries read."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from rehyat_jax.attention.features.inline import with_gain
 from rehyat_jax.attention.hybrid.backend import Request
 from rehyat_jax.attention.hybrid.linear_products import sum_keys
+from rehyat_jax.attention.hybrid.parts import SoftmaxPart, gated_merge, linear_part
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 
 # attend(query, key, value, num_keys, phi_query, linear, stabilizer=...) -> output; see `attend_chunks`.
@@ -81,6 +83,40 @@ def attend_chunks(attend: AttendWindow, request: Request) -> tuple[jax.Array, Hy
         **anchors,
     )
     return geometry.join(jnp.moveaxis(output, 1, 0)), final_state
+
+
+def attend_branches(
+    run: Callable[[Request], tuple[jax.Array, HybridState | None]], request: Request
+) -> tuple[jax.Array, HybridState]:
+    """Two branches that are normalised separately (`branch_gate`): the window by a backend, the linear branch by XLA.
+
+    Args:
+      run: runs the backend without a linear branch.
+      request: a request with a branch_gate.
+    """
+    state = request.initial_state
+    nothing = jnp.zeros((*request.query.shape[:3], 0), request.query.dtype)
+    alone = dataclasses.replace(
+        request,
+        phi_query=nothing,
+        phi_key=nothing,
+        causal=True,
+        initial_state=None if state is None else state.without_sums(),
+        return_state=False,
+        later=None,
+        log_decay=None,
+        branch_gate=None,
+    )
+    window = jnp.moveaxis(request.geometry.split(run(alone)[0]), 0, 1)
+
+    def attend(query, key, value, num_keys, phi_query, linear, *, stabilizer, branch_gate):
+        del key, value, num_keys, stabilizer
+        linear_branch = linear_part(phi_query, linear)
+        alone = jnp.zeros_like(linear_branch.mass)
+        softmax = SoftmaxPart.of_output(window, alone, alone)
+        return gated_merge(softmax, linear_branch, branch_gate).astype(query.dtype)
+
+    return attend_chunks(attend, request.with_arrays())
 
 
 def _windows(chunks: jax.Array, initial_overlap: jax.Array, overlap_start: int, chunk_tokens: jax.Array) -> jax.Array:

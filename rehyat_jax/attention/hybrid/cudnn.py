@@ -4,8 +4,8 @@ import functools
 
 import jax
 
-from rehyat_jax.attention.hybrid.backend import Backend, Request, why_not_gated
-from rehyat_jax.attention.hybrid.chunks import attend_chunks
+from rehyat_jax.attention.hybrid.backend import Backend, Request
+from rehyat_jax.attention.hybrid.chunks import attend_branches, attend_chunks
 from rehyat_jax.attention.hybrid.gpu.cudnn_calls import cudnn_backward, cudnn_forward, why_not_cudnn
 from rehyat_jax.attention.hybrid.gpu.flash_merge import merged_forward
 from rehyat_jax.attention.hybrid.gpu.fused_window import WindowKernels, attend_window_fused
@@ -19,7 +19,9 @@ def run(request: Request) -> tuple[jax.Array, HybridState]:
 
     Both stabilizers are exact. "row_max" takes a second cuDNN pass over the window's scores, in the forward pass only.
     """
+    if request.branch_gate is not None:
+        return attend_branches(run, request)
     return attend_chunks(functools.partial(attend_window_fused, KERNELS), request)
 
 
-BACKEND = Backend("cudnn", run, why_not=lambda request: why_not_gated(request) or why_not_cudnn(request.query))
+BACKEND = Backend("cudnn", run, why_not=lambda request: why_not_cudnn(request.query))

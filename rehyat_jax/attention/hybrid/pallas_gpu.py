@@ -4,8 +4,8 @@ import functools
 
 import jax
 
-from rehyat_jax.attention.hybrid.backend import Backend, Request, why_not_gated
-from rehyat_jax.attention.hybrid.chunks import attend_chunks
+from rehyat_jax.attention.hybrid.backend import Backend, Request
+from rehyat_jax.attention.hybrid.chunks import attend_branches, attend_chunks
 from rehyat_jax.attention.hybrid.gpu.cudnn_calls import cudnn_backward
 from rehyat_jax.attention.hybrid.gpu.fused_window import WindowKernels, attend_window_fused
 from rehyat_jax.attention.hybrid.gpu.hopper import hopper_window_forward, why_not_hopper
@@ -19,11 +19,13 @@ def run(request: Request) -> tuple[jax.Array, HybridState]:
 
     The Mosaic GPU kernel needs warpgroup instructions that only compute capability 9.0 has.
     """
+    if request.branch_gate is not None:
+        return attend_branches(run, request)
     return attend_chunks(functools.partial(attend_window_fused, KERNELS), request)
 
 
 BACKEND = Backend(
     "pallas_gpu",
     run,
-    why_not=lambda request: why_not_gated(request) or why_not_hopper(request.query, request.phi_query),
+    why_not=lambda request: why_not_hopper(request.query, request.phi_query),
 )

@@ -111,6 +111,11 @@ class HybridState:
         form = f", form={tuple(self.form)}" if self.form else ""
         return f"HybridState(chunks={chunks}, past={self.past}, overlap={self.overlap}, {overlap}{form})"
 
+    def without_sums(self) -> "HybridState":
+        """The state for attention to the window alone: sums of no features."""
+        none = lambda sums: LinearState(sums.state[..., :0, :], sums.normalizer[..., :0])
+        return dataclasses.replace(self, past=none(self.past), overlap=none(self.overlap))
+
     @classmethod
     def zeros(
         cls,

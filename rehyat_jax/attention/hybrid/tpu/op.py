@@ -12,7 +12,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from rehyat_jax.attention.features.inline import InlineFeatures, as_inline, with_gain
 from rehyat_jax.attention.flat_tokens import cut, joined
-from rehyat_jax.attention.hybrid.backend import Backend, Request, sums_by_xla, why_not_gated
+from rehyat_jax.attention.hybrid.backend import Backend, Request, sums_by_xla
+from rehyat_jax.attention.hybrid.chunks import attend_branches
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.attention.hybrid.tpu.backward import readout_backward, window_backward
@@ -37,6 +38,8 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
     Inlined features never leave the chip. Differentiation runs one kernel for the readout of the states and one for
     their keys. It runs two more for the softmax window only if the gradient of a query, key or value is wanted.
     """
+    if request.branch_gate is not None:
+        return attend_branches(run, request)
     query, key, value, geometry = request.query, request.key, request.value, request.geometry
     initial_state, num_frames, causal = request.initial_state, request.num_frames, request.causal
     phi_query, phi_key = (as_inline(features, query.dtype) for features in (request.phi_query, request.phi_key))
@@ -167,8 +170,6 @@ def video_sums(
 def why_not(request: Request) -> str | None:
     """The reason why the kernels cannot do a request, and the remedy; None if they can."""
     query, instead = request.query, 'use implementation="xla"'
-    if problem := why_not_gated(request):
-        return problem
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
     if query.shape[-1] % 64:
