@@ -310,9 +310,13 @@ def test_gradients_of_every_kind_reach_its_parameters():
     assert changed == {"log_scale"}
 
 
-@pytest.mark.parametrize("form", [form for form in EVERY_KIND if form.attends_in_parts], ids=lambda form: form.label)
-def test_every_kind_that_can_attend_in_parts_gives_the_complete_video(form):
-    config = TINY.replace(hybrid_blocks="all", hybrid=form)
+IN_PARTS = [form for form in EVERY_KIND if form.attends_in_parts]
+
+
+# The causal forms go part by part; with others in the model, it goes layer by layer.
+@pytest.mark.parametrize("forms", [[form for form in IN_PARTS if form.causal], IN_PARTS], ids=["causal", "all"])
+def test_every_kind_that_can_attend_in_parts_gives_the_complete_video(forms):
+    config = TINY.replace(num_layers=len(forms), hybrid_blocks="all", hybrid=tuple(forms))
     graphdef, params = tiny_model(config)
     model = nnx.merge(graphdef, params)
     noise = np.asarray(tiny_batch(frames=7)["latents"])

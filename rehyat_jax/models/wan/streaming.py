@@ -313,14 +313,23 @@ def _own_state(form: Form, inputs: AttentionInputs) -> Any:
 
 
 def _flat(state: HybridState) -> HybridState:
-    """The state as it is kept between parts: its overlap as flat views, see `attention.flat_tokens`."""
-    return dataclasses.replace(state, overlap_key=flat(state.overlap_key), overlap_value=flat(state.overlap_value))
+    """The state as it is kept between parts: its tokens as flat views, see `attention.flat_tokens`.
+
+    A state without anchors has an array of no anchors, so that states of all forms have one structure.
+    """
+    none = flat(state.overlap_key)[:, :0]
+    arrays = {name: flat(getattr(state, name)) for name in ("overlap_key", "overlap_value")}
+    anchors = {name: getattr(state, name) for name in ("anchor_key", "anchor_value")}
+    arrays |= {name: none if tokens is None else flat(tokens) for name, tokens in anchors.items()}
+    return dataclasses.replace(state, **arrays)
 
 
 def _with_heads(state: HybridState, heads: int) -> HybridState:
     """The inverse of `_flat`."""
-    key, value = (with_heads(view, heads) for view in (state.overlap_key, state.overlap_value))
-    return dataclasses.replace(state, overlap_key=key, overlap_value=value)
+    arrays = {name: with_heads(getattr(state, name), heads) for name in ("overlap_key", "overlap_value")}
+    anchors = {name: getattr(state, name) for name in ("anchor_key", "anchor_value")}
+    arrays |= {name: with_heads(view, heads) if view.shape[1] else None for name, view in anchors.items()}
+    return dataclasses.replace(state, **arrays)
 
 
 def _first(leaf: jax.Array, own: jax.ShapeDtypeStruct) -> jax.Array:
