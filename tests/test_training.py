@@ -72,7 +72,7 @@ def test_mixed_blocks_equal_the_same_blocks_one_by_one(blocks):
         features = model.features(model.config.hybrid, inputs, maps)
         kwargs = dict(tokens_per_frame=inputs.tokens_per_frame, chunk_frames=2, overlap_frames=1)
         return hybrid_attention(
-            inputs.query, inputs.key, inputs.value, *features, **kwargs, implementation="reference"
+            inputs.query, inputs.key, inputs.value, features.query, features.key, **kwargs, implementation="reference"
         ), None
 
     unrolled = nnx.merge(tiny_model(config, scan_layers=False)[0], params)
@@ -189,7 +189,7 @@ def test_distillation_gradients_are_those_of_each_block_on_the_teacher_s_inputs(
         features = model.features(model.config.hybrid, inputs, maps)
         kwargs = dict(tokens_per_frame=inputs.tokens_per_frame, chunk_frames=2, overlap_frames=1)
         arrays = inputs.query, inputs.key, inputs.value
-        output = hybrid_attention(*arrays, *features, **kwargs, implementation="reference")
+        output = hybrid_attention(*arrays, features.query, features.key, **kwargs, implementation="reference")
         return output, softmax_attention(*arrays)
 
     loss = lambda maps, inputs: block_loss(*output_and_target(maps, inputs))

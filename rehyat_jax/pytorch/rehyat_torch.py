@@ -241,8 +241,9 @@ def hybrid_attention(
 
             scores = part(query, start, end) @ keys.mT / query.shape[-1] ** 0.5
             linear = part(phi_query, start, end) @ (past if causal else past + future.pop())
-            outputs.append(_merged(scores, window_values, linear, stabilizer, branch_gate))
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype)
+            y = _merged(scores, window_values, linear, stabilizer, branch_gate)
+            outputs.append(y.transpose(1, 2).to(query.dtype))
+    return torch.cat(outputs, dim=1)
 
 
 def strided_attention(
@@ -268,13 +269,12 @@ def strided_attention(
         values = F.pad(value, (0, 1), value=1.0)
         is_linear = torch.arange(key.shape[2], device=key.device) % stride > 0
         linear = phi_key[:, :, is_linear].mT @ values[:, :, is_linear]
+        keys, key_values = key[:, :, ::stride].mT / key.shape[-1] ** 0.5, values[:, :, ::stride]
         outputs = [
-            _merged(
-                part @ key[:, :, ::stride].mT / key.shape[-1] ** 0.5, values[:, :, ::stride], phi @ linear, stabilizer
-            )
+            _merged(part @ keys, key_values, phi @ linear, stabilizer).transpose(1, 2).to(query.dtype)
             for part, phi in zip(query_.split(1024, dim=2), phi_query.split(1024, dim=2), strict=True)
         ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype)
+    return torch.cat(outputs, dim=1)
 
 
 def linear_attention(
