@@ -25,6 +25,7 @@ COMMANDS = [
     ["plan"],
     ["study"],
     ["studies.measure"],
+    ["studies.untrained"],
     ["compare"],
     ["evaluate"],
     ["evaluate", "vbench-videos"],

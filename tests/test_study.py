@@ -6,19 +6,24 @@ import os
 import sys
 from pathlib import Path
 
+import chex
 import pytest
-from tiny_runs import pretrained, tiny_config, write_config
+from flax import nnx
+from tiny_runs import digits_config, pretrained, tiny_config, write_config
 
 from rehyat_jax import study as command
 from rehyat_jax import train
+from rehyat_jax.attention.forms.window import WindowForm
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.studies.begun import check_definition
 from rehyat_jax.studies.definition import Study, TrainingStage, Trend, Variant, read_study, stage_config
 from rehyat_jax.studies.measure import MEASURES, measure_model
 from rehyat_jax.studies.processes import Command, Task, run_tasks
-from rehyat_jax.studies.record import Record, Run, read_record, write_record
+from rehyat_jax.studies.record import Record, Run, collect, read_record, write_record
 from rehyat_jax.studies.running import FIGURES, run_folder, run_task
 from rehyat_jax.studies.trends import sentences
+from rehyat_jax.studies.untrained import write_untrained
+from rehyat_jax.weights import load_wan
 
 STUDIES = sorted(Path("configs/studies").glob("*.py"))
 
@@ -33,12 +38,13 @@ def test_the_commands_of_a_study_train_what_its_definition_says(file, tmp_path):
         model = study.teacher
         for stage, training in zip(study.stages_of(label), trainings, strict=True):
             _, _, module, *options = training.argv
-            assert module == "rehyat_jax.train"
             found = train.parse_arguments(["train", *options]).config
             expected = stage_config(file, study, label, stage)
             with expected.unlocked():
                 expected.seed, expected.init_from = 2, model
             assert found.to_dict() == expected.to_dict()
+            is_window = [entry["kind"] for entry in found.forms] == ["window"]
+            assert module == ("rehyat_jax.studies.untrained" if is_window else "rehyat_jax.train")
             model = str(training.result)
         assert model in measurement.argv
 
@@ -94,6 +100,12 @@ def get_study():
         ("distill", "'velocity_error'", "{'hybrid.chunk_frame': 5}", "did you mean config.hybrid.chunk_frames"),
         ("distill", "'velocity_error'", "{'hybrid.chunk_frames': 'five'}", "variant 'a', stage 'one'"),
         ("distill", "'velocity_error'", "{'steps': 5}", "config.optimizer.warmup_steps"),
+        (
+            "distill",
+            "'velocity_error'",
+            "{'forms': ({'blocks': (9,), 'kind': 'window'},)}",
+            "variant 'a', stage 'one': config.forms[0].blocks must be increasing block indices below 6",
+        ),
         ("nothing", "'velocity_error'", "{}", "configs/demo_nothing.py: cannot be read"),
         ("finetune", "'velocity_error', 'attention_error'", "{}", "'attention_error' needs the teacher's parameters"),
         ("distill", "'velocity'", "{}", "wrong.py:4: ValueError: measures"),
@@ -278,7 +290,24 @@ def test_records_are_rendered_into_one_page(tmp_path, capsys):
     assert page.read_text() == before
 
 
+def test_a_record_tells_the_form_of_a_variant_in_words(tmp_path):
+    file = Path("configs/studies/forms.py")
+    variants = collect(file, read_study(file), tmp_path, {}).variants
+    assert variants["hybrid"] == "none" and variants["hybrid, bidirectional"] == "causal = False"
+    assert variants["strided, R 4"] == "kind = strided, stride = 4"
+
+
 # -------------------------------------------------------------------------------------------------- a complete study
+def test_a_stage_with_nothing_to_train_writes_the_teacher_with_its_forms(tmp_path):
+    config = digits_config(tmp_path, "distill", forms=({"blocks": "all", "kind": "window"},))
+    teacher, student = load_wan(config.init_from), load_wan(write_untrained(config, tmp_path / "run"))
+    assert student.config.block_forms.of_block == (WindowForm(chunk_frames=2),) * 2
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(student)), nnx.to_pure_dict(nnx.state(teacher)))
+    config.forms = ({"blocks": (0,), "kind": "window"},)  # block 1 is hybrid
+    with pytest.raises(InputError, match=r"use rehyat_jax\.train"):
+        write_untrained(config, tmp_path / "run")
+
+
 STUDY = """
 from rehyat_jax.studies.definition import Study, TrainingStage, Trend, Variant
 def get_study():

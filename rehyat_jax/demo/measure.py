@@ -1,6 +1,5 @@
 """Measurements for the demo's report: attention, velocity, samples and the export to PyTorch."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,15 +11,14 @@ from tqdm import tqdm
 
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.demo.digits import CAPTIONS, DigitVideos
-from rehyat_jax.evaluation.attention_error import attention_errors, relative_error
+from rehyat_jax.evaluation.on_batches import mean_over_batches, measure_attention, measure_velocity
 from rehyat_jax.generation.codecs import SpaceToDepth
 from rehyat_jax.generation.generate import generate
 from rehyat_jax.generation.noise import initial_noise
 from rehyat_jax.generation.text_encoders import WordVectors
-from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.training import distill
-from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.setup import calibration_batch, initial_model, open_data
 from rehyat_jax.training.step import Batch
 
@@ -31,11 +29,15 @@ SOLVER = dict(steps=25, guidance_scale=3.0, flow_shift=5.0, sampler="unipc")
 """Options of all samples."""
 
 
-def held_out_batches(count: int) -> Iterator[tuple[Batch, jax.Array]]:
+def held_out_batches(count: int) -> list[tuple[Batch, jax.Array]]:
     """Batches of digits that no transformer trains on, each with a random key for its noise."""
     data = batches(DigitVideos("judge", seed=EVALUATION_SEED), batch_size=BATCH_SIZE, seed=EVALUATION_SEED)
-    for number in range(count):
-        yield next(data), jax.random.fold_in(jax.random.key(EVALUATION_SEED), number)
+    return [(next(data), jax.random.fold_in(jax.random.key(EVALUATION_SEED), number)) for number in range(count)]
+
+
+def no_caption() -> jax.Array:
+    """The embedding of no caption, [L, text_dim]."""
+    return jnp.asarray(DigitVideos("judge").null_text)
 
 
 def undistilled(config: ml_collections.ConfigDict) -> WanTransformer:
@@ -50,11 +52,9 @@ def undistilled(config: ml_collections.ConfigDict) -> WanTransformer:
 
 def block_errors(model: WanTransformer, config: ml_collections.ConfigDict, count: int = 4) -> dict[str, np.ndarray]:
     """Means over held-out batches of `attention_errors`, for a model whose other parameters are the teacher's."""
-    graphdef, params = nnx.split(model)
-    null_text = jnp.asarray(DigitVideos("judge").null_text)
-    measure = jax.jit(lambda params, batch, key: attention_errors(graphdef, params, batch, null_text, key, config))
-    errors = [measure(params, batch, key) for batch, key in held_out_batches(count)]
-    return {name: np.mean([error[name] for error in errors], axis=0) for name in errors[0]}
+    model_def, params = nnx.split(model)
+    measure = measure_attention(model_def, no_caption(), config)
+    return jax.device_get(mean_over_batches(measure, held_out_batches(count))(params))
 
 
 def velocity_error(
@@ -62,17 +62,8 @@ def velocity_error(
 ) -> float:
     """mean |v - v_teacher| / mean |v_teacher| on held-out noisy latents."""
     (model_def, params), (teacher_def, teacher_params) = nnx.split(model), nnx.split(teacher)
-    null_text = jnp.asarray(DigitVideos("judge").null_text)
-
-    @jax.jit
-    def measure(params: nnx.State, teacher_params: nnx.State, batch: Batch, key: jax.Array) -> jax.Array:
-        noisy = noise_batch(batch, null_text, key, config)
-        inputs = noisy.latents, noisy.timestep, noisy.text
-        return relative_error(
-            apply_model(model_def)(params, *inputs), apply_model(teacher_def)(teacher_params, *inputs)
-        )
-
-    return float(np.mean([measure(params, teacher_params, *held_out) for held_out in held_out_batches(count)]))
+    measure = measure_velocity(model_def, teacher_def, no_caption(), config)
+    return float(mean_over_batches(measure, held_out_batches(count), teacher_params)(params)["error"])
 
 
 def sample_captions(model: WanTransformer, count: int, description: str) -> tuple[np.ndarray, list[str]]:
@@ -102,7 +93,7 @@ def export_difference(student: WanTransformer, exported: Path) -> float:
 
     from rehyat_jax.pytorch.rehyat_torch import load_student
 
-    batch, key = next(held_out_batches(1))
+    ((batch, key),) = held_out_batches(1)
     latents = jax.random.normal(key, batch["latents"].shape)
     timestep = jnp.linspace(1.0, 999.0, len(latents))
     # PyTorch runs on the CPU in float32; a GPU's default products of float32 arrays are less precise.

@@ -17,13 +17,19 @@ from flax import nnx
 from rehyat_jax.data.pipeline import Source
 from rehyat_jax.diffusion import flow
 from rehyat_jax.errors import InputError
-from rehyat_jax.evaluation.attention_error import attention_errors, relative_error
+from rehyat_jax.evaluation.on_batches import (
+    Compare,
+    Measure,
+    mean_over_batches,
+    measure_attention,
+    measure_velocity,
+    relative_difference,
+)
 from rehyat_jax.evaluation.pair import Facts, check_pair, facts_of
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import finetune
 from rehyat_jax.training.keys import evaluation_key
-from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.run_control import Evaluator, ScheduledEvaluator
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.step import Batch
@@ -50,41 +56,26 @@ class Situation(NamedTuple):
     config: ml_collections.ConfigDict
 
 
-def _fixed_batches(situation: Situation, count: int) -> list[dict[str, jax.Array]]:
-    """`count` batches, shuffled by another seed than the run's own; every evaluation uses them."""
-    config = situation.config
+def _fixed_batches(situation: Situation, count: int) -> list[tuple[Batch, jax.Array]]:
+    """`count` batches, shuffled by another seed than the run's own, with keys; every evaluation uses them."""
+    config, key = situation.config, evaluation_key(situation.config.seed)
     with closing(RunData(situation.source, config, seed=config.seed + 2, accumulation_steps=1)) as data:
-        return [jax.tree.map(lambda x: x[0], data.on_mesh(next_batch(data, step))) for step in range(1, count + 1)]
+        batches = [jax.tree.map(lambda x: x[0], data.on_mesh(next_batch(data, step))) for step in range(1, count + 1)]
+    return [(batch, jax.random.fold_in(key, number)) for number, batch in enumerate(batches)]
 
 
-def _mean_over_batches(
-    situation: Situation, batches: int, measure: Callable[..., Any], teacher: Any = None
-) -> Evaluator:
-    """An evaluator that reports the means of measure(params, batch, key, teacher) over fixed batches with fixed noise.
-
-    Args:
-      teacher: parameters of another model; an argument of the program, because XLA would bake a closure's into it.
-    """
-    fixed, measure = _fixed_batches(situation, batches), jax.jit(measure)
-    keys = [jax.random.fold_in(evaluation_key(situation.config.seed), number) for number in range(batches)]
-
-    def evaluate(params: Any) -> Any:
-        found = [measure(params, batch, key, teacher) for batch, key in zip(fixed, keys, strict=True)]
-        means = jax.tree.map(lambda *values: sum(values) / batches, *found)
-        return jax.device_get(means).items()
-
-    return evaluate
+def _evaluator(situation: Situation, batches: int, measure: Measure, teacher: Any = None) -> Evaluator:
+    """An evaluator that reports the means of `measure` over fixed batches; see `mean_over_batches`."""
+    means = mean_over_batches(measure, _fixed_batches(situation, batches), teacher)
+    return lambda params: jax.device_get(means(params)).items()
 
 
 def attention_error(situation: Situation, *, batches: int = 1) -> Evaluator:
     """Relative error of each hybrid block's attention, with its references; see `attention_errors`."""
     if not situation.model_config.hybrid_blocks:
         raise ValueError("the model has no hybrid blocks to evaluate")
-    arguments = situation.null_text, situation.config
-    measure = lambda params, batch, key, _: attention_errors(
-        situation.model_def, params, batch, arguments[0], key, arguments[1]
-    )
-    return _mean_over_batches(situation, batches, measure)
+    measure = measure_attention(situation.model_def, situation.null_text, situation.config)
+    return _evaluator(situation, batches, measure)
 
 
 def flow_loss(situation: Situation, *, batches: int = 1) -> Evaluator:
@@ -92,7 +83,7 @@ def flow_loss(situation: Situation, *, batches: int = 1) -> Evaluator:
     _check_clean(situation)
     loss = finetune.make_loss(apply_model(situation.model_def), situation.config)
     context = {"null_text": situation.null_text}
-    return _mean_over_batches(situation, batches, lambda params, batch, key, _: loss(params, context, batch, key)[1])
+    return _evaluator(situation, batches, lambda params, batch, key, _: loss(params, context, batch, key)[1])
 
 
 def velocity_error(situation: Situation, *, teacher: str, batches: int = 1) -> Evaluator:
@@ -101,12 +92,7 @@ def velocity_error(situation: Situation, *, teacher: str, batches: int = 1) -> E
     Args:
       teacher: path of the teacher, as for `load_wan`.
     """
-
-    def errors(velocity: jax.Array, of_teacher: jax.Array, target: jax.Array | None) -> dict[str, jax.Array]:
-        del target
-        return {"error": relative_error(velocity, of_teacher)}
-
-    return _against_teacher(situation, teacher, batches, errors)
+    return _against_teacher(situation, teacher, batches, relative_difference)
 
 
 def excess_vs_teacher(situation: Situation, *, teacher: str, batches: int = 1) -> Evaluator:
@@ -117,28 +103,21 @@ def excess_vs_teacher(situation: Situation, *, teacher: str, batches: int = 1) -
     """
     _check_clean(situation)
 
-    def excess(velocity: jax.Array, of_teacher: jax.Array, target: jax.Array) -> dict[str, jax.Array]:
+    def excess(velocity: jax.Array, of_teacher: jax.Array, target: jax.Array | None) -> dict[str, jax.Array]:
+        assert target is not None  # the latents are clean
         return {"loss": flow.flow_matching_loss(velocity, target) - flow.flow_matching_loss(of_teacher, target)}
 
     return _against_teacher(situation, teacher, batches, excess)
 
 
-def _against_teacher(
-    situation: Situation, path: str, batches: int, compare: Callable[..., dict[str, jax.Array]]
-) -> Evaluator:
-    """Reports compare(velocity, the teacher's velocity, target) on the same noisy latents. Raises InputError."""
+def _against_teacher(situation: Situation, path: str, batches: int, compare: Compare) -> Evaluator:
+    """Reports a comparison of velocities with those of the teacher in `path`. Raises InputError."""
     config = situation.config
     own = Facts(situation.model_config, situation.source.codec, situation.source.text_encoder)
     check_pair(path, "the model in training", facts_of(open_checkpoint(path)), own)
     teacher_def, teacher = nnx.split(load_wan(path, dtype=jnp.dtype(config.dtype)))
-    student_apply, teacher_apply = apply_model(situation.model_def), apply_model(teacher_def)
-
-    def measure(params: Any, batch: Batch, key: jax.Array, teacher: Any) -> dict[str, jax.Array]:
-        noisy = noise_batch(batch, situation.null_text, key, config)
-        inputs = noisy.latents, noisy.timestep, noisy.text
-        return compare(student_apply(params, *inputs), teacher_apply(teacher, *inputs), noisy.velocity)
-
-    return _mean_over_batches(situation, batches, measure, teacher)
+    measure = measure_velocity(situation.model_def, teacher_def, situation.null_text, config, compare)
+    return _evaluator(situation, batches, measure, teacher)
 
 
 def _check_clean(situation: Situation) -> None:

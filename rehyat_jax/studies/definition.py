@@ -10,6 +10,7 @@ import ml_collections
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.studies.measure import MEASURES
+from rehyat_jax.studies.untrained import has_parameters_to_train
 from rehyat_jax.training.command_line import call_in_file, read_config_file
 from rehyat_jax.training.config import check_config, check_known
 from rehyat_jax.training.stages import STAGES
@@ -163,7 +164,8 @@ def stage_config(file: Path, study: Study, label: str, stage: TrainingStage) -> 
     """The configuration of a variant's stage, with the study's teacher as the model that it starts from.
 
     Raises:
-      InputError: the configuration's file cannot be read, or a changed field is unknown or has a wrong value.
+      InputError: the configuration's file or the teacher cannot be read, or a changed field is unknown or has a wrong
+        value.
     """
     place = f"{file}: variant {label!r}, stage {stage.name!r}"
     config = read_config_file(stage.config)
@@ -172,6 +174,7 @@ def stage_config(file: Path, study: Study, label: str, stage: TrainingStage) -> 
         check_known(changes)
         config.update_from_flattened_dict({**changes, "init_from": study.teacher})
         check_config(config)
+        has_parameters_to_train(config)  # the teacher has the blocks that the forms name
     except (InputError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise InputError(f"{place}: {error}") from error
     return config

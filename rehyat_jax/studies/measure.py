@@ -3,6 +3,11 @@
 `rehyat_jax.study` runs this command after the last training run of each variant and seed. It writes the figures, the
 hardware and the version of the code as JSON. All models meet the same held-out digits, the same noise and the same
 noise levels.
+
+Errors are those of the demo's report and of evaluators in training (`rehyat_jax.evaluation.on_batches`). The figures of
+`rehyat_jax.evaluate` have the same names, but other draws: each noise level has its share, and captions are never
+dropped. Studies keep their draws so that new records can be compared with old ones. Their uncertainty is the deviation
+over seeds, not that over examples.
 """
 
 import dataclasses

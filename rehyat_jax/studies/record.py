@@ -157,11 +157,20 @@ def _figures(folder: Path) -> tuple[dict[str, Any], float]:
 
 
 def _differences(study: Study, label: str) -> str:
-    """The changes of a variant in words: "chunk_frames = 5", or "stages finetune, blocks = all"."""
+    """The changes of a variant in words: "chunk_frames = 5", "stages finetune, blocks = all", or "kind = linear"."""
     variant = study.variants[label]
     words = [f"stages {' and '.join(variant.stages)}"] if variant.stages else []
-    words += [f"{field.removeprefix('hybrid.')} = {value}" for field, value in variant.changes.items()]
+    for field, value in variant.changes.items():
+        if field == "forms":
+            words += [text for entry in value for text in _entry_words(entry)]
+        else:
+            words.append(f"{field.removeprefix('hybrid.')} = {value}")
     return ", ".join(words) or "none"
+
+
+def _entry_words(entry: Mapping[str, Any]) -> list[str]:
+    """An entry of `config.forms` in words; blocks are named unless it is of all."""
+    return [f"{field} = {value}" for field, value in entry.items() if (field, value) != ("blocks", "all")]
 
 
 def write_record(record: Record, file: Path) -> None:

@@ -14,6 +14,7 @@ from rehyat_jax.studies.begun import check_definition
 from rehyat_jax.studies.definition import Study, folder_name, read_study, stage_config, train_options
 from rehyat_jax.studies.measure import MEASURES
 from rehyat_jax.studies.processes import Command, Task, run_tasks
+from rehyat_jax.studies.untrained import has_parameters_to_train
 
 FIGURES = "figures.json"
 """The file of a run's figures, which `rehyat_jax.studies.measure` writes."""
@@ -72,20 +73,25 @@ def run_folder(workdir: Path, label: str, seed: int) -> Path:
 
 
 def run_task(file: Path, study: Study, workdir: Path, label: str, seed: int) -> Task:
-    """The task of one variant and seed: its training runs in order, and the measurement."""
+    """The task of one variant and seed: its training runs in order, and the measurement.
+
+    A stage 1 that has nothing to train only writes its model, see `rehyat_jax.studies.untrained`.
+    """
     folder, commands, model = run_folder(workdir, label, seed), [], study.teacher
     for stage in study.stages_of(label):
         place = folder / stage.name
         options = train_options(study, label, stage, seed, model)
-        steps = stage_config(file, study, label, stage).steps
+        config = stage_config(file, study, label, stage)
+        trains = has_parameters_to_train(config)
+        module = "rehyat_jax.train" if trains else "rehyat_jax.studies.untrained"
         commands.append(
             Command(
                 name=stage.name,
-                argv=(sys.executable, "-m", "rehyat_jax.train", *options, f"--workdir={place}"),
+                argv=(sys.executable, "-m", module, *options, f"--workdir={place}"),
                 result=place / "model",
                 log=folder / f"{stage.name}.log",
-                steps=steps,
-                workdir=place,
+                steps=config.steps if trains else 1,
+                workdir=place if trains else None,
             )
         )
         model = str(place / "model")
