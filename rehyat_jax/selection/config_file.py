@@ -1,5 +1,6 @@
 """Writes a configuration as a file for `--config`, in the style of `configs/`."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ def write_config(config: ml_collections.ConfigDict, description: str, path: Path
         if field.path.startswith("hybrid.") or _plain(value) == field.default:
             continue
         if field.path in ("forms", "evals"):
-            entries = "".join(f"        {entry!r},\n" for entry in _plain(value))
+            entries = "".join(f"        {_source(entry)},\n" for entry in value)
             lines.append(f"config.{field.path} = (\n{entries}    )")
         else:
-            lines.append(f"config.{field.path} = {_plain(value)!r}")
+            lines.append(f"config.{field.path} = {_source(value)}")
     body = "".join(f"    {line}\n" for line in ("config = default_config()", *lines, "return config"))
     # A path in the description may have characters that would end a docstring.
     safe = description.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
@@ -47,7 +48,14 @@ def write_config(config: ml_collections.ConfigDict, description: str, path: Path
 
 
 def _plain(value: Any) -> Any:
-    """A value made of Python's own types."""
-    if isinstance(value, Mapping | ml_collections.ConfigDict):
-        return {name: _plain(element) for name, element in value.items()}
+    """A value with tuples in place of lists."""
     return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
+
+
+def _source(value: Any) -> str:
+    """A value in Python, with double quotes."""
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+        return "{" + ", ".join(f"{_source(name)}: {_source(element)}" for name, element in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(map(_source, value)) + ",)" if value else "()"
+    return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -13,9 +13,11 @@ from rehyat_jax.benchmarks.tpu_static import Case, costs
 from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.cost import check_topology
 from rehyat_jax.files.json_files import read_json_object
+from rehyat_jax.files.shown import shown
 from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.selection.candidates import Candidate
+from rehyat_jax.training.continuation import code_version
 
 COSTS = {
     "flops": "FLOPs",
@@ -60,16 +62,20 @@ def form_costs(
       workdir: place of the file `COMPILED`, from which compiled programs are not compiled again.
 
     Returns:
-      (candidate -> its cost, label of each form that does not fit into the chip -> the reason).
+      (candidate -> its cost, label of each form that cannot be compiled or does not fit -> the reason).
 
     Raises:
-      InputError: softmax does not fit into the chip, or costs nothing; or the file is damaged.
+      InputError: softmax has no cost to compare with; or the file is damaged.
     """
     if cost == "flops":
         return {candidate: candidate.form.flops(sizes).total for candidate in candidates}, {}
     found, skipped = {}, {}
     for candidate in tqdm(candidates, desc=f"compiling for {topology}", unit="form"):
-        value = _compiled(candidate.form, sizes, topology, workdir / COMPILED)[cost]
+        try:
+            value = _compiled(candidate.form, sizes, topology, workdir / COMPILED)[cost]
+        except RuntimeError as error:
+            skipped[candidate.label] = shown(error)
+            continue
         if value is not None:
             found[candidate] = value
         else:
@@ -81,10 +87,10 @@ def form_costs(
 
 
 def _compiled(form: Form, sizes: Sizes, topology: str, file: Path) -> dict[str, int | None]:
-    """The costs of a form's program; None for one that does not fit."""
+    """The costs of a form's program; None for one that does not fit. Raises RuntimeError if the compiler fails."""
     fields = Candidate("", form).fields
-    libtpu = importlib.metadata.version("libtpu")
-    key = json.dumps([topology, f"libtpu {libtpu}", sizes._asdict(), fields])
+    versions = f"libtpu {importlib.metadata.version('libtpu')}, rehyat_jax {code_version()}"
+    key = json.dumps([topology, versions, sizes._asdict(), fields])
     known = read_json_object(file) if file.exists() else {}
     names = {"cycles", "memory"}
     if key not in known:

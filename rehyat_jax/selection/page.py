@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -110,19 +111,26 @@ def _mean(result: Result, choice: Choice) -> float:
 
 
 def save_fronts(result: Result, path: Path) -> None:
-    """Writes a PNG: the mean error of a block by the cost, for the best choices and for those of one form."""
+    """Writes a PNG: the mean error of a block by the budget, for the best choices and for those of one form."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained", dpi=110)
     axes = figure.subplots()
-    points = lambda choices: ([one.cost for one in choices], [_mean(result, one) for one in choices])
+
+    def steps(choices: list[Choice], line: str, **style: Any) -> None:
+        """A choice serves all budgets from its cost to that of the next one."""
+        rising = sorted(choices, key=lambda one: one.cost)
+        axes.step([one.cost for one in rising], [_mean(result, one) for one in rising], line, where="post", **style)
+
     for number, (label, choices) in enumerate(result.conversions.items()):
-        line = f".{'-' if number < 10 else '--'}"
-        axes.plot(*points(choices), line, linewidth=1, alpha=0.8, color=f"C{number % 10}", label=f"only {label}")
-    axes.plot(*points(result.front), color="black", marker="o", markersize=3, linewidth=1.6, label="best choice")
-    axes.plot(*points([result.choice]), "*", color="black", markersize=14, label=f"budget {result.budget:g}")
+        if choices[-1].cost < 1:
+            line = f".{'-' if number < 10 else '--'}"
+            steps(choices, line, linewidth=1, alpha=0.8, color=f"C{number % 10}", label=f"only {label}")
+    steps(result.front, "k-", linewidth=1.8, label="best choice")
+    star = result.choice
+    axes.plot(star.cost, _mean(result, star), "k*", markersize=14, label=f"budget {result.budget:g}")
     axes.axvline(result.budget, color="grey", linewidth=1, linestyle=":")
-    axes.set_xlim(0, 1.05)  # forms that cost more than softmax are no alternative
+    axes.set_xlim(0, 1.02)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"{result.about['cost_words']} of attention, all blocks softmax = 1")
+    axes.set_xlabel(f"budget: {result.about['cost_words']} of attention, all blocks softmax = 1")
     axes.set_ylabel("relative attention error, mean over blocks")
     axes.grid(alpha=0.3)
     for text in axes.legend(fontsize=7).get_texts():

@@ -9,6 +9,7 @@ HiGHS solves it by branch and bound (`scipy.optimize.milp`), so no other choice 
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -136,11 +137,22 @@ def best_homogeneous(problem: Problem, budget: float) -> Choice | None:
     return min((choice for choice in choices if choice is not None), key=lambda choice: choice.error, default=None)
 
 
-def front(problem: Problem, points: int) -> list[Choice]:
-    """Best choices for evenly spaced budgets from the least cost to 1, without those that another one dominates."""
+def undominated(choices: Iterable[Choice]) -> list[Choice]:
+    """The choices by increasing cost, without those that another one dominates."""
     found: list[Choice] = []
-    for budget in np.linspace(problem.least_cost, 1, points):
-        choice = best_choice(problem, float(budget))
+    for choice in sorted(choices, key=lambda choice: (choice.cost, choice.error)):
         if not found or choice.error < found[-1].error:
             found.append(choice)
     return found
+
+
+def front(problem: Problem, points: int) -> list[Choice]:
+    """The best choices for many budgets up to 1, by increasing cost.
+
+    The budgets are `points` evenly spaced ones, and the costs of the `conversions` that no other one dominates, so that
+    no choice of one form is better than the front.
+    """
+    of_one_form = [choice for form in range(1, len(problem.labels)) for choice in conversions(problem, form)]
+    costs = [choice.cost for choice in undominated(of_one_form)]
+    budgets = {*np.linspace(problem.least_cost, 1, points).tolist(), *costs}
+    return undominated(best_choice(problem, budget) for budget in budgets if problem.least_cost <= budget <= 1)
