@@ -25,6 +25,8 @@ COMMANDS = [
     ["plan"],
     ["study"],
     ["studies.measure"],
+    ["surgery"],
+    ["selection.measure"],
     ["compare"],
     ["evaluate"],
     ["evaluate", "vbench-videos"],

@@ -22,7 +22,7 @@ from rehyat_jax.attention.forms.window import WindowForm
 from rehyat_jax.cost_model import tpu_compile
 from rehyat_jax.errors import InputError
 from rehyat_jax.parallel.mesh import make_mesh
-from rehyat_jax.selection import costs
+from rehyat_jax.selection import choose, costs
 from rehyat_jax.selection.candidate_runs import candidate_folder, check_definition, read_figures
 from rehyat_jax.selection.candidates import DEFAULT_FORMS, Candidate, make_candidates, parsed_entries, with_forms
 from rehyat_jax.selection.config_file import write_config as write_config_file
@@ -334,6 +334,15 @@ def test_forms_are_trained_measured_and_chosen_and_train_takes_the_choice(tmp_pa
     with jax.set_mesh(make_mesh(finetuning.mesh, jax.devices()[:1])):
         forms = initial_model(finetuning, with_values=False).config.block_forms.of_block
     assert forms[0] == WindowForm(2, 1) and isinstance(forms[1], HybridConfig) and forms[1].chunk_frames == 2
+
+
+def test_nothing_is_chosen_if_a_candidate_failed(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(choose, "run_candidates", lambda *_, **options: {"window 2+1": "no data"})
+    write_config(tmp_path / "distill.py", digits_config(tmp_path, "distill"))
+    arguments = ["--config", str(tmp_path / "distill.py"), "--workdir", str(tmp_path / "surgery")]
+    assert command.main([*arguments, "--budget", "0.5", "--forms", FORMS, "--latents", "21x48x48"]) == 3
+    assert "window 2+1: failed, no data" in capfd.readouterr().err
+    assert not (tmp_path / "surgery/surgery.json").exists() and not (tmp_path / "surgery/config.py").exists()
 
 
 def test_what_cannot_be_the_start_of_surgery_is_an_error(tmp_path, capfd):
