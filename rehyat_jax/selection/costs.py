@@ -74,7 +74,7 @@ def form_costs(
         try:
             value = _compiled(candidate.form, sizes, topology, workdir / COMPILED)[cost]
         except RuntimeError as error:
-            skipped[candidate.label] = shown(error)
+            skipped[candidate.label] = f"the compiler refuses it: {shown(str(error).rpartition(f'{topology}: ')[2])}"
             continue
         if value is not None:
             found[candidate] = value
