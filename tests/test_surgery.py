@@ -185,7 +185,8 @@ def test_a_form_whose_window_holds_all_frames_is_skipped_with_the_reason():
         ("({'blocks': (0,)},)", r"--forms\[0\].blocks: expected no blocks"),
         ("({'kind': 'window'}, {'kind': 'stride'})", r"--forms\[1\].kind must be one of .* did you mean 'strided'"),
         ("({'kind': 'strided', 'chunk_frames': 3},)", r"--forms\[0\].chunk_frames.* is not a field"),
-        ("({'kind': 'strided', 'stride': 1},)", r"--forms\[0\]: stride must be at least 2, found 1"),
+        ("({'kind': 'strided', 'stride': 1},)", r"--forms\[0\]: stride must be an integer .* found 1"),
+        ("({'kind': 'strided', 'stride': 2.5},)", r"--forms\[0\]: stride must be an integer .* found 2.5"),
         ("({'chunk_frames': 2, 'overlap_frames': 3},)", r"--forms\[0\]: overlap_frames must be between"),
         (
             "({'chunk_frames': 2}, {'kind': 'hybrid', 'chunk_frames': 2})",
