@@ -57,5 +57,5 @@ def _source(value: Any) -> str:
     if isinstance(value, Mapping | ml_collections.ConfigDict):
         return "{" + ", ".join(f"{_source(name)}: {_source(element)}" for name, element in value.items()) + "}"
     if isinstance(value, tuple | list):
-        return "(" + ", ".join(map(_source, value)) + ",)" if value else "()"
+        return "(" + ", ".join(map(_source, value)) + ("," if len(value) == 1 else "") + ")"
     return json.dumps(value) if isinstance(value, str) else repr(value)
