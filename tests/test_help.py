@@ -26,6 +26,8 @@ COMMANDS = [
     ["study"],
     ["studies.measure"],
     ["studies.untrained"],
+    ["surgery"],
+    ["selection.measure"],
     ["compare"],
     ["evaluate"],
     ["evaluate", "vbench-videos"],

@@ -45,6 +45,7 @@ UP_TO_DATE = {
     "optax": "0.2.8",
     "orbax-checkpoint": "0.12.8",
     "safetensors": "0.8.0",
+    "scipy": "1.17.1",
     "sentencepiece": "0.2.3",
     "tensorboard": "2.21.0",
     "tensorstore": "0.1.86",

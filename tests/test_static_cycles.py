@@ -220,6 +220,14 @@ def test_command_line_writes_rows(tmp_path, capsys):
     assert "slots in use" in capsys.readouterr().out
 
 
+def test_softmax_as_a_form_takes_at_least_the_cycles_of_its_products():
+    """Its kernel reads from a mask which blocks to skip; none of full attention is."""
+    shape = dict(heads=1, head_dim=128, frames=21, tokens_per_frame=384)
+    case = tpu_static.Case("v5e:2x2", "", "softmax", "form", shape | {"name": "softmax", "direction": "forward"})
+    (result,) = tpu_static.costs(case)
+    assert result.cost.cycles > 4 * (21 * 384) ** 2 * 128 / 131_072  # FLOP a cycle
+
+
 def test_a_clip_of_the_vae_is_told_with_what_its_products_need():
     cost = {
         "cycles": 3 * 10**8,

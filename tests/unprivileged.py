@@ -12,7 +12,7 @@ from test_sample_cli import arguments as sampling
 from test_sample_cli import save_random_model
 from tiny_runs import digits_config, write_config
 
-from rehyat_jax import compare, convert, evaluate, plan, prepare, sample, study, train
+from rehyat_jax import compare, convert, evaluate, plan, prepare, sample, study, surgery, train
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.generation.pipeline import Pipeline
 
@@ -155,6 +155,8 @@ def test_comparisons_and_studies_that_may_not_read_or_write_say_where(tmp_path, 
     with mode(place, 0o555):
         refused(compare.main, [*runs, "--out", place / "new.md"], place / "new.md")
         refused(study.main, ["configs/studies/stabilizer.py", "--workdir", place / "study"], place / "study")
+        options = ["--config.init_from=assets/demo_teacher", "--budget", "0.5", "--workdir", place / "surgery"]
+        refused(surgery.main, ["--config", "configs/demo_distill.py", *options], place / "surgery")
     with mode(place, 0):
         refused(study.main, ["--render", tmp_path / "new.md", place / "study.json"], "study.json")
     assert not (tmp_path / "new.md").exists()

@@ -82,8 +82,22 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def form(heads: int, head_dim: int, frames: int, tokens_per_frame: int, *, name: str, direction: str) -> Case:
-    """A block's attention in one of `FORMS`, from queries, keys and values to y, as `hybrid`."""
+    """A block's attention in one of `FORMS`, as `form_of`."""
     kind, fields = FORMS[name]
+    return form_of(heads, head_dim, frames, tokens_per_frame, kind=kind, fields=fields, direction=direction)
+
+
+def form_of(
+    heads: int,
+    head_dim: int,
+    frames: int,
+    tokens_per_frame: int,
+    *,
+    kind: str,
+    fields: dict[str, Any],
+    direction: str,
+) -> Case:
+    """A block's attention in the form of `make_form`, from queries, keys and values to y, as `hybrid`."""
     attention = make_form(kind, fields)
     learned = attention.learned
     x = jax.ShapeDtypeStruct((1, frames * tokens_per_frame, heads * head_dim), jnp.bfloat16)

@@ -8,6 +8,7 @@ bottlenecks, not seconds.
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -20,7 +21,7 @@ from rehyat_jax.benchmarks import tpu_cases, vae_static
 from rehyat_jax.benchmarks.splash_blocks import SPLASH_BLOCKS, search, splash_arguments
 from rehyat_jax.benchmarks.tpu_report import details, growth, table_head, table_line
 from rehyat_jax.cli import CommandParser, report_input_errors
-from rehyat_jax.cost_model.static_cycles import SPLASH_DATA, ProgramCost, StaticProgram
+from rehyat_jax.cost_model.static_cycles import SPLASH_DATA, ProgramCost, StaticProgram, assumed_data
 from rehyat_jax.cost_model.tpu_bundles import generation_of
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, check_libtpu, compiled_for_tpu
 from rehyat_jax.files.write import written_whole
@@ -152,7 +153,7 @@ def costs(case: Case) -> list[Result]:
         return [Result(case, program.cost(), compiled)]
     assumed: dict[int, tuple[str, ProgramCost]] = {}
     for name, data in RUN_TIME_DATA.items():
-        cost = program.cost(data)
+        cost = program.cost(functools.partial(assumed_data, others=data))
         assumed.setdefault(cost.cycles, (name, cost))
     return [Result(case, cost, compiled, name if len(assumed) > 1 else None) for name, cost in assumed.values()]
 

@@ -26,6 +26,16 @@ SPLASH_DATA = 0x02020202
 """A word of the mask that splash attention's kernels read, four blocks a word: 2 is a block without masked scores."""
 
 
+def assumed_data(kernel: str, others: float = 0.0) -> float:
+    """The assumed value of a kernel's numbers that exist only when it runs, see `StaticProgram.cost`.
+
+    Args:
+      kernel: its name.
+      others: the value for kernels other than splash attention's. 0 holds for models that normalise queries and keys.
+    """
+    return SPLASH_DATA if kernel.startswith("splash") else others
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelCost:
     """A kernel that a program calls `calls` times; `times` is how often each bundle is issued in one call."""

@@ -10,7 +10,7 @@ from rehyat_jax.cost_model.collectives import collective_bytes
 from rehyat_jax.cost_model.hlo_branches import ShareOf
 from rehyat_jax.cost_model.hlo_operations import Branch, executed_operations
 from rehyat_jax.cost_model.memory_bound import memory_bytes
-from rehyat_jax.cost_model.static_cycles import SPLASH_DATA, ProgramCost, StaticProgram
+from rehyat_jax.cost_model.static_cycles import ProgramCost, StaticProgram, assumed_data
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError
 from rehyat_jax.models.hybrid import FORM_SWITCH
 from rehyat_jax.models.wan.config import WanConfig
@@ -169,9 +169,7 @@ def program_cost(program: CompiledProgram, wan: WanConfig | None) -> ProgramCost
 
     Kernels take the usual path: full masks in splash attention, fixed shifts in hybrid attention.
     """
-    return StaticProgram(program).cost(
-        lambda kernel: SPLASH_DATA if kernel.startswith("splash") else 0.0, share_of=shares_of_forms(wan)
-    )
+    return StaticProgram(program).cost(assumed_data, share_of=shares_of_forms(wan))
 
 
 def shares_of_forms(wan: WanConfig | None) -> ShareOf:

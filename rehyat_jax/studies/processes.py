@@ -135,7 +135,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, environment: Mapping[str, str]) 
     if stop.number == signal.SIGINT:
         raise KeyboardInterrupt
     if stop.number:
-        raise RunStoppedError("stopped by SIGTERM; training runs were saved, and the same command resumes the study")
+        raise RunStoppedError("stopped by SIGTERM; training runs were saved, and the same command resumes")
     return failures
 
 

@@ -33,8 +33,10 @@ class StridedForm(Form):
     kind: ClassVar[str] = "strided"
 
     def __post_init__(self):
-        if self.stride < 2:
-            raise ValueError(f'stride must be at least 2, found {self.stride}: 1 is the form of kind "softmax"')
+        if type(self.stride) is not int or self.stride < 2:
+            raise ValueError(
+                f'stride must be an integer of at least 2, found {self.stride!r}: 1 is the form of kind "softmax"'
+            )
         if self.stabilizer not in STABILIZERS:
             raise ValueError(f'stabilizer must be "row_max" or "joint", found {self.stabilizer!r}')
 
