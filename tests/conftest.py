@@ -35,6 +35,5 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_finish():
-    """Imported modules hold a million objects, which need no search for garbage. Tracing creates many more."""
+    """Imported modules hold a million objects, which need no search for garbage."""
     gc.freeze()
-    gc.set_threshold(200_000, 20, 100)

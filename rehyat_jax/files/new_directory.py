@@ -1,6 +1,7 @@
 """Directories that appear complete or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.files.temporary import new_token, remove, remove_leftovers, temporary_path
+from rehyat_jax.files.temporary import LONGEST_NAME, new_token, remove, remove_leftovers, temporary_path
 
 TOKEN_BYTES = 128
 """More than a token of `new_token` takes."""
@@ -34,6 +35,8 @@ def new_directory(path: Path, *, replace: bool, token: str | None = None) -> Ite
     token = token or new_token()
     temporary, previous = (temporary_path(path, token, kind) for kind in ("incomplete", "replaced"))
     try:
+        if len(os.fsencode(previous.name)) > LONGEST_NAME:  # or a later --force could not put it back
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         temporary.mkdir(parents=True)
         remove_leftovers(path.parent)
     except OSError as error:
