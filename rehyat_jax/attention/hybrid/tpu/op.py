@@ -11,7 +11,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from rehyat_jax.attention.features.inline import InlineFeatures, as_inline, with_gain
-from rehyat_jax.attention.flat_tokens import cut, flat, joined
+from rehyat_jax.attention.flat_tokens import cut, joined
 from rehyat_jax.attention.hybrid.backend import Backend, Request, sums_by_xla
 from rehyat_jax.attention.hybrid.chunks import attend_branches
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
@@ -19,7 +19,6 @@ from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.attention.hybrid.tpu.backward import readout_backward, window_backward
 from rehyat_jax.attention.hybrid.tpu.decay import GIVEN, decayed_states
 from rehyat_jax.attention.hybrid.tpu.forward import attend, needs_running_maximum
-from rehyat_jax.attention.hybrid.tpu.gain import gain_rows
 from rehyat_jax.attention.hybrid.tpu.states import (
     Walk,
     chunk_states,
@@ -28,6 +27,7 @@ from rehyat_jax.attention.hybrid.tpu.states import (
     state_rows,
 )
 from rehyat_jax.attention.hybrid.tpu.tiling import Tiling
+from rehyat_jax.attention.hybrid.tpu.token_dots import token_dots
 from rehyat_jax.attention.residuals import kept
 from rehyat_jax.attention.tpu.blocks import HeadBlocks, unview
 
@@ -455,7 +455,8 @@ def _window(call: _Call, operands: dict[str, Any]) -> jax.Array:
 def _window_forward(call: _Call, operands: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
     arrays = _unviews(operands, call.heads)
     query, key = arrays["query"], arrays["key"]
-    squares = (_frame_squares(tokens, call.tiling.frame) for tokens in (query, key))
+    by_block = (token_dots(tokens, tokens, call.tiling.key_block) for tokens in (query, key))
+    squares = (dots.reshape(*dots.shape[:2], -1, call.tiling.frame).max(axis=-1) for dots in by_block)
     continues = "missing_frames" in operands
     output, log_sum_exp, _ = attend(
         query,
@@ -478,13 +479,12 @@ def _window_backward(call: _Call, saved: tuple[Any, ...], d_output: jax.Array) -
     operands, output, log_sum_exp = saved
     operands, tiling = _unviews(operands, call.heads), call.tiling
     output, d_output = unview(output, call.heads), unview(d_output, call.heads)
-    delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(axis=-1)
     names = ("query", "key", "value")
     found = window_backward(
         *(operands[name] for name in names),
         d_output,
         log_sum_exp,
-        gain_rows(delta, tiling.tokens // tiling.backward_block, tiling.backward_block),
+        token_dots(d_output, output, tiling.backward_block),
         tuple(jnp.zeros_like(operands[name]) for name in names),
         tiling,
         missing_frames=operands.get("missing_frames"),
@@ -581,19 +581,9 @@ def _added(states: jax.Array, sums: jax.Array) -> jax.Array:
 
 
 def _frame_squares(tokens: jax.Array, tokens_per_frame: int) -> jax.Array:
-    """A close bound of the largest squared norm of every frame, float32 [batch, heads, frames].
-
-    The sum over a head is a product with ones. Written as a sum, XLA copies all tokens to float32 in another layout,
-    which takes half as long as the window.
-    """
-    batch, _, heads, head_dim = tokens.shape
-    ones = jnp.asarray(np.kron(np.eye(heads), np.ones((head_dim, 1))), tokens.dtype)
-    rows = flat(tokens)
-    precision = jax.lax.Precision.HIGHEST if tokens.dtype.itemsize > 2 else None
-    squares = jnp.dot(rows * rows, ones, preferred_element_type=jnp.float32, precision=precision)
-    largest = squares.reshape(batch, -1, tokens_per_frame, heads).max(axis=2)
-    # Squares may have been rounded down to 16 bits.
-    return jnp.moveaxis(largest, -1, 1) * (1 + 2.0**-7)
+    """The largest squared norm of every frame, float32 [batch, heads, frames]."""
+    squares = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
+    return jnp.moveaxis(squares.reshape(tokens.shape[0], -1, tokens_per_frame, tokens.shape[2]).max(axis=2), -1, 1)
 
 
 def _sum_rows(sums: LinearState) -> jax.Array:
