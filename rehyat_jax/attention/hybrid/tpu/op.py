@@ -16,6 +16,16 @@ from rehyat_jax.attention.hybrid.backend import Backend, Request, sums_by_xla
 from rehyat_jax.attention.hybrid.chunks import attend_branches
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
+from rehyat_jax.attention.hybrid.tpu.arrays import (
+    added,
+    drop_padding,
+    frame_squares,
+    missing_frames,
+    pad_frames,
+    sum_rows,
+    sums_of_rows,
+    with_first,
+)
 from rehyat_jax.attention.hybrid.tpu.backward import readout_backward, window_backward
 from rehyat_jax.attention.hybrid.tpu.decay import GIVEN, decayed_states
 from rehyat_jax.attention.hybrid.tpu.forward import attend, needs_running_maximum
@@ -24,7 +34,6 @@ from rehyat_jax.attention.hybrid.tpu.states import (
     chunk_states,
     chunk_states_backward,
     first_chunk_with_past,
-    state_rows,
 )
 from rehyat_jax.attention.hybrid.tpu.tiling import Tiling
 from rehyat_jax.attention.hybrid.tpu.token_dots import token_dots
@@ -51,7 +60,7 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
         dtype=query.dtype,
         continues=initial_state is not None,
     )
-    pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
+    pad = lambda tokens: pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
     operands: dict[str, Any] = {"query": pad(query), "key": pad(key), "value": pad(value)}
     anchors = _anchors(request)
     if anchors:
@@ -65,7 +74,7 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
             operands[name] = joined(pad(getattr(initial_state, f"overlap_{name}")), operands[name])
             if anchors:
                 operands[name] = joined(pad(anchors[f"anchor_{name}"]), operands[name])
-        operands["missing_frames"] = _missing_frames(tiling.geometry, initial_state.chunks > 0, num_frames)
+        operands["missing_frames"] = missing_frames(tiling.geometry, initial_state.chunks > 0, num_frames)
     functions = phi_query.function, phi_key.function
     call = _Call(tiling, query.shape[2], request.return_state, causal, request.stabilizer, *functions)
     if has_linear:
@@ -74,14 +83,14 @@ def run(request: Request) -> tuple[jax.Array, HybridState | None]:
     else:
         operands.pop("state_value", None)
         output, past, overlap = _window(call, _views(operands)), None, None
-    output = _drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
+    output = drop_padding(unview(output, call.heads), geometry.tokens_per_frame, tiling.frame)
     if not request.return_state:
         return output, None
 
     split = geometry.overlap_start - geometry.chunk_frames * geometry.tokens_per_frame or key.shape[1]
     final_state = HybridState(
-        past=_sums_of_rows(past) if has_linear else request.zero_state.past,
-        overlap=_sums_of_rows(overlap) if has_linear else request.zero_state.overlap,
+        past=sums_of_rows(past) if has_linear else request.zero_state.past,
+        overlap=sums_of_rows(overlap) if has_linear else request.zero_state.overlap,
         overlap_key=cut(key, split, None),
         overlap_value=cut(value, split, None),
         chunks=(0 if initial_state is None else initial_state.chunks) + jnp.int32(geometry.num_chunks),
@@ -115,11 +124,11 @@ def _linear_operands(
         # The sums of the overlap are in the state, so the keys, which begin with it, are no source of features.
         operands |= {
             "key_source": pad(phi_key.source),
-            "past": _sum_rows(initial_state.past),
-            "overlap": _sum_rows(initial_state.overlap),
+            "past": sum_rows(initial_state.past),
+            "overlap": sum_rows(initial_state.overlap),
         }
     if request.later is not None:
-        operands["later"] = _sum_rows(request.later)
+        operands["later"] = sum_rows(request.later)
     if request.num_frames is not None and not causal:
         operands["padding_frames"] = (tiling.geometry.num_frames - request.num_frames)[None]
     return operands
@@ -158,13 +167,13 @@ def video_sums(
         query_function=phi_key.function,
         key_function=phi_key.function,
     )
-    pad = lambda tokens: _pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
+    pad = lambda tokens: pad_frames(tokens, geometry.tokens_per_frame, tiling.frame)
     operands = {"key_source": pad(phi_key.source), "value": pad(value), "key_weights": phi_key.weights}
     if phi_key.gain is not None:
         operands["key_gain"] = pad(phi_key.gain)
     if num_frames is not None:
         operands["padding_frames"] = (tiling.geometry.num_frames - num_frames)[None]
-    return tuple(map(_sums_of_rows, _video_sums(call, _views(operands))))
+    return tuple(map(sums_of_rows, _video_sums(call, _views(operands))))
 
 
 def why_not(request: Request) -> str | None:
@@ -276,7 +285,7 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
 
     states, sums, squares = _chunk_states(call, operands)
     if continues:
-        overlap_squares = _frame_squares(cut(key, None, -query.shape[1]), call.tiling.frame)
+        overlap_squares = frame_squares(cut(key, None, -query.shape[1]), call.tiling.frame)
         squares["key"] = jnp.concatenate([overlap_squares, squares["key"]], axis=-1)
 
     output, log_sum_exp, stabilizer = attend(
@@ -323,13 +332,13 @@ def _chunk_states(
         return decayed_states(call.tiling, sums, _given(operands)), sums, squares
     first = first_chunk_with_past(call.tiling)
     if seen is not None:
-        states = _with_first(states, first, seen).at[0].set(operands["past"])
+        states = with_first(states, first, seen).at[0].set(operands["past"])
     elif not call.causal:
-        states = _with_first(states, first, 0)
+        states = with_first(states, first, 0)
     for after in later:
-        states = _added(states, after.at[-1].set(0))
+        states = added(states, after.at[-1].set(0))
     if "later" in operands:
-        states = _added(states, jnp.broadcast_to(operands["later"], (call.num_chunks, *states.shape[1:])))
+        states = added(states, jnp.broadcast_to(operands["later"], (call.num_chunks, *states.shape[1:])))
     return states, (), squares
 
 
@@ -551,65 +560,3 @@ def _materialised(cotangent: jax.Array | SymbolicZero) -> jax.Array:
 def _summed(gradients: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The gradients summed over the batch, in the weights' dtype."""
     return tuple(d.sum(axis=0).astype(weight.dtype) for d, weight in zip(gradients, weights, strict=True))
-
-
-def _missing_frames(geometry: ChunkGeometry, has_past: jax.Array, num_frames: jax.Array | None) -> jax.Array:
-    """The number of missing frames at the start and at the end of each chunk's window, int32 [2, chunks].
-
-    They are the overlap of the first chunk if there is no past, and the padding at the end of the last one.
-    """
-    chunk = np.arange(geometry.num_chunks)
-    at_start = jnp.where((chunk == 0) & ~has_past, geometry.overlap_frames, 0)
-    at_end = geometry.chunk_frames - geometry.chunk_tokens(num_frames) // geometry.tokens_per_frame
-    return jnp.stack([at_start, at_end]).astype(jnp.int32)
-
-
-def _with_first(states: jax.Array, count: int, value: jax.Array | float) -> jax.Array:
-    """`states.at[:count].set(value)`, without its indices.
-
-    They are an array without elements if these are all states. jaxlib 0.11 crashes on a shard_map with such an input.
-    """
-    count = min(count, states.shape[0])
-    first = jnp.broadcast_to(jnp.asarray(value, states.dtype), (count, *states.shape[1:]))
-    return jax.lax.dynamic_update_slice_in_dim(states, first, 0, axis=0)
-
-
-def _added(states: jax.Array, sums: jax.Array) -> jax.Array:
-    """`states` plus sums over later keys for the first of them. A state after the last chunk holds only the past."""
-    missing = states.shape[0] - sums.shape[0]
-    return states + jnp.pad(sums, [(0, missing)] + [(0, 0)] * (sums.ndim - 1))
-
-
-def _frame_squares(tokens: jax.Array, tokens_per_frame: int) -> jax.Array:
-    """The largest squared norm of every frame, float32 [batch, heads, frames]."""
-    squares = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
-    return jnp.moveaxis(squares.reshape(tokens.shape[0], -1, tokens_per_frame, tokens.shape[2]).max(axis=2), -1, 1)
-
-
-def _sum_rows(sums: LinearState) -> jax.Array:
-    """State and normalizer as the kernels hold them, [batch, heads, state_rows, features]."""
-    head_dim = sums.state.shape[-1]
-    rows = jnp.concatenate([jnp.swapaxes(sums.state, -1, -2), sums.normalizer[..., None, :]], axis=-2)
-    return jnp.pad(rows, [(0, 0)] * 2 + [(0, state_rows(head_dim) - head_dim - 1), (0, 0)])
-
-
-def _sums_of_rows(rows: jax.Array) -> LinearState:
-    head_dim = rows.shape[-2] - state_rows(0)
-    return LinearState(state=jnp.swapaxes(rows[..., :head_dim, :], -1, -2), normalizer=rows[..., head_dim, :])
-
-
-def _pad_frames(tokens: jax.Array, tokens_per_frame: int, padded: int) -> jax.Array:
-    """Appends zeros to every frame of [batch, tokens, heads, width]."""
-    if tokens_per_frame == padded:
-        return tokens
-    batch, _, *rest = tokens.shape
-    frames = tokens.reshape(batch, -1, tokens_per_frame, *rest)
-    frames = jnp.pad(frames, [(0, 0), (0, 0), (0, padded - tokens_per_frame)] + [(0, 0)] * len(rest))
-    return frames.reshape(batch, -1, *rest)
-
-
-def _drop_padding(tokens: jax.Array, tokens_per_frame: int, padded: int) -> jax.Array:
-    if tokens_per_frame == padded:
-        return tokens
-    batch, _, *rest = tokens.shape
-    return tokens.reshape(batch, -1, padded, *rest)[:, :, :tokens_per_frame].reshape(batch, -1, *rest)
