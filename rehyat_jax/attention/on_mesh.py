@@ -173,7 +173,7 @@ def _on_every_device(part: Callable, tokens: tuple, phis: tuple, results: Any, *
     """part(tokens, phis, *sums) of every device's own examples and heads.
 
     Args:
-      phis: features of the first tokens, in their order.
+      phis: features; those of the attention's own tokens have the same place as these in `tokens`.
       results: the PartitionSpecs of part's result.
       sums: trees, each with its PartitionSpecs.
     """
@@ -181,12 +181,9 @@ def _on_every_device(part: Callable, tokens: tuple, phis: tuple, results: Any, *
     sources = [None if phi.of_own_tokens else phi.source for phi in features]
 
     def run(tokens, sources, weights, gains, *sums):
-        bound = [
-            InlineFeatures(source, matrices, phi.function, gain).bound(x)
-            for x, source, matrices, gain, phi in zip(
-                (*tokens, *tokens), sources, weights, gains, features, strict=False
-            )
-        ]
+        given = zip(sources, weights, gains, features, strict=True)
+        bound = [InlineFeatures(source, matrices, phi.function, gain) for source, matrices, gain, phi in given]
+        bound = [phi if phi.source is not None else phi.bound(tokens[number]) for number, phi in enumerate(bound)]
         return part(tokens, bound, *sums)
 
     return jax.shard_map(

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from rehyat_jax.attention.features.matrix_product import matrix_product
-from rehyat_jax.attention.features.mlp import INITIALIZER as INITIALIZER
+from rehyat_jax.attention.features.mlp import INITIALIZER
+
+__all__ = ["INITIALIZER", "apply", "divisor", "kernel_shapes", "problem"]
 
 # -min SiLU, rounded up.
 _SHIFT = 0.27847

@@ -23,9 +23,9 @@ def column(row: jax.Array) -> jax.Array:
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
-def multiplied(phi: jax.Array, row: jax.Array | None) -> jax.Array:
-    """Features [tokens, features] times the gains [1, tokens], in the dtype of the features; None for no gain."""
-    return phi if row is None else (phi.astype(jnp.float32) * column(row)).astype(phi.dtype)
+def multiplied(phi: jax.Array, row: jax.Array) -> jax.Array:
+    """Features [tokens, features] times the gains [1, tokens], in the dtype of the features."""
+    return (phi.astype(jnp.float32) * column(row)).astype(phi.dtype)
 
 
 def gain_gradient(d_phi: jax.Array, phi: jax.Array) -> jax.Array:
