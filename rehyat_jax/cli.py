@@ -1,6 +1,7 @@
 """Functions shared by all command-line modules: the command line's parser, running a command, and reporting errors."""
 
 import argparse
+import atexit
 import contextlib
 import errno
 import os
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from rehyat_jax.ctrl_c import kept_ctrl_c
 from rehyat_jax.errors import InputError, RunEndedError
 from rehyat_jax.files.shown import shown
 from rehyat_jax.files.write import REMEDIES
@@ -82,13 +84,16 @@ def report_input_errors(run: Callable[[], Any]) -> int:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
     try:
-        run()
+        with kept_ctrl_c():
+            run()
         sys.stdout.flush()
     except RunEndedError as end:
         print_message(str(end))
         return end.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted; what was complete is kept", file=sys.stderr)
+        if _is_own_process():
+            atexit.register(_end_at_once, INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:
         if not _has_lost_its_reader():
@@ -156,6 +161,19 @@ def _as_input_error(error: Exception) -> InputError | None:
         remedy = check if error.errno == errno.ENOENT else REMEDIES.get(error.errno, check)
         return InputError(f"{'the system' if error.filename is None else error.filename}: {error.strerror}; {remedy}")
     return None
+
+
+def _is_own_process() -> bool:
+    """True if the process was started as `python -m rehyat_jax.COMMAND`, not by a program that called the command."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.startswith("rehyat_jax.")
+
+
+def _end_at_once(code: int) -> None:
+    """Ends the process without destroying JAX's clients: a thread of XLA that still compiles would crash."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _has_lost_its_reader() -> bool:

@@ -73,8 +73,8 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_as_if_nothing_had
     assert run.steps()[-1] == (stopped := run.last_step()) < 36  # no step was lost
 
     run.start()
-    assert run.wait_for(lambda: run.last_step() > stopped)
-    assert run.end(signal.SIGINT) == 130
+    assert run.wait_for(lambda: run.last_step() > stopped and run.is_saving())
+    assert run.end(signal.SIGINT) == 130, run.log.read_text()
     assert "Traceback" not in run.log.read_text() and "interrupted" in run.log.read_text().splitlines()[-1]
 
     assert run.start().end() == 0, run.log.read_text()

@@ -8,13 +8,14 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import jax
 import pytest
 from test_sample_cli import save_random_model
 
 from rehyat_jax import convert
-from rehyat_jax.cli import NO_READER, report_input_errors
+from rehyat_jax.cli import INTERRUPTED, NO_READER, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.regular import SMALL, check_regular_file
@@ -69,6 +70,26 @@ def test_faults_of_the_machine_are_errors_of_one_line(capsys, error, message):
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
         report_input_errors(lambda: fail(error))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_while_python_searches_for_garbage_ends_the_command(capsys):
+    def press(phase, _):
+        if phase == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    def search_and_wait():
+        gc.callbacks.append(press)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(press)
+        time.sleep(10)
+        pytest.fail("was not interrupted")
+
+    assert report_input_errors(search_and_wait) == INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "PYTHONUNBUFFERED"])
