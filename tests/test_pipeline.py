@@ -30,6 +30,7 @@ from rehyat_jax.generation.hub import open_models
 from rehyat_jax.generation.needs import decoder_bytes, text_encoder_bytes, transformer_bytes
 from rehyat_jax.models.umt5.config import UMT5_PRESETS
 from rehyat_jax.parallel import memory
+from rehyat_jax.parallel.memory import free_dropped_models
 from rehyat_jax.preparation.video_encoder import VaeEncoder
 from rehyat_jax.sample import main, parse_arguments
 from rehyat_jax.weights.conversion import convert_from_torch
@@ -180,6 +181,7 @@ def test_parts_take_turns_in_memory(theirs, monkeypatch):
     load, hold = ours._load_text_encoder, ours._hold
     monkeypatch.setattr(ours, "_load_text_encoder", lambda progress: (load(progress), watch("text encoder"))[0])
     monkeypatch.setattr(ours, "_hold", lambda part, *more: (hold(part, *more), watch(part))[0])
+    free_dropped_models()  # those of other tests
     assert not {embedding, feed_forward, convolution} & sizes()
     ours(PROMPTS)
     assert {embedding, feed_forward, convolution} & seen["text encoder"] == {embedding}

@@ -6,6 +6,7 @@ import shutil
 import types
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from rehyat_jax.generation.umt5 import UMT5TextEncoder
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan_vae.config import WanVaeConfig
 from rehyat_jax.parallel import memory
+from rehyat_jax.parallel.memory import free_dropped_models
 from rehyat_jax.preparation import caption_embeddings, contact_sheet, units, video_encoder
 from rehyat_jax.prepare import main
 from rehyat_jax.train import train
@@ -117,9 +119,13 @@ def first_run(videos, models, tmp_path_factory):
     before, load = alive(), video_encoder.load_wan_codec
     with pytest.MonkeyPatch.context() as patch, prompts_encoded() as masks:
 
-        def load_and_look(*arguments, **options):
+        def free_and_look():
+            free_dropped_models()
             loaded.append((len(masks), alive() - before))
-            return load(*arguments, **options)
+
+        def load_and_look(*arguments, **options):
+            with mock.patch("rehyat_jax.weights.load.free_dropped_models", free_and_look):
+                return load(*arguments, **options)
 
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         patch.setattr(video_encoder, "load_wan_codec", load_and_look)

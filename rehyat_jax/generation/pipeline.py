@@ -36,7 +36,7 @@ from rehyat_jax.generation.umt5 import MAX_TOKENS, FoundTextEncoder, find_text_e
 from rehyat_jax.generation.wan_codec import default_dtype, load_wan_codec
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.models.wan.streaming import check_streams
-from rehyat_jax.parallel.memory import check_device_memory, check_host_memory, fits_device
+from rehyat_jax.parallel.memory import check_device_memory, check_host_memory, fits_device, free_dropped_models
 from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
 from rehyat_jax.weights.load import load_module, open_checkpoint
 from rehyat_jax.weights.models import VAES
@@ -279,6 +279,7 @@ class Pipeline:
         """Forgets parts. Their memory is free as soon as the caller has no reference to them either."""
         for part in parts:
             self._held.pop(part, None)
+        free_dropped_models()
 
     def fits_together(self) -> bool:
         """True if the VAE fits next to the transformer, which is in memory.

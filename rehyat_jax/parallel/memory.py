@@ -1,11 +1,20 @@
 """The memory that is free, and the refusal of work that cannot fit into it."""
 
+import gc
 import resource
 from pathlib import Path
 
 import jax
 
 from rehyat_jax.errors import InputError
+
+
+def free_dropped_models() -> None:
+    """Frees the arrays of models that nothing refers to any more.
+
+    Flax's `to_pure_dict` leaves a cycle of references to every array. Python's own search for garbage may be late.
+    """
+    gc.collect()
 
 
 def host_bytes() -> int | None:

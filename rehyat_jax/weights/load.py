@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.models.wan_vae.vae import WanVae
+from rehyat_jax.parallel.memory import free_dropped_models
 from rehyat_jax.parallel.sharding import check_divisible, param_specs, shardings
 from rehyat_jax.weights.model_checkpoint import (
     MODEL_FILE,
@@ -107,6 +108,7 @@ def load_module(
     Raises:
       InputError: the values are damaged, or the mesh does not divide a parameter.
     """
+    free_dropped_models()
     graphdef, state = nnx.split(abstract_module(model.config, **options))
     expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
     shapes = lambda arrays: {(name, array.shape) for name, array in arrays.items()}
