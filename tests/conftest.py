@@ -21,6 +21,9 @@ if importlib.metadata.version("jaxlib") < "0.11":
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
+# The line of the source of every operation, which no test reads, is a twentieth of the cost.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # Test processes, and the processes that they start, take from here what another one has compiled.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="rehyat_jax_tests_")
@@ -40,5 +43,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_finish():
-    """Imported modules hold a million objects, which need no search for garbage."""
+    """Imported modules hold a million objects, which need no search for garbage. Tracing creates many more."""
     gc.freeze()
+    gc.set_threshold(200_000, 20, 100)

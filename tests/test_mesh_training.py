@@ -220,23 +220,11 @@ def test_two_processes_train_as_one(single, tmp_path):
     assert "step/s" in outputs[0][1] and "step/s" not in outputs[1][1]
 
 
-def test_two_processes_go_on_where_they_were(single, tmp_path):
-    config, expected = single["distill"]
-    run_in_two_processes(config, tmp_path / "run", (1, 4, 1, 2))
-    shutil.rmtree(tmp_path / "run" / "model")
-    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 4, 1))
-    assert "after step 6" in outputs[0][0] and "continuing" not in outputs[1][0]
-    assert_same_run(tmp_path / "run", expected)
-    shutil.rmtree(tmp_path / "run" / "model")
-    run(config, tmp_path / "run", (1, 2, 1, 1))  # and in one
-    assert_same_run(tmp_path / "run", expected)
-
-
-def test_a_record_that_one_of_two_processes_cannot_read_costs_no_step(single, tmp_path):
+def test_two_processes_of_which_one_cannot_read_a_record_lose_no_step_and_go_on_on_another_mesh(single, tmp_path):
     config, expected = single["distill"]
     config = config.copy_and_resolve_references()
     config.data.corrupt, config.checkpoint_every = "error", 100
-    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 1, 1), code=2)
+    outputs = run_in_two_processes(config, tmp_path / "run", (1, 4, 1, 2), code=2)
     messages = sorted(stderr for _, stderr in outputs)
     named = [process for process, (_, stderr) in enumerate(outputs) if "array_record: record 1" in stderr]
     assert len(named) == 1, messages
@@ -244,10 +232,13 @@ def test_a_record_that_one_of_two_processes_cannot_read_costs_no_step(single, tm
     assert f"processes {named} cannot read their part of step {saved + 1}" in outputs[1 - named[0]][1]
 
     config.data.corrupt = "skip"
-    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 1, 1))
-    assert f"after step {saved}" in outputs[0][0]
+    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 4, 1))
+    assert f"after step {saved}" in outputs[0][0] and "continuing" not in outputs[1][0]
     assert_same_updates(tmp_path / "run", expected)
     assert logged(tmp_path / "run", "skipped_records")[-1] == logged(expected, "skipped_records")[-1]
+    shutil.rmtree(tmp_path / "run" / "model")
+    run(config, tmp_path / "run", (1, 2, 1, 1))  # and in one, which only writes the model
+    assert_same_updates(tmp_path / "run", expected)
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
