@@ -4,7 +4,8 @@ The configuration names the stage:
 
   pretrain   a softmax model from scratch
   distill    stage 1: the feature maps of the hybrid blocks, against the model's own softmax attention
-  finetune   stage 2: the complete transformer
+  velocity   the feature maps again, against the velocity of the complete softmax model
+  finetune   stage 2: the complete transformer, on videos, on a teacher's velocity, or on both
 
 `--help` and docs/configuration.md list every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
 and `checkpoints/` into the workdir, and at the end `model/`, a model checkpoint. The same command resumes a stopped
@@ -55,7 +56,7 @@ from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_control import RunControl
 from rehyat_jax.training.run_data import RunData
-from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, open_data
+from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, load_teacher, open_data
 from rehyat_jax.training.stages import STAGES, assemble
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
 from rehyat_jax.training.trouble import check_finite, next_batch, report_divergence
@@ -130,6 +131,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     if is_new or stage.trains is not None:
         model = initial_model(config)
     params, context = model.params, {"null_text": on_all_devices(source.null_text)}
+    if teacher := stage.teacher_path(config):
+        context["teacher"] = load_teacher(model, config, teacher)
     if model.fresh_feature_maps and is_new:
         batch = calibration_batch(source, config)
         params = distill.calibrated(model.model_def, params, batch, context["null_text"], config)

@@ -62,6 +62,9 @@ DEFAULTS = {
     "distill.loss": "l1",
     "distill.clip_norm": 0.0,
     "distill.updates_per_batch": 1,
+    "velocity.teacher": "",
+    "velocity.teacher_weight": 0.0,
+    "velocity.guidance_scale": 1.0,
     "ema_decay": 0.99,
     "flow_shift": 5.0,
     "timestep_sampling": "logit_normal",
@@ -87,7 +90,8 @@ EFFECT_OF = {
     ROUNDED: "remat attention_implementation mesh.data mesh.fsdp mesh.context mesh.tensor",
     CHANGED: "steps accumulation_steps dtype data.path data.corrupt ema_decay flow_shift timestep_sampling "
     "caption_dropout spike_factor optimizer.learning_rate optimizer.muon_learning_rate optimizer.warmup_steps "
-    "optimizer.decay optimizer.weight_decay optimizer.clip_norm distill.loss distill.clip_norm",
+    "optimizer.decay optimizer.weight_decay optimizer.clip_norm distill.loss distill.clip_norm "
+    "velocity.teacher velocity.teacher_weight velocity.guidance_scale",
 }
 
 

@@ -369,7 +369,7 @@ def test_one_update_at_a_small_learning_rate_moves_the_float32_parameters():
     graphdef, params = tiny_model(TINY.replace(hybrid_blocks=(1,)), dtype=jnp.bfloat16)
     config = tiny_config("finetune", **{"optimizer.learning_rate": 1e-5, "optimizer.warmup_steps": 0, "batch_size": 2})
     optimizer = make_optimizer(config)
-    grad_fn = accumulate(finetune.make_grad_fn(apply_model(graphdef), config), 1)
+    grad_fn = accumulate(finetune.make_grad_fn(finetune.make_loss(apply_model(graphdef), config)), 1)
     step = make_step(gradient_update(grad_fn, optimizer), seed=0, ema_decay=0.9, spike_factor=10.0)
     state = init_state(params, optimizer, keep_ema=True)
     new, _ = jax.jit(step)(state, {"null_text": NULL_TEXT}, one_at_a_time(tiny_batch()))
@@ -412,7 +412,8 @@ def test_finetuning_loss_is_flow_matching_with_shift_and_dropped_captions():
         return params * latents
 
     batch, null = tiny_batch(64, 1), jnp.full((TINY.text_length, TINY.text_dim), 9.0)
-    metrics, grads = finetune.make_grad_fn(apply, config)(jnp.array(0.5), {"null_text": null}, batch, jax.random.key(5))
+    grad_fn = finetune.make_grad_fn(finetune.make_loss(apply, config))
+    metrics, grads = grad_fn(jnp.array(0.5), {"null_text": null}, batch, jax.random.key(5))
 
     sigma = np.asarray(seen["timestep"])[:, None, None, None, None] / 1000
     noise = (seen["latents"] - (1 - sigma) * batch["latents"]) / sigma

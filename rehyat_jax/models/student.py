@@ -47,6 +47,11 @@ def teacher_scan(
     return model.forward(*inputs, attend, model.per_block_attention() | given)[1]
 
 
+def softmax_velocity(model: WanTransformer, inputs: Inputs) -> jax.Array:
+    """The velocity [B, T, H, W, C_out], float32, of a model with softmax attention in all blocks."""
+    return model.forward(*inputs, lambda inputs, _: (inputs.softmax(), None), {})[0]
+
+
 def converted_rows(model: WanTransformer, stacked_over_blocks: Any) -> Any:
     """The rows of the converted blocks."""
     forms = model.config.block_forms

@@ -14,8 +14,8 @@ from rehyat_jax.parallel.mesh import BATCH, check_batch, check_heads, make_mesh
 from rehyat_jax.parallel.sharding import BATCHES, abstract_arrays, check_divisible, shardings
 from rehyat_jax.training.compiler_options import compiler_options
 from rehyat_jax.training.config import config_from_json
-from rehyat_jax.training.setup import abstract_model
-from rehyat_jax.training.stages import assemble
+from rehyat_jax.training.setup import abstract_model, abstract_teacher
+from rehyat_jax.training.stages import STAGES, assemble
 
 
 class AbstractStep(NamedTuple):
@@ -33,7 +33,7 @@ class AbstractStep(NamedTuple):
             "parameters": self.state["params"],
             "optimizer state": self.state["opt_state"],
             "average (EMA)": self.state["ema"],
-            "frozen teacher": self.context.get("frozen", {}),
+            "frozen teacher": [self.context.get(name, {}) for name in ("frozen", "teacher")],
             "batch": (self.batch, self.context["null_text"]),
         }
         return {kind: bytes_on_device(tree) for kind, tree in kinds.items()}
@@ -67,6 +67,8 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
     array = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings(spec))
     text = (wan.text_length, wan.text_dim)
     context = {"null_text": array(text, PartitionSpec())}
+    if STAGES[config.stage].teacher_path(config):
+        context["teacher"], _ = abstract_teacher(wan, config)
     (step, initial_state, state_shardings), params, context = assemble(model_def, params, specs, context, config)
     state = abstract_arrays(jax.eval_shape(initial_state, params), state_shardings)
     shapes = {"latents": (*latents, wan.in_channels), "text": text}

@@ -71,7 +71,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 )
     if stage.starts_from_model and not config.init_from:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
-    if stage.is_of_hybrid_blocks and not config.hybrid.blocks and not config.forms:
+    if stage.teacher_weight(config) and stage.trains is None and not config.velocity.teacher:
+        raise InputError(
+            f"config.velocity.teacher is empty; with config.velocity.teacher_weight = {config.velocity.teacher_weight} "
+            f"stage {config.stage!r} learns the velocity of a softmax model: give its path"
+        )
+    if stage.converts and not config.hybrid.blocks and not config.forms:
         raise InputError(
             f'config.hybrid.blocks is unset; stage "{config.stage}" needs the blocks to convert: "all" or indices'
         )

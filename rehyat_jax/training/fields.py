@@ -83,8 +83,8 @@ FIELDS = (
         "finetune",
         Choice(STAGES),
         REFUSED,
-        '"pretrain" trains a softmax model from scratch. "distill" (stage 1) trains feature maps only. "finetune" '
-        "(stage 2) trains everything.",
+        '"pretrain" trains a softmax model from scratch. "distill" (stage 1) trains feature maps only, each block by '
+        'itself. "velocity" trains feature maps through the complete model. "finetune" (stage 2) trains everything.',
     ),
     Field(
         "preset",
@@ -301,6 +301,29 @@ FIELDS = (
         REFUSED,
         'Updates of a step in stage "distill", all on the same inputs of attention. The teacher runs once for them. '
         "More than 1 needs AdamW, accumulation_steps = 1 and optimizer.clip_norm = 0.",
+    ),
+    Field(
+        "velocity.teacher",
+        "",
+        Text(),
+        CHANGED,
+        'Softmax model whose velocity stages "velocity" and "finetune" learn. Without it, stage "velocity" takes '
+        "init_from with softmax attention in all blocks.",
+    ),
+    Field(
+        "velocity.teacher_weight",
+        0.0,
+        Real(0, 1),
+        CHANGED,
+        'Weight of the teacher\'s velocity in the loss of stage "finetune"; the rest is that of the videos. With 1, it '
+        "needs no videos.",
+    ),
+    Field(
+        "velocity.guidance_scale",
+        1.0,
+        Real(0),
+        CHANGED,
+        "Guidance scale of the teacher's velocity. Above 1, the student learns the velocity after guidance.",
     ),
     Field(
         "ema_decay",

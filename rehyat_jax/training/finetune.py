@@ -1,41 +1,80 @@
-"""Flow matching on the complete transformer: stage 2 of the recipe, and the pretraining of a softmax teacher."""
+"""The losses of the complete transformer: flow matching on data, and the velocity of a softmax teacher.
+
+Pretraining and stage 2 learn the velocity of the data, noise - x. With a teacher (`rehyat_jax.training.velocity`), the
+target is the velocity that the teacher predicts from the same noisy latents, or both losses are mixed.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from rehyat_jax.diffusion import flow
-from rehyat_jax.training.noising import noise_batch
+from rehyat_jax.training.noising import NoisyBatch, noise_batch
 from rehyat_jax.training.step import Batch, Context, GradFn, Metrics
+
+Teacher = Callable[[Any, Context, NoisyBatch], jax.Array]
+"""(parameters of the student, context, noisy latents) -> the velocity to imitate, [B, T, H, W, C]."""
 
 
 def make_loss(
-    apply: Callable[..., jax.Array], config: ml_collections.ConfigDict
+    apply: Callable[..., jax.Array],
+    config: ml_collections.ConfigDict,
+    *,
+    teacher: Teacher | None = None,
+    teacher_weight: float = 0.0,
 ) -> Callable[[Any, Context, Batch, jax.Array], tuple[jax.Array, Metrics]]:
-    """A function of (params, context, batch, key) -> (flow-matching loss, metrics); the only metric is "loss".
+    """A function of (params, context, batch, key) -> (loss, metrics).
+
+    The loss is (1 - w) mean (v - (noise - x))^2 + w mean (v - v_teacher)^2. Without clean latents x, as in a teacher's
+    trajectories, only the second term is there, and w must be 1.
+
+    The metrics are "loss" and, with a teacher, "velocity_error": mean |v - v_teacher| / mean |v_teacher|. With a
+    teacher and clean latents there is also "excess_vs_teacher": the first term's loss of v minus that of v_teacher, on
+    the same noise.
 
     Args:
       apply: (params, latents, timestep, text) -> velocity.
       config: see `noise_batch`.
+      teacher: the velocity to imitate; needed if w is above 0.
+      teacher_weight: w, from 0 to 1.
     """
 
     def loss_fn(params: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         noisy = noise_batch(batch, context["null_text"], key, config)
         velocity = apply(params, noisy.latents, noisy.timestep, noisy.text)
-        loss = flow.flow_matching_loss(velocity, noisy.velocity)
-        return loss, {"loss": loss}
+        losses, metrics = [], {}
+        if teacher is not None:
+            target = teacher(params, context, noisy)
+            losses.append(teacher_weight * flow.flow_matching_loss(velocity, target))
+            metrics["velocity_error"] = jnp.abs(velocity - target).mean() / jnp.abs(target).mean()
+        if noisy.velocity is not None:
+            data_loss = flow.flow_matching_loss(velocity, noisy.velocity)
+            losses.append((1 - teacher_weight) * data_loss)
+            if teacher is not None:
+                metrics["excess_vs_teacher"] = data_loss - flow.flow_matching_loss(target, noisy.velocity)
+        loss = sum(losses)
+        return loss, {"loss": loss, **metrics}
 
     return loss_fn
 
 
-def make_grad_fn(apply: Callable[..., jax.Array], config: ml_collections.ConfigDict) -> GradFn:
-    """Gradients of the flow-matching loss with respect to all parameters; see `make_loss`."""
-    loss_fn = make_loss(apply, config)
+def make_grad_fn(
+    loss_fn: Callable[[Any, Context, Batch, jax.Array], tuple[jax.Array, Metrics]],
+    join: Callable[[Any, Any], Any] = lambda trained, frozen: trained,
+) -> GradFn:
+    """Gradients of a loss with respect to the parameters in training.
 
-    def grad_fn(params: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[Metrics, Any]:
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, context, batch, key)
+    Args:
+      loss_fn: result of `make_loss`.
+      join: (trained parameters, context["frozen"] or {}) -> parameters of the model; by default all are trained.
+    """
+
+    def grad_fn(trained: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[Metrics, Any]:
+        of_trained = lambda trained: loss_fn(join(trained, context.get("frozen", {})), context, batch, key)
+        grads, metrics = jax.grad(of_trained, has_aux=True)(trained)
         return metrics, grads
 
     return grad_fn

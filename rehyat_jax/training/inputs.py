@@ -18,7 +18,7 @@ MOST_BYTES = 4096
 
 
 def input_fingerprints(config: ml_collections.ConfigDict, source: Source) -> dict[str, str]:
-    """Fingerprints of the files of the initial model and the training examples, by the field that names them.
+    """Fingerprints of the files of initial model, teacher and training examples, by the field that names them.
 
     A source that generates its examples has no files, and no fingerprint. The first process reads the files for all.
 
@@ -36,6 +36,8 @@ def _fingerprints(config: ml_collections.ConfigDict, source: Source) -> dict[str
     files = {}
     if STAGES[config.stage].starts_from_model:
         files["init_from"] = checkpoint_files(config.init_from)
+    if teacher := STAGES[config.stage].teacher_path(config):
+        files["velocity.teacher"] = checkpoint_files(teacher)
     if stored := getattr(source, "files", ()):
         files["data.path"] = (Path(config.data.path), stored)
     return {field: fingerprint(found, folder, blocks=BLOCKS) for field, (folder, found) in files.items()}

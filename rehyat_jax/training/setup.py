@@ -1,12 +1,13 @@
 """Builds the data and the initial model of a run from its configuration."""
 
+import dataclasses
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from flax import nnx
+from flax import nnx, traverse_util
 
 from rehyat_jax.attention.form import MapStack
 from rehyat_jax.attention.forms.base import Form
@@ -184,6 +185,49 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
 
 
+def abstract_teacher(wan: WanConfig, config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters of the softmax teacher of a student, as shapes with shardings, and their shardings.
+
+    The parameters have the compute dtype where the model allows it, because they are frozen.
+    """
+    dtype = jnp.dtype(config.dtype)
+    create = lambda: WanTransformer(wan.replace(hybrid_blocks=()), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    state = nnx.state(nnx.eval_shape(create))
+    placed = shardings(param_specs(state))
+    return abstract_arrays(nnx.to_pure_dict(state), placed), placed
+
+
+def load_teacher(model: InitialModel, config: ml_collections.ConfigDict, path: str) -> dict[str, Any]:
+    """Parameters of the teacher whose velocity is learned, sharded on the mesh in use.
+
+    Raises:
+      InputError: the checkpoint cannot be read, or it is no softmax model of the student's architecture, codec and text
+        encoder.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.config.hybrid_blocks:
+        raise InputError(
+            f"config.velocity.teacher: {path} has hybrid blocks, {checkpoint.config.hybrid_block_indices}; give the "
+            f"softmax model that the student was made from"
+        )
+    found, expected = (
+        {**dataclasses.asdict(wan.replace(hybrid_blocks=())), **names}
+        for wan, names in (
+            (checkpoint.config, {name: checkpoint.metadata[name] for name in METADATA}),
+            (model.config, {"codec": model.codec, "text_encoder": model.text_encoder}),
+        )
+    )
+    if different := [name for name in expected if found[name] != expected[name]]:
+        name = different[0]
+        raise InputError(
+            f"config.velocity.teacher: expected the student's {name}, {expected[name]!r}, found {found[name]!r} in "
+            f"{path}; give the softmax model that the student was made from"
+        )
+    shapes, placed = abstract_teacher(model.config, config)
+    dtypes = {name: leaf.dtype for name, leaf in traverse_util.flatten_dict(shapes, sep=".").items()}
+    return load_sharded(path, checkpoint, placed, dtypes)
+
+
 def _feature_maps(wan: WanConfig, key: jax.Array) -> nnx.Module:
     sizes = dict(num_heads=wan.num_heads, head_dim=wan.head_dim)
     return make_feature_maps(wan.block_forms, **sizes, rngs=nnx.Rngs(params=key))
@@ -206,12 +250,13 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
     """Raises InputError, naming the axis or field, if the model or the stage cannot use the source's examples."""
     check_examples(source, model.config, model.codec, model.text_encoder)
     if STAGES[config.stage].is_of_hybrid_blocks:
-        _check_learns(source, model.config)
-    if source.kind not in STAGES[config.stage].data_kinds:
-        able = " or ".join(f'"{name}"' for name, stage in STAGES.items() if source.kind in stage.data_kinds)
+        _check_learns(source, model.config, config.stage)
+    if source.kind not in STAGES[config.stage].data_kinds(config):
+        able = " and ".join(f'"{name}"' for name, stage in STAGES.items() if source.kind in stage.data_kinds(config))
         raise InputError(
-            f"config.data.path: {config.data.path} holds {source.kind} of a teacher, which only stage {able} can "
-            f"learn from, but config.stage is {config.stage!r}; prepare videos for it"
+            f"config.data.path: {config.data.path} holds {source.kind} of a teacher, from which stages {able} can "
+            f'learn, and "finetune" with config.velocity.teacher_weight = 1, but config.stage is {config.stage!r}; '
+            f"prepare videos for it"
         )
 
 
@@ -248,11 +293,14 @@ def check_examples(source: Source, wan: WanConfig, codec: str, text_encoder: str
             )
 
 
-def _check_learns(source: Source, wan: WanConfig) -> None:
+def _check_learns(source: Source, wan: WanConfig, stage: str) -> None:
     """Raises InputError if there are no feature maps, or if those of some block would have no gradient."""
     forms = wan.block_forms
     if not forms.stacks:
-        raise InputError("config.hybrid and config.forms: no block has feature maps, so stage 1 has nothing to train")
+        raise InputError(
+            f"config.hybrid and config.forms: no block has feature maps, so stage {stage!r} has nothing to train; give "
+            f"blocks a form with feature maps"
+        )
     longest = max(bucket.latents_shape[0] // wan.patch_size[0] for bucket in source.buckets)
     for block in forms.converted:
         form = forms.of_block[block]

@@ -9,12 +9,13 @@ import optax
 from flax import nnx
 
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, training_flops
+from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, teacher_flops, training_flops
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import distill, finetune
 from rehyat_jax.training.optimizer import make_optimizer
 from rehyat_jax.training.sharded_step import ShardedStep, make_sharded_step
 from rehyat_jax.training.step import Context, Params, UpdateFn, accumulate, gradient_update
+from rehyat_jax.training.velocity import softmax_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Stage:
       starts_from_model: whether the model is read from `init_from`; otherwise it is initialised.
       trains: the part of the parameter tree in training; None for all of it. The rest is frozen: the teacher.
       is_of_hybrid_blocks: whether a model without hybrid blocks has nothing to train.
-      data_kinds: the kinds of data sets that it learns from; see `data.pipeline.Source`.
+      converts: whether the configuration must name the blocks to convert.
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
       updates_per_step: configuration -> updates of the optimizer in a step.
+      teacher_weight: configuration -> weight of the teacher's velocity in the loss, see `finetune.make_loss`.
     """
 
     make_update: Callable[[nnx.GraphDef, ml_collections.ConfigDict, optax.GradientTransformation], UpdateFn]
@@ -37,9 +39,19 @@ class Stage:
     starts_from_model: bool = True
     trains: str | None = None
     is_of_hybrid_blocks: bool = False
-    data_kinds: tuple[str, ...] = ("examples",)
+    converts: bool = False
     recomputes: bool = True
     updates_per_step: Callable[[ml_collections.ConfigDict], int] = lambda config: 1
+    teacher_weight: Callable[[ml_collections.ConfigDict], float] = lambda config: 0.0
+
+    def data_kinds(self, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+        """Kinds of data sets that it learns from, see `data.pipeline.Source`. Trajectories hold no clean latents."""
+        needs_clean = not self.converts and self.teacher_weight(config) < 1
+        return ("examples",) if needs_clean else ("examples", "trajectories")
+
+    def teacher_path(self, config: ml_collections.ConfigDict) -> str:
+        """Path of the teacher whose velocity is learned; "" if there is none, or its parameters are the frozen ones."""
+        return config.velocity.teacher if self.teacher_weight(config) else ""
 
     def split(self, params: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
         """Splits a tree with the structure of the model's parameters into (trained part, frozen part)."""
@@ -52,17 +64,23 @@ class Stage:
         return trained if self.trains is None else {**frozen, self.trains: trained}
 
 
-def _update_whole_model(
+def _update_by_velocity(
     model_def: nnx.GraphDef, config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation
 ) -> UpdateFn:
-    grad_fn = finetune.make_grad_fn(apply_model(model_def), config)
-    return gradient_update(accumulate(grad_fn, config.accumulation_steps), optimizer)
+    stage = STAGES[config.stage]
+    weight = stage.teacher_weight(config)
+    teacher = softmax_teacher(model_def, config) if weight else None
+    loss = finetune.make_loss(apply_model(model_def), config, teacher=teacher, teacher_weight=weight)
+    return gradient_update(accumulate(finetune.make_grad_fn(loss, stage.join), config.accumulation_steps), optimizer)
 
 
-def _flops_of_whole_model(
-    model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict
-) -> StepFlops:
-    return training_flops(model, latents, remat=config.remat)
+def _flops_by_velocity(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
+    stage = STAGES[config.stage]
+    of_student = training_flops(model, latents, remat=config.remat, trains_weights=stage.trains is None)
+    if not stage.teacher_weight(config):
+        return of_student
+    passes = 1 if config.velocity.guidance_scale == 1 else 2
+    return of_student._replace(model=of_student.model + passes * teacher_flops(model, latents))
 
 
 def _flops_of_distillation(
@@ -72,17 +90,26 @@ def _flops_of_distillation(
 
 
 STAGES = {
-    "pretrain": Stage(_update_whole_model, _flops_of_whole_model, starts_from_model=False),
+    "pretrain": Stage(_update_by_velocity, _flops_by_velocity, starts_from_model=False),
     "distill": Stage(
         distill.make_update,
         _flops_of_distillation,
         trains="feature_maps",
         is_of_hybrid_blocks=True,
-        data_kinds=("examples", "trajectories"),
+        converts=True,
         recomputes=False,
         updates_per_step=distill.updates_per_step,
     ),
-    "finetune": Stage(_update_whole_model, _flops_of_whole_model),
+    "velocity": Stage(
+        _update_by_velocity,
+        _flops_by_velocity,
+        trains="feature_maps",
+        is_of_hybrid_blocks=True,
+        teacher_weight=lambda config: 1.0,
+    ),
+    "finetune": Stage(
+        _update_by_velocity, _flops_by_velocity, teacher_weight=lambda config: config.velocity.teacher_weight
+    ),
 }
 """The stages by `config.stage`."""
 
@@ -114,7 +141,8 @@ def assemble(
       model_def: graph definition of the transformer.
       params: all parameters, arrays or `jax.ShapeDtypeStruct`s with shardings.
       specs: their PartitionSpecs.
-      context: the context that every stage's step reads: "null_text".
+      context: the context that every stage's step reads, "null_text", and "teacher" if the teacher is a model of its
+        own (`Stage.teacher_path`).
       config: configuration of the run.
     """
     stage = STAGES[config.stage]

@@ -19,9 +19,9 @@ Params = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Context = dict[str, Any]
-"""Arrays that a step reads but does not change: "frozen" (the teacher's parameters, when distilling) and "null_text"
-[L, text_dim] (the embedding of no caption). They are an argument because XLA would bake a closure's weights into the
-program."""
+"""Arrays that a step reads but does not change: "null_text" [L, text_dim] (the embedding of no caption), "frozen" (the
+parameters that are not in training), "teacher" (the parameters of a teacher of its own). They are an argument because
+XLA would bake a closure's weights into the program."""
 
 GradFn = Callable[[Params, Context, Batch, jax.Array], tuple[Metrics, Params]]
 """(params, context, batch, key) -> (metrics, gradients)."""

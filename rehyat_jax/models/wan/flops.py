@@ -17,6 +17,7 @@ With N tokens of width D = H d, L text tokens, a feed-forward width M and P = to
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from rehyat_jax.attention.forms.base import FormFlops, Sizes
 from rehyat_jax.attention.forms.softmax import SOFTMAX
@@ -69,12 +70,17 @@ def forward_flops(config: WanConfig, latents: tuple[int, int, int]) -> ForwardFl
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class StepFlops:
+class StepFlops(NamedTuple):
     """Operations of one video in a training step: the model's, and those recomputed to save memory."""
 
     model: int
     recomputed: int
+
+
+def teacher_flops(config: WanConfig, latents: tuple[int, int, int]) -> int:
+    """Operations of the forward pass with softmax attention in all blocks."""
+    count = forward_flops(config, latents)
+    return count.outside + config.num_layers * (count.block + count.softmax)
 
 
 def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, updates: int = 1) -> StepFlops:
@@ -86,14 +92,25 @@ def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, upda
       for the sums, because values have no gradient.
     """
     count, forms = forward_flops(config, latents), config.block_forms
-    teacher = count.outside + config.num_layers * (count.block + count.softmax)
     students = [count.attention[block] for block in forms.converted]
     gradients = sum(2 * student.feature_maps + student.linear * 3 // 2 for student in students)
-    return StepFlops(teacher + updates * (sum(student.total for student in students) + gradients), 0)
+    return StepFlops(
+        teacher_flops(config, latents) + updates * (sum(student.total for student in students) + gradients), 0
+    )
 
 
-def training_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: str) -> StepFlops:
-    """Counts for the gradient of all parameters under a remat policy. A backward pass is twice its forward pass."""
+def training_flops(
+    config: WanConfig, latents: tuple[int, int, int], *, remat: str, trains_weights: bool = True
+) -> StepFlops:
+    """Counts for gradients through all blocks under a remat policy. A backward pass is twice its forward pass.
+
+    Args:
+      config: the architecture.
+      latents: frames, height and width of a video's latents.
+      remat: name in `REMAT_POLICIES`.
+      trains_weights: False if only feature maps are trained. Gradients then pass through the first converted block and
+        those after it, and the products with weights have no gradient but that of their input.
+    """
     count = forward_flops(config, latents)
     # "dots" keeps the results of the weights' products, "attention" those of attention. Others keep its input only.
     # With enough tokens, no gradient needs the result of a block's last product (see `linear.Linear.gated`).
@@ -102,4 +119,8 @@ def training_flops(config: WanConfig, latents: tuple[int, int, int], *, remat: s
     products = config.num_layers * count.block
     attention = count.blocks - products
     recomputed = {"none": 0, "dots": attention, "attention": products - last, "attention_offload": products - last}
-    return StepFlops(3 * (count.outside + count.blocks), recomputed.get(remat, count.blocks - last))
+    forward, backward = count.outside + count.blocks, 2 * (count.outside + count.blocks)
+    if not trains_weights:
+        first = config.block_forms.converted[0]
+        backward = (config.num_layers - first) * count.block + 2 * sum(flops.total for flops in count.attention[first:])
+    return StepFlops(forward + backward, recomputed.get(remat, count.blocks - last))
