@@ -34,7 +34,7 @@ def has_parameters_to_train(config: ml_collections.ConfigDict) -> bool:
     Raises:
       InputError: the initial model cannot be read, or an entry of the forms names blocks that it does not have.
     """
-    if not STAGES[config.stage].is_of_hybrid_blocks:
+    if not STAGES[config.stage].converts:
         return True
     forms = wanted_forms(config, open_checkpoint(config.init_from).config.num_layers)
     return any(form.learned is not None for form in forms)

@@ -249,7 +249,7 @@ def chosen_maps(wan: WanConfig, loaded: WanConfig, feature_maps: Any) -> Any:
 def check_data(source: Source, model: InitialModel, config: ml_collections.ConfigDict) -> None:
     """Raises InputError, naming the axis or field, if the model or the stage cannot use the source's examples."""
     check_examples(source, model.config, model.codec, model.text_encoder)
-    if STAGES[config.stage].is_of_hybrid_blocks:
+    if STAGES[config.stage].trains is not None:
         _check_learns(source, model.config, config.stage)
     if source.kind not in STAGES[config.stage].data_kinds(config):
         able = " and ".join(f'"{name}"' for name, stage in STAGES.items() if source.kind in stage.data_kinds(config))

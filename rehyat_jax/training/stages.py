@@ -26,8 +26,8 @@ class Stage:
       make_update: (graph definition of the model, configuration, optimizer) -> the update of a step.
       step_flops: (architecture, size of the latents, configuration) -> FLOPs of one video in a step.
       starts_from_model: whether the model is read from `init_from`; otherwise it is initialised.
-      trains: the part of the parameter tree in training; None for all of it. The rest is frozen: the teacher.
-      is_of_hybrid_blocks: whether a model without hybrid blocks has nothing to train.
+      trains: the part of the parameter tree in training, "feature_maps"; None for all of it. The rest is frozen: the
+        teacher. A model without this part has nothing to train.
       converts: whether the configuration must name the blocks to convert.
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
       updates_per_step: configuration -> updates of the optimizer in a step.
@@ -38,7 +38,6 @@ class Stage:
     step_flops: Callable[[WanConfig, tuple[int, int, int], ml_collections.ConfigDict], StepFlops]
     starts_from_model: bool = True
     trains: str | None = None
-    is_of_hybrid_blocks: bool = False
     converts: bool = False
     recomputes: bool = True
     updates_per_step: Callable[[ml_collections.ConfigDict], int] = lambda config: 1
@@ -95,7 +94,6 @@ STAGES = {
         distill.make_update,
         _flops_of_distillation,
         trains="feature_maps",
-        is_of_hybrid_blocks=True,
         converts=True,
         recomputes=False,
         updates_per_step=distill.updates_per_step,
@@ -104,7 +102,6 @@ STAGES = {
         _update_by_velocity,
         _flops_by_velocity,
         trains="feature_maps",
-        is_of_hybrid_blocks=True,
         teacher_weight=lambda config: 1.0,
     ),
     "finetune": Stage(
