@@ -271,6 +271,7 @@ def test_records_are_rendered_into_one_page(tmp_path, capsys):
     assert "| Tc 1 | chunk_frames = 1 | 0.5000 ± 0.1414 | 0.4000 to 0.6000 | 2 |" in text
     assert "| Tc 5 | chunk_frames = 1 | not measured |" in text
     assert "Tc 1, seed 0, failed: no data" in text
+    assert "| [Other](#other) | attention error | Tc 3: 0.2000 | Tc 1: 0.6000 | 1 of 1 |" in text
     for name in ("windows", "other"):
         assert f"(pictures/study_{name}.png)" in text
         assert (page.parent / "pictures" / f"study_{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """Studies as Markdown: one section each, on a page of its own or together with others."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from rehyat_jax.files.write import check_place, reported_write_errors, written_w
 from rehyat_jax.studies.measure import METRICS
 from rehyat_jax.studies.plots import save_study
 from rehyat_jax.studies.record import FIGURE, Record, read_record, statistics
-from rehyat_jax.studies.trends import sentences
+from rehyat_jax.studies.trends import agreement, best_and_next, sentences, shown_mean
 
 PICTURES = "pictures"
 """The folder next to a page of several studies that has their pictures."""
@@ -84,6 +85,18 @@ def _made_with(record: Record) -> str:
     )
 
 
+def _overview(records: Sequence[Record]) -> str:
+    """The table of all studies: the best two variants, and how many pairs of variants have the published order."""
+    rows = ["| study | figure | best | next | pairs in the published order |", "|---|---|---|---|---|"]
+    for record in records:
+        anchor = re.sub(r"[^\w -]", "", record.title.lower()).replace(" ", "-")
+        best = best_and_next(record) or ("", "")
+        shown = [f"{label}: {shown_mean(record, label)}" if label else "" for label in best]
+        cells = [f"[{record.title}](#{anchor})", METRICS[record.headline].title, *shown, agreement(record)]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*rows, ""])
+
+
 def write_page(record: Record, workdir: Path) -> Path:
     """Writes `study.md` and `study.png` of one study; returns the page's path. Raises InputError if that fails."""
     page, picture = workdir / "study.md", workdir / "study.png"
@@ -117,4 +130,4 @@ def write_results(files: Sequence[Path], page: Path) -> None:
         sections = [section(record, f"{PICTURES}/study_{record.name}.png") for record in records]
         header = HEADER.format(page=page, files=" ".join(map(str, files)))
         with written_whole(page) as temporary:
-            temporary.write_text("\n".join([header, *sections]), encoding="utf-8")
+            temporary.write_text("\n".join([header, _overview(records), *sections]), encoding="utf-8")

@@ -14,36 +14,33 @@ from rehyat_jax.studies.record import FIGURE, Record, statistics
 
 def sentences(record: Record) -> list[str]:
     """The sentences of a study; none as long as no two variants have figures."""
-    found = [best_variant(record)] if len(_finished(record)) > 1 else []
+    best = best_and_next(record)
+    found = [best_variant(record, *best)] if best else []
     return found + [text for trend in record.trends if (text := compared(record, trend))]
 
 
-def best_variant(record: Record) -> str:
-    """Names the best variant by the headline and the one after it."""
-    metric, labels = METRICS[record.headline], _finished(record)
-    first, second = sorted(labels, key=lambda label: _badness(record, label))[:2]
+def best_variant(record: Record, first: str, second: str) -> str:
+    """Names the best variant by the headline, `first`, and the one after it."""
+    metric = METRICS[record.headline]
     seeds = _shared_seeds(record, first, second)
     wins = sum(_badness(record, first, seed) < _badness(record, second, seed) for seed in seeds)
     return (
-        f"Best {metric.title}: {_mean(record, first)} ({first}). Next: {_mean(record, second)} ({second}). "
+        f"Best {metric.title}: {shown_mean(record, first)} ({first}). Next: {shown_mean(record, second)} ({second}). "
         f"The first is better in {wins} of {len(seeds)} seeds."
     )
 
 
 def compared(record: Record, trend: Trend) -> str:
     """Compares the order of the variants with their published order; "" unless two of them have figures."""
-    labels = sorted((label for label in trend.scores if label in _finished(record)), key=trend.scores.__getitem__)
-    if trend.lower_is_better:
-        labels.reverse()
-    pairs = [pair for pair in itertools.combinations(labels, 2) if len({trend.scores[label] for label in pair}) == 2]
+    labels = _from_worse_to_better(record, trend)
+    pairs, as_published = _pairs(record, trend)
     if not pairs:
         return ""
-    as_published = [pair for pair in pairs if _badness(record, pair[0]) > _badness(record, pair[1])]
     contradicting = [pair for pair in pairs if pair not in as_published]
     certain = sum(_in_every_seed(record, *pair) for pair in as_published)
     scores = "; ".join(f"{label}: {trend.scores[label]:g}" for label in labels)
     title = METRICS[record.headline].title
-    found = "; ".join(f"{label}: {_mean(record, label)}" for label in labels)
+    found = "; ".join(f"{label}: {shown_mean(record, label)}" for label in labels)
     text = f"Published {trend.title}, from worse to better: {scores}. Here, {title}: {found}. "
     if not contradicting:
         order = "The pair has" if len(pairs) == 1 else f"All {len(pairs)} pairs of variants have"
@@ -56,6 +53,37 @@ def compared(record: Record, trend: Trend) -> str:
         text + f"{len(as_published)} of {len(pairs)} pairs of variants have the published order"
         f"{_certainty(certain, len(as_published))} The exceptions: {exceptions}."
     )
+
+
+def agreement(record: Record) -> str:
+    """How many pairs of variants have the published order, all trends together; "" if nothing is published."""
+    found = [_pairs(record, trend) for trend in record.trends]
+    pairs, as_published = (sum(len(lists[number]) for lists in found) for number in range(2))
+    return f"{as_published} of {pairs}" if pairs else ""
+
+
+def _from_worse_to_better(record: Record, trend: Trend) -> list[str]:
+    """The variants with figures and a published score, in the published order."""
+    labels = sorted((label for label in trend.scores if label in _finished(record)), key=trend.scores.__getitem__)
+    return labels[::-1] if trend.lower_is_better else labels
+
+
+def _pairs(record: Record, trend: Trend) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The pairs (worse, better) with a published order, and those of them that have this order here."""
+    labels = _from_worse_to_better(record, trend)
+    pairs = [pair for pair in itertools.combinations(labels, 2) if len({trend.scores[label] for label in pair}) == 2]
+    return pairs, [pair for pair in pairs if _badness(record, pair[0]) > _badness(record, pair[1])]
+
+
+def best_and_next(record: Record) -> tuple[str, str] | None:
+    """The best variant by the headline and the one after it; None as long as no two variants have figures."""
+    labels = sorted(_finished(record), key=lambda label: _badness(record, label))
+    return (labels[0], labels[1]) if len(labels) > 1 else None
+
+
+def shown_mean(record: Record, label: str) -> str:
+    """A variant's mean of the headline, as tables show it."""
+    return f"{statistics(record.values(label, record.headline)).mean:{FIGURE}}"
 
 
 def _certainty(certain: int, pairs: int) -> str:
@@ -82,7 +110,3 @@ def _badness(record: Record, label: str, seed: int | None = None) -> float:
     values = record.values(label, record.headline)
     value = statistics(values).mean if seed is None else values[seed]
     return value if METRICS[record.headline].lower_is_better else -value
-
-
-def _mean(record: Record, label: str) -> str:
-    return f"{statistics(record.values(label, record.headline)).mean:{FIGURE}}"
