@@ -240,7 +240,7 @@ def test_make_student_shares_the_teacher_and_calibrates_its_maps():
 
 EVERY_KIND = (
     HybridConfig(2, 1, anchor_frames=1, decay=True, feature_map=FeatureMapConfig(features=16, gate=True)),
-    TwoBranchForm(2, 1, causal=False, decay=True, feature_map=FeatureMapConfig(features=16, input="unnormed")),
+    TwoBranchForm(2, 1, causal=False, linear_window=True, feature_map=FeatureMapConfig(features=16, input="unnormed")),
     WindowForm(2, 1, anchor_frames=2),
     LinearForm(2, feature_map=FeatureMapConfig(features=16, kind="silu_l2", input="unrotated")),
     LinearForm(2, causal=False, feature_map=FeatureMapConfig(features=16, kind="silu_l2", gate=True)),

@@ -37,6 +37,7 @@ DEFAULTS = {
     "hybrid.feature_map.hidden_activation": "gelu",
     "hybrid.feature_map.output_activation": "relu",
     "hybrid.feature_map.input": "rotated",
+    "hybrid.linear_window": False,
     "hybrid.feature_map.gate": False,
     "hybrid.feature_map.kind": "mlp",
     "hybrid.blocks": None,

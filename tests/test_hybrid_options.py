@@ -1,4 +1,4 @@
-"""Anchors, decay, gates of keys and separate branches: every implementation that takes them against the definition."""
+"""Anchors, decay, gates of keys, separate branches, linear windows: every implementation against the definition."""
 
 import functools
 import itertools
@@ -25,21 +25,25 @@ OPTIONS = {
     "decay": {"log_decay": LOG_DECAY},
     "branches": {"branch_gate": GATE},
     "all": {"log_decay": LOG_DECAY, "branch_gate": GATE},
+    "linear window": {},
+    "linear window, anchors, branches": {"branch_gate": GATE},
 }
 
 
-def attend_with(form, implementation, causal, stabilizer, anchored, per_head):
+def flags(form, name):
+    """The options of a name in `OPTIONS` that are no arrays."""
+    anchors = form[4] if name == "all" or "anchors" in name else 0
+    return {"anchor_frames": anchors, "linear_window": "linear window" in name}
+
+
+def attend_with(form, implementation, causal, stabilizer, name):
     """(query, key, value, phi_query, phi_key, gain, *per_head) -> output; `gain` multiplies phi_key."""
 
     def attend(query, key, value, phi_query, phi_key, gain, *arrays):
-        return attention(
-            form[:4],
-            causal,
-            stabilizer,
-            implementation,
-            anchor_frames=form[4] if anchored else 0,
-            **dict(zip(per_head, arrays, strict=True)),
-        )(query, key, value, phi_query, InlineFeatures(phi_key, (), identity, gain))
+        options = flags(form, name) | dict(zip(OPTIONS[name], arrays, strict=True))
+        return attention(form[:4], causal, stabilizer, implementation, **options)(
+            query, key, value, phi_query, InlineFeatures(phi_key, (), identity, gain)
+        )
 
     return attend
 
@@ -64,19 +68,17 @@ def results(attend, arrays):
 def expected(form, causal, stabilizer, name, batch=1):
     with jax.enable_x64(True):
         arrays = (*arrays_of(form, batch), *map(jnp.asarray, OPTIONS[name].values()))
-        return results(
-            attend_with(form, "reference", causal, stabilizer, name in ("anchors", "all"), OPTIONS[name]), arrays
-        )
+        return results(attend_with(form, "reference", causal, stabilizer, name), arrays)
 
 
 @pytest.mark.parametrize("implementation", ["scan", "xla"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("form, name", [*zip(ANCHORED, OPTIONS, strict=True), (ANCHORED[1], "all")], ids=str)
+@pytest.mark.parametrize("form, name", [*zip(ANCHORED * 2, OPTIONS, strict=False), (ANCHORED[1], "all")], ids=str)
 def test_outputs_and_gradients_are_those_of_the_definition(implementation, causal, form, name):
     stabilizer = STABILIZERS[causal]
     with jax.enable_x64(True):
         arrays = (*arrays_of(form), *map(jnp.asarray, OPTIONS[name].values()))
-        attend = attend_with(form, implementation, causal, stabilizer, name in ("anchors", "all"), OPTIONS[name])
+        attend = attend_with(form, implementation, causal, stabilizer, name)
         assert_close(results(attend, arrays), expected(form, causal, stabilizer, name), F64)
 
 
@@ -98,18 +100,25 @@ def test_weights_are_those_that_the_options_say():
     similarity = np.einsum("nhf,mhf->hnm", phi_query[0], phi_key[0])
     ratio = linear[0, :, 4, 1] / linear[0, :, 4, 2] / (similarity[:, 4, 1] / similarity[:, 4, 2])
     np.testing.assert_allclose(ratio, np.exp(LOG_DECAY), rtol=1e-12)
+    with jax.enable_x64(True):
+        weights = hybrid_attention_weights(query, key, phi_query, phi_key, linear_window=True, **form)
+    both = (np.asarray(weights[0]) > 0) & (np.asarray(weights[1]) > 0)
+    for t, j in itertools.product(range(frames), range(frames)):
+        in_window = t // chunk * chunk - overlap <= j < (t // chunk + 1) * chunk
+        assert both[0, :, t, j].all() == (in_window and j >= anchors)
+    np.testing.assert_allclose(sum(map(np.asarray, weights)).sum(-1), 1, rtol=1e-12)
     # Branches: each sums to its share.
     np.testing.assert_allclose(linear[0].sum(-1), np.broadcast_to(GATE[:, None], (2, frames)), rtol=1e-12)
     np.testing.assert_allclose(softmax.sum(-1) + linear.sum(-1), 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize("implementation", ["scan", "xla"])
-@pytest.mark.parametrize("name", ["anchors", "all"])
+@pytest.mark.parametrize("name", ["anchors", "all", "linear window, anchors, branches"])
 def test_a_video_continued_from_its_state_equals_one_call(implementation, name):
     form, options = (8, 2, 3, 1, 2), OPTIONS[name]
     with jax.enable_x64(True):
         *arrays, _ = arrays_of(form)
-        call = functools.partial(attention(form[:4], True, "joint", implementation, anchor_frames=2, **options))
+        call = functools.partial(attention(form[:4], True, "joint", implementation, **flags(form, name), **options))
         complete = call(*arrays)
         outputs, state = [], None
         for start, stop in ((0, 3), (3, 6), (6, 8)):
@@ -123,12 +132,22 @@ def test_a_video_continued_from_its_state_equals_one_call(implementation, name):
     assert_close(jnp.concatenate(outputs, axis=1), complete, F64)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("implementation, sizes", [("scan", (1, 1, 4, 2)), ("xla", (2, 1, 4, 1))], ids=str)
-def test_devices_together_give_the_definitions_results(implementation, sizes, causal):
+@pytest.mark.parametrize(
+    "implementation, sizes, causal, name",
+    [
+        ("scan", (1, 1, 4, 2), True, "all"),
+        ("scan", (1, 1, 4, 2), False, "all"),
+        ("xla", (2, 1, 4, 1), True, "all"),
+        ("xla", (2, 1, 4, 1), False, "all"),
+        ("scan", (1, 1, 4, 2), True, "linear window, anchors, branches"),
+        ("xla", (1, 1, 4, 1), False, "linear window"),
+    ],
+    ids=str,
+)
+def test_devices_together_give_the_definitions_results(implementation, sizes, causal, name):
     form = (11, 2, 2, 1, 2)
 
-    def attend(query, key, value, phi_query, phi_key, gain, log_decay, branch_gate):
+    def attend(query, key, value, phi_query, phi_key, gain, *arrays):
         pad = lambda array: padded(array, form, sizes[2])
         output = hybrid_attention_on_mesh(
             *map(pad, (query, key, value, phi_query)),
@@ -137,20 +156,19 @@ def test_devices_together_give_the_definitions_results(implementation, sizes, ca
             tokens_per_frame=form[1],
             chunk_frames=form[2],
             overlap_frames=form[3],
-            anchor_frames=form[4],
-            log_decay=log_decay,
-            branch_gate=branch_gate,
             causal=causal,
             stabilizer="joint",
             implementation=implementation,
+            **flags(form, name),
+            **dict(zip(OPTIONS[name], arrays, strict=True)),
         )
         return output[:, : form[0] * form[1]]
 
     with jax.enable_x64(True):
-        arrays = (*arrays_of(form, 2), jnp.asarray(LOG_DECAY), jnp.asarray(GATE))
+        arrays = (*arrays_of(form, 2), *map(jnp.asarray, OPTIONS[name].values()))
         with jax.set_mesh(mesh_of(sizes)):
             found = results(attend, arrays)
-    assert_close(found, expected(form, causal, "joint", "all", 2), F64)
+    assert_close(found, expected(form, causal, "joint", name, 2), F64)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +177,8 @@ def test_devices_together_give_the_definitions_results(implementation, sizes, ca
         ({"anchor_frames": 4}, "anchor_frames must be between 0 and chunk_frames=3"),
         ({"anchor_frames": 1.5}, "anchor_frames must be an integer"),
         ({"log_decay": np.zeros(3)}, r"log_decay must be \[heads\] = \[2\], found shape \[3\]"),
+        ({"linear_window": True, "log_decay": np.zeros(2)}, "linear_window and log_decay: expected one of them"),
+        ({"linear_window": True, "implementation": "pallas_tpu"}, 'cannot do this: .*implementation="xla"'),
         ({"branch_gate": 0.5}, r"branch_gate must be \[heads\] = \[2\], found shape \[\]"),
     ],
 )
@@ -271,12 +291,12 @@ def test_the_tpu_kernels_take_anchors_and_decay_on_a_mesh():
     assert_close(found, expected, TPU_F32)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_cudnn_takes_all_options(causal):
-    form, name = ANCHORED[0], "all"
+@pytest.mark.parametrize("causal, name", [(True, "all"), (False, "all"), (True, "linear window, anchors, branches")])
+def test_cudnn_takes_all_options(causal, name):
+    form = ANCHORED[0]
     with jax.enable_x64(True), dense_cudnn():
         arrays = (*arrays_of(form), *map(jnp.asarray, OPTIONS[name].values()))
-        found = results(attend_with(form, "cudnn", causal, "joint", True, OPTIONS[name]), arrays)
+        found = results(attend_with(form, "cudnn", causal, "joint", name), arrays)
     assert_close(found, expected(form, causal, "joint", name), F64)
 
 

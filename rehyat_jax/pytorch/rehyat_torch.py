@@ -156,6 +156,7 @@ def hybrid_attention(
     causal: bool = True,
     stabilizer: str = "row_max",
     anchor_frames: int = 0,
+    linear_window: bool = False,
     log_decay: Tensor | None = None,
     branch_gate: Tensor | None = None,
 ) -> Tensor:
@@ -183,6 +184,7 @@ def hybrid_attention(
       stabilizer: "row_max": c is the row's largest score in the window and scale is 1. "joint": scale is exp(-c), so
         that c cancels. These are two different functions; a student needs the one with which it was trained.
       anchor_frames: the video's first frames, at most Tc, are softmax keys of every chunk, and no linear keys.
+      linear_window: whether linear attention reads the frames of the window too.
       log_decay: [heads]; the linear weight of a key is multiplied by exp(log_decay) for each frame between it and the
         window. None for no decay.
       branch_gate: [heads]; the branches are normalised separately, (1 - gate) softmax + gate linear. None for one
@@ -240,7 +242,10 @@ def hybrid_attention(
             window_values = torch.cat([values(0, anchors), values(window, end)], dim=2)
 
             scores = part(query, start, end) @ keys.mT / query.shape[-1] ** 0.5
-            linear = part(phi_query, start, end) @ (past if causal else past + future.pop())
+            sums = past if causal else past + future.pop()
+            if linear_window:
+                sums = sums + linear_sums(window, end)
+            linear = part(phi_query, start, end) @ sums
             y = _merged(scores, window_values, linear, stabilizer, branch_gate)
             outputs.append(y.transpose(1, 2).to(query.dtype))
     return torch.cat(outputs, dim=1)

@@ -147,6 +147,13 @@ FIELDS = (
         REFUSED,
         "True: learn, for every head, how linear attention decays with the distance from the window.",
     ),
+    Field(
+        "hybrid.linear_window",
+        _FORM.linear_window,
+        Boolean(),
+        REFUSED,
+        "True: linear attention reads the frames of the window too. Not with decay.",
+    ),
     Field("hybrid.feature_map.kind", _MAP.kind, Choice(FEATURE_MAPS), REFUSED, "Kind of the feature maps."),
     Field("hybrid.feature_map.features", _MAP.features, Integer(1, 2**16), REFUSED, "Features of each head."),
     Field("hybrid.feature_map.num_layers", _MAP.num_layers, Integer(1, 100), REFUSED, 'Linear layers of kind "mlp".'),

@@ -11,6 +11,7 @@ from rehyat_jax.attention.forms.base import AttentionInputs, Features, FormFlops
 from rehyat_jax.attention.forms.window import WindowedForm, window_flops
 from rehyat_jax.attention.hybrid.api import STABILIZERS
 from rehyat_jax.attention.hybrid.calibration import linear_mass_log_scale
+from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,14 @@ class HybridConfig(WindowedForm):
       chunk_frames, overlap_frames, causal, stabilizer, anchor_frames: see `hybrid_attention`.
       feature_map: configuration of phi_query and phi_key.
       decay: True to learn, for every head, how linear weights decay with the distance from the window.
+      linear_window: True if linear attention reads the frames of the window too; see `hybrid_attention`.
     """
 
     causal: bool = True
     stabilizer: Literal["row_max", "joint"] = "row_max"
     feature_map: FeatureMapConfig = FeatureMapConfig()
     decay: bool = False
+    linear_window: bool = False
 
     kind: ClassVar[str] = "hybrid"
 
@@ -34,10 +37,12 @@ class HybridConfig(WindowedForm):
         super().__post_init__()
         if self.stabilizer not in STABILIZERS:
             raise ValueError(f'stabilizer must be "row_max" or "joint", found {self.stabilizer!r}')
+        if self.decay and self.linear_window:
+            raise ValueError("decay and linear_window: expected one of them, found both; leave one of them False")
 
     @property
     def label(self) -> str:
-        return super().label + ", decay" * self.decay
+        return super().label + ", decay" * self.decay + ", linear window" * self.linear_window
 
     @property
     def learned(self) -> Learned:
@@ -49,7 +54,10 @@ class HybridConfig(WindowedForm):
         return self.causal or not self.decay
 
     def _options(self) -> dict[str, Any]:
-        return super()._options() | {"stabilizer": self.stabilizer}
+        return super()._options() | {"stabilizer": self.stabilizer, "linear_window": self.linear_window}
+
+    def _geometry(self, num_frames: int) -> ChunkGeometry:
+        return dataclasses.replace(super()._geometry(num_frames), linear_window=self.linear_window)
 
     def log_scale(self, inputs: AttentionInputs, features: Features) -> jax.Array:
         """See `linear_mass_log_scale`."""
@@ -58,7 +66,8 @@ class HybridConfig(WindowedForm):
         return linear_mass_log_scale(
             *(tokens[:, : inputs.num_tokens] for tokens in (inputs.query, inputs.key, *computed)),
             tokens_per_frame=inputs.tokens_per_frame,
-            key_masks=self.keys(inputs.num_frames),
+            # The softmax mass of the window is in its own branch already.
+            key_masks=super()._geometry(inputs.num_frames).key_masks(causal=self.causal),
             stabilizer=self.stabilizer,
         )
 

@@ -110,8 +110,11 @@ class WindowedForm(Form):
         )
 
     def keys(self, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-        geometry = ChunkGeometry(num_frames, 1, self.chunk_frames, self.overlap_frames, self.anchor_frames)
-        return geometry.key_masks(causal=self.causal)
+        return self._geometry(num_frames).key_masks(causal=self.causal)
+
+    def _geometry(self, num_frames: int) -> ChunkGeometry:
+        """That of a video with one token a frame."""
+        return ChunkGeometry(num_frames, 1, self.chunk_frames, self.overlap_frames, self.anchor_frames)
 
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of `hybrid_attention` that are constants."""

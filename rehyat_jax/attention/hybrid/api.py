@@ -33,6 +33,7 @@ def hybrid_attention(
     causal: bool = True,
     stabilizer: str = "row_max",
     anchor_frames: int = 0,
+    linear_window: bool = False,
     log_decay: jax.Array | None = None,
     branch_gate: jax.Array | None = None,
     implementation: str | None = None,
@@ -68,6 +69,8 @@ def hybrid_attention(
         functions: never mix them between training and inference.
       anchor_frames: the video's first A frames, at most chunk_frames, are softmax keys of every chunk. They are not
         linear keys.
+      linear_window: True if the frames of the window are linear keys too. A causal student can then use their features
+        in place of the future that it does not see. Not with log_decay.
       log_decay: [heads], at most 0. The linear weight of a key is multiplied by exp(log_decay) for every frame between
         it and the window. None for no decay.
       branch_gate: [heads]. The two branches are normalised separately, y = (1 - gate) aS/nS + gate aL/nL, without gate
@@ -100,6 +103,7 @@ def hybrid_attention(
         causal=causal,
         stabilizer=stabilizer,
         anchor_frames=anchor_frames,
+        linear_window=linear_window,
         log_decay=log_decay,
         branch_gate=branch_gate,
         initial_state=initial_state,
@@ -167,6 +171,7 @@ def hybrid_attention_weights(
     causal: bool = True,
     stabilizer: str = "row_max",
     anchor_frames: int = 0,
+    linear_window: bool = False,
     log_decay: jax.Array | None = None,
     branch_gate: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -189,6 +194,7 @@ def hybrid_attention_weights(
         causal=causal,
         stabilizer=stabilizer,
         anchor_frames=anchor_frames,
+        linear_window=linear_window,
         log_decay=log_decay,
         branch_gate=branch_gate,
     )
@@ -211,6 +217,7 @@ def _checked_request(
     causal: bool,
     stabilizer: str,
     anchor_frames: int = 0,
+    linear_window: bool = False,
     log_decay: jax.Array | None = None,
     branch_gate: jax.Array | None = None,
     initial_state: HybridState | None = None,
@@ -223,6 +230,9 @@ def _checked_request(
     numbers = dict(tokens_per_frame=tokens_per_frame, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
     numbers |= dict(anchor_frames=anchor_frames)
     geometry = _checked_geometry(query, **{name: _integer(name, number) for name, number in numbers.items()})
+    geometry = dataclasses.replace(geometry, linear_window=bool(linear_window))
+    if linear_window and log_decay is not None:
+        raise ValueError("linear_window and log_decay: expected one of them, found both; decay begins after the window")
     _check_choice("stabilizer", stabilizer, STABILIZERS)
     phi_query, phi_key = (
         _features(name, phi, x) for name, phi, x in zip(("phi_query", "phi_key"), features, (query, key), strict=True)

@@ -71,7 +71,7 @@ class Request:
         """The form of attention that a state of this video must have."""
         geometry = self.geometry
         sizes = geometry.tokens_per_frame, geometry.chunk_frames, geometry.overlap_frames
-        return StateForm(*sizes, self.stabilizer, geometry.anchor_frames)
+        return StateForm(*sizes, self.stabilizer, geometry.anchor_frames, geometry.linear_window)
 
     def key_gain(self, *, future: bool = False) -> jax.Array | None:
         """What multiplies phi_key in the sums of the past or of the future, [tokens, heads]; None if nothing does.

@@ -45,6 +45,10 @@ def attend_chunks(attend: AttendWindow, request: Request) -> tuple[jax.Array, Hy
         future_phi_key = split(with_gain(request.phi_key, request.key_gain(future=True)))
         future_sums = sum_keys(future_phi_key, value)
         linear = LinearState.sum(linear, _sums_between(future_sums, chunk - chunk[:, None] - 1, log_decay))
+    if geometry.linear_window:
+        linear = LinearState.sum(
+            linear, _window_sums(initial_state, sum_keys(phi_key, value), phi_key, value, overlap_start)
+        )
     if request.later is not None:
         after = _decayed(request.later, geometry.num_chunks - 1 - chunk, log_decay)
         linear = LinearState.sum(linear, after)
@@ -161,6 +165,17 @@ def _past_states(
     begun = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, later)
     past = LinearState.sum(begun, _sums_between(leaving, reader[:, None] - chunk - 1, log_decay))
     return jax.tree.map(lambda leaf: leaf[:, :-1], past), jax.tree.map(lambda leaf: leaf[:, -1], past)
+
+
+def _window_sums(
+    initial_state: HybridState, chunks: LinearState, phi_key: jax.Array, value: jax.Array, overlap_start: int
+) -> LinearState:
+    """The sums over each chunk's window, [batch, chunks, ...]: over its overlap, and `chunks` over its own frames."""
+    overlaps = sum_keys(phi_key[:, :-1, overlap_start:], value[:, :-1, overlap_start:])
+    begun = jax.tree.map(
+        lambda first, later: jnp.concatenate([first[:, None], later], axis=1), initial_state.overlap, overlaps
+    )
+    return LinearState.sum(begun, chunks)
 
 
 def _decayed(sums: LinearState, chunks: np.ndarray, log_decay: jax.Array | None) -> LinearState:

@@ -43,6 +43,7 @@ def hybrid_attention_in_parts(
     causal: bool,
     stabilizer: str = "row_max",
     anchor_frames: int = 0,
+    linear_window: bool = False,
     log_decay: jax.Array | None = None,
     branch_gate: jax.Array | None = None,
     implementation: str | None = None,
@@ -58,7 +59,7 @@ def hybrid_attention_in_parts(
     """
     tokens = query.shape[1]
     frames = tokens // tokens_per_frame
-    geometry = ChunkGeometry(frames, tokens_per_frame, chunk_frames, overlap_frames, anchor_frames)
+    geometry = ChunkGeometry(frames, tokens_per_frame, chunk_frames, overlap_frames, anchor_frames, linear_window)
     index, devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     last = (num_frames - 1) // geometry.num_frames  # the device with the last frame; later devices hold only padding
     is_padded = num_frames < devices * geometry.num_frames

@@ -15,7 +15,8 @@ class ChunkGeometry:
     Tokens are frame-major: token n belongs to frame n // tokens_per_frame. Chunk t holds the frames [t*Tc, (t+1)*Tc),
     where Tc = chunk_frames; the last chunk may hold fewer. The softmax window of chunk t reaches To = overlap_frames
     further into the past. Because To <= Tc, the overlap of chunk t is the end of chunk t-1. The video's first
-    A = anchor_frames frames, at most Tc, are softmax keys of every chunk.
+    A = anchor_frames frames, at most Tc, are softmax keys of every chunk. With linear_window, the frames of the window
+    are linear keys too.
     """
 
     num_frames: int
@@ -23,6 +24,7 @@ class ChunkGeometry:
     chunk_frames: int
     overlap_frames: int
     anchor_frames: int = 0
+    linear_window: bool = False
 
     @property
     def num_chunks(self) -> int:
@@ -39,10 +41,11 @@ class ChunkGeometry:
         return (self.chunk_frames - self.overlap_frames) * self.tokens_per_frame
 
     def key_masks(self, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The softmax keys and the linear keys of every frame, as two disjoint boolean arrays [query frame, key frame].
+        """The softmax keys and the linear keys of every frame, as two boolean arrays [query frame, key frame].
 
         Softmax keys of chunk t are the anchors and the frames of its window, [max(t*Tc - To, 0), (t+1)*Tc). Linear
-        keys are the other frames before the window and, unless `causal`, also those after it.
+        keys are the other frames before the window and, unless `causal`, also those after it. They include the window
+        if it is linear_window; without, no key is of both kinds. An anchor is no linear key.
         """
         frame = np.arange(self.num_frames)
         chunk = frame[:, None] // self.chunk_frames
@@ -50,7 +53,10 @@ class ChunkGeometry:
         before_window = (frame < chunk * self.chunk_frames - self.overlap_frames) & ~is_anchor
         after_window = frame >= (chunk + 1) * self.chunk_frames
         linear_keys = before_window if causal else before_window | (after_window & ~is_anchor)
-        return ~before_window & (~after_window | is_anchor), linear_keys
+        softmax_keys = ~before_window & (~after_window | is_anchor)
+        if self.linear_window:
+            linear_keys = linear_keys | (softmax_keys & ~is_anchor)
+        return softmax_keys, linear_keys
 
     def window_distance(self) -> np.ndarray:
         """The number of frames between every frame and the window of a query's chunk, int [query frame, key frame].

@@ -19,6 +19,11 @@ def run(request: Request) -> tuple[jax.Array, HybridState]:
 
     def step(seen: HybridState, chunk) -> tuple[HybridState, jax.Array]:
         query, key, value, phi_query, phi_key, is_token, future = chunk
+        leaving = LinearState.of(phi_key[:, :split], value[:, :split])
+        overlap = LinearState.of(phi_key[:, split:], value[:, split:])
+        linear = [seen.past] if causal else [seen.past, future]
+        if geometry.linear_window:
+            linear += [seen.overlap, leaving, overlap]
         output = attend_window(
             query,
             jnp.concatenate([*_given(seen.anchor_key), seen.overlap_key, key], axis=1),
@@ -31,16 +36,15 @@ def run(request: Request) -> tuple[jax.Array, HybridState]:
                 ]
             ),
             phi_query,
-            seen.past if causal else LinearState.sum(seen.past, future),
+            LinearState.sum(*linear),
             stabilizer=request.stabilizer,
             branch_gate=request.branch_gate,
         )
-        leaving = LinearState.of(phi_key[:, :split], value[:, :split])
         is_first = seen.chunks == 0
         anchors = {} if seen.anchor_key is None else {"anchor_key": key, "anchor_value": value}
         seen = HybridState(
             past=LinearState.sum(seen.past.scaled(log_decay), seen.overlap, leaving),
-            overlap=LinearState.of(phi_key[:, split:], value[:, split:]),
+            overlap=overlap,
             overlap_key=key[:, split:],
             overlap_value=value[:, split:],
             chunks=seen.chunks + 1,

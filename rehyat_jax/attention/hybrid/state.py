@@ -65,6 +65,7 @@ class StateForm(NamedTuple):
     overlap_frames: int
     stabilizer: str
     anchor_frames: int = 0
+    linear_window: bool = False
 
 
 @functools.partial(

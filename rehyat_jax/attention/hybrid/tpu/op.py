@@ -181,6 +181,8 @@ def why_not(request: Request) -> str | None:
     query, instead = request.query, 'use implementation="xla"'
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
+    if request.geometry.linear_window:
+        return f"linear_window: {instead}"
     if query.shape[-1] % 64:
         return f"query of head_dim {query.shape[-1]}, only of multiples of 64: {instead}"
     if request.phi_query.shape[-1] % 128:  # none is right: attention to the window alone
