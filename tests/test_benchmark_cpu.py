@@ -1,5 +1,6 @@
 """The CPU benchmark: that its calls do equal work, that memory is measured truly, and what is reported."""
 
+import contextlib
 import json
 from concurrent.futures import ProcessPoolExecutor
 
@@ -94,7 +95,13 @@ def test_an_attention_drops_out_where_quadratic_growth_would_exceed_a_maximum(mo
     assert forward == [("small", 1), ("large", 1), ("small", 2), ("small", 4)]
 
 
-def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
+def test_the_command_prints_and_writes_what_it_measured(process, tmp_path, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def started_before(initialize):
+        process.submit(initialize).result()
+        yield process
+
+    monkeypatch.setattr(cpu, "measuring_process", started_before)
     command = "--frames 6 3 --tokens-per-frame 2 --heads 1 --head-dim 8 --batch 2"
     names = ["full attention, PyTorch", "hybrid, streamed"]
     files = ["--json", str(tmp_path / "new" / "cpu.json"), "--plot", str(tmp_path / "cpu.png")]

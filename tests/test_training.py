@@ -76,7 +76,8 @@ def test_mixed_blocks_equal_the_same_blocks_one_by_one(blocks):
         ), None
 
     unrolled = nnx.merge(tiny_model(config, scan_layers=False)[0], params)
-    expected, _ = unrolled.forward(batch["latents"], timestep, batch["text"], attend, {})
+    forward = lambda latents, text: unrolled.forward(latents, timestep, text, attend, {})[0]
+    expected = jax.jit(forward)(batch["latents"], batch["text"])
     found = jax.jit(apply_model(graphdef))(params, batch["latents"], timestep, batch["text"])
     # float32 rounding of another order of summation.
     np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -89,13 +90,13 @@ def test_every_block_s_feature_maps_get_their_own_gradient():
     loss = lambda p: jnp.square(
         apply_model(graphdef)(p, batch["latents"], jnp.array([100.0, 900.0]), batch["text"])
     ).sum()
-    kernels = jax.grad(loss)(params)["feature_maps"]["query"]["layer_0"]["kernel"]
+    kernels = jax.jit(jax.grad(loss))(params)["feature_maps"]["query"]["layer_0"]["kernel"]
     first, second = (float(jnp.linalg.norm(kernel)) for kernel in kernels)
     assert first > 0 and second > 0 and first != second
 
 
 def test_remat_saves_less_and_changes_no_gradient():
-    config = TINY.replace(hybrid_blocks=(1,))
+    config = TINY.replace(num_layers=4, hybrid_blocks=(2, 3))
     batch = tiny_batch()
 
     def grads(remat):
@@ -131,10 +132,10 @@ def test_offloaded_block_inputs_are_in_the_host_s_memory_alone():
 @pytest.mark.parametrize(
     "remat, keeping, hybrid_blocks, shape, forward_kernels",
     # Softmax attention is a kernel only for videos that are long enough.
-    [("block", "attention", (0, 1), (4, 16, 16), 2), ("offload", "attention_offload", (), (8, 16, 32), 1)],
+    [("block", "attention", (0, 1), (4, 16, 16), 2), ("offload", "attention_offload", (), (5, 16, 32), 1)],
 )
 def test_attention_that_is_kept_is_not_computed_twice(remat, keeping, hybrid_blocks, shape, forward_kernels):
-    # Of a text so long that attention to it is a kernel too, which is not kept.
+    # Of a text so long that attention to it is a kernel too, which is not kept: it is shorter than the video.
     wan = WAN_PRESETS["tiny"].replace(
         num_layers=2, in_channels=4, out_channels=4, text_length=512, hybrid_blocks=hybrid_blocks
     )
@@ -349,14 +350,16 @@ def test_calibration_gives_every_block_the_softmax_mass(student):
 
 def test_attention_errors_have_references_that_are_zero_for_a_single_chunk(student):
     graphdef, params, config = student
-    errors = attention_errors(graphdef, params, tiny_batch(2, 6), NULL_TEXT, jax.random.key(0), config)
+    batch, key = tiny_batch(2, 6), jax.random.key(0)
+    measure = lambda graphdef: jax.jit(lambda p: attention_errors(graphdef, p, batch, NULL_TEXT, key, config))(params)
+    errors = measure(graphdef)
     assert all(value.shape == (2,) for value in errors.values())
     assert (errors["exact"] > 0).all() and (errors["window_only"] > 0).all()
 
     # With one chunk for the whole video there is nothing left to approximate.
     config_one_chunk = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=6))
     graphdef = nnx.graphdef(WanTransformer(config_one_chunk, rngs=nnx.Rngs(0)))
-    errors = attention_errors(graphdef, params, tiny_batch(2, 6), NULL_TEXT, jax.random.key(0), config)
+    errors = measure(graphdef)
     for value in errors.values():
         np.testing.assert_allclose(value, 0, atol=1e-5)
 
@@ -371,10 +374,11 @@ def test_one_update_at_a_small_learning_rate_moves_the_float32_parameters():
     optimizer = make_optimizer(config)
     grad_fn = accumulate(finetune.make_grad_fn(finetune.make_loss(apply_model(graphdef), config)), 1)
     step = make_step(gradient_update(grad_fn, optimizer), seed=0, ema_decay=0.9, spike_factor=10.0)
-    state = init_state(params, optimizer, keep_ema=True)
+    state = jax.jit(lambda params: init_state(params, optimizer, keep_ema=True))(params)
     new, _ = jax.jit(step)(state, {"null_text": NULL_TEXT}, one_at_a_time(tiny_batch()))
+    params, new = jax.device_get((params, new))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new["params"], new["ema"])))
-    moved = [np.mean(np.asarray(a != b)) for a, b in zip(*map(jax.tree.leaves, (params, new["params"])), strict=True)]
+    moved = [np.mean(a != b) for a, b in zip(*map(jax.tree.leaves, (params, new["params"])), strict=True)]
     # A key's bias shifts every score of a query alike, so softmax blocks give it almost no gradient; all else moves.
     assert np.mean(moved) > 0.98
     # The average moves a tenth of the way; both are differences of nearly equal float32 numbers of size up to one.
@@ -439,10 +443,10 @@ def test_weight_decay_shrinks_kernels_or_muon_s_matrices_alone(name):
     _, params = tiny_model(TINY.replace(hybrid_blocks=(1,)))
     config = tiny_config("finetune", **{"optimizer.name": name, "optimizer.weight_decay": 0.1})
     optimizer = make_optimizer(config)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         is_decayed = path[-1].key == "kernel" and (name == "adamw" or path[0].key == "blocks")
-        assert bool(jnp.any(update != 0)) == is_decayed, path
+        assert bool(np.any(update != 0)) == is_decayed, path
 
 
 def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
@@ -452,8 +456,9 @@ def test_muon_takes_the_blocks_matrices_and_adam_the_rest():
     )
     config.optimizer.muon_learning_rate, config.optimizer.weight_decay = 1.0, 0.0
     optimizer = make_optimizer(config)
-    grads = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     # Muon's update of every layer's matrix is nearly orthogonal; its five Newton-Schulz steps leave singular values
     # between about 0.7 and 1.2.
     for kernel in updates["blocks"]["feed_forward"]["up"]["kernel"]:
@@ -509,8 +514,10 @@ def test_logged_metrics_are_means_of_useful_updates_since_the_last_log(tmp_path,
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("distill", {"ema_decay": 0.0, "optimizer.clip_norm": 0.0}),
-        ("distill", {"optimizer.clip_norm": 0.0, "distill.updates_per_batch": 2, "distill.clip_norm": 0.1}),
+        (
+            "distill",
+            {"ema_decay": 0.0, "optimizer.clip_norm": 0.0, "distill.updates_per_batch": 2, "distill.clip_norm": 0.1},
+        ),
         ("finetune", {"optimizer.name": "muon", "accumulation_steps": 2}),
     ],
 )
@@ -587,11 +594,13 @@ def test_data_that_the_model_cannot_take_is_named(tmp_path):
         train(finetuning, tmp_path / "run")
 
 
-def test_pretraining_from_scratch_lowers_the_loss(tmp_path):
-    config = tiny_config("pretrain", steps=8, **{"optimizer.learning_rate": 3e-3})
+def test_pretraining_from_scratch_lowers_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setitem(WAN_PRESETS, "tiny", WAN_PRESETS["tiny"].replace(num_layers=2, ffn_dim=64, num_heads=1))
+    config = tiny_config("pretrain", steps=24, **{"optimizer.learning_rate": 3e-3})
     train(config, tmp_path)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
-    assert np.mean(losses[-3:]) < losses[0]
+    # Other batches and noise: the means of untrained losses are within 3 percent of one another, of these 26 apart.
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
     saved, _, metadata = load_params(tmp_path / "model")
     assert not saved.hybrid_blocks and metadata["text_encoder"] == "word_vectors"
 
