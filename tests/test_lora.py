@@ -32,7 +32,6 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning.train_step import abstract_step
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import finetune
-from rehyat_jax.training.config import check_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.setup import initial_model
@@ -302,22 +301,3 @@ def test_something_else_in_the_adapters_place_is_not_replaced(tmp_path, teacher)
     (tmp_path / "run" / "adapter" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"adapter: expected pytorch_lora_weights.safetensors alone, found notes.txt"):
         train(lora_run(tmp_path, teacher), tmp_path / "run")
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"stage": "distill"}, r"config\.lora\.rank is 4, but only stages \"velocity\" and \"finetune\" .*'distill'"),
-        ({"stage": "pretrain"}, r"config\.lora\.rank is 4, .* 'pretrain'"),
-        ({"lora.targets": ("query", "keys")}, r"config\.lora\.targets\[1\] must be .* 'keys'; did you mean 'key'"),
-        ({"lora.targets": ()}, r"config\.lora: targets must be some of"),
-        ({"lora.alpha": -1.0}, r"config\.lora\.alpha must be .* found -1"),
-        ({"optimizer.name": "muon"}, r"config\.optimizer\.name must be \"adamw\" with config\.lora\.rank = 4"),
-    ],
-)
-def test_fields_that_do_not_fit_are_named(changes, message):
-    with pytest.raises(InputError, match=message):
-        check_config(tiny_config(**{"stage": "velocity", "init_from": "somewhere", "lora.rank": 4} | changes))

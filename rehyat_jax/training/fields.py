@@ -309,8 +309,8 @@ FIELDS = (
         "",
         Text(),
         CHANGED,
-        'Softmax model whose velocity stages "velocity" and "finetune" learn. Without it, stage "velocity" takes '
-        "init_from with softmax attention in all blocks.",
+        'Softmax model whose velocity stages "velocity" and "finetune" learn. Without it, the teacher is '
+        'init_from with softmax attention in all blocks; stage "finetune" then needs `lora.rank`.',
     ),
     Field(
         "velocity.teacher_weight",
