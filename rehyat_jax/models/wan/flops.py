@@ -138,9 +138,10 @@ def training_flops(
     """
     count = forward_flops(config, latents)
     # "dots" keeps the results of the weights' products, "attention" those of attention. Others keep its input only.
-    # With enough tokens, no gradient needs the result of a block's last product (see `linear.Linear.gated`).
+    # No gradient needs the result of a block's last product if its gate is frozen, or with enough tokens (see
+    # `linear.Linear.gated`).
     tokens = math.prod(length // patch for length, patch in zip(latents, config.patch_size, strict=True))
-    last = config.num_layers * count.last_product if tokens >= config.ffn_dim else 0
+    last = config.num_layers * count.last_product if tokens >= config.ffn_dim or not trains_weights else 0
     products = config.num_layers * count.block
     attention = count.blocks - products
     adapters = adapter_flops(config, latents, lora) if lora else 0
