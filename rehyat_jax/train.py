@@ -7,9 +7,12 @@ The configuration names the stage:
   velocity   the feature maps again, against the velocity of the complete softmax model
   finetune   stage 2: the complete transformer, on videos, on a teacher's velocity, or on both
 
+With `config.lora.rank`, "velocity" and "finetune" train low-rank adapters and the feature maps.
+
 `--help` and docs/configuration.md list every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
-and `checkpoints/` into the workdir, and at the end `model/`, a model checkpoint. The same command resumes a stopped
-run. docs/faults.md describes what happens when something goes wrong.
+and `checkpoints/` into the workdir, and at the end `model/`, a model checkpoint. With `config.lora.rank`, `adapter/`
+has the adapters alone as well, for diffusers (docs/velocity.md). The same command resumes a stopped run. docs/faults.md
+describes what happens when something goes wrong.
 
 On several hosts, run the same command on each of them, with a workdir that all of them see. Cloud TPUs, Slurm, Open MPI
 and Kubernetes are recognised; elsewhere give `--coordinator HOST:PORT --num_processes N --process_id I`.
@@ -41,6 +44,7 @@ from rehyat_jax.distributed import initialize, is_main_process
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.evaluation.evaluators import Situation, check_evaluators, make_evaluators
 from rehyat_jax.files.write import reported_write_errors
+from rehyat_jax.models.lora import is_adapter, merged, split_tree
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
 from rehyat_jax.planning.memory import check_memory, reported_memory_errors
@@ -57,9 +61,10 @@ from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_control import RunControl
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, load_teacher, open_data
-from rehyat_jax.training.stages import STAGES, assemble
+from rehyat_jax.training.stages import STAGES, assemble, lora_config
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
 from rehyat_jax.training.trouble import check_finite, next_batch, report_divergence
+from rehyat_jax.weights.adapters import save_adapters
 from rehyat_jax.weights.model_checkpoint import check_params, save_model
 
 
@@ -126,9 +131,10 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     stage = STAGES[config.stage]
     model = initial_model(config, with_values=False)
     check_data(source, model, config)
-    check_params(model.params, model.config)  # or the result could not be saved
+    _, saved_params = split_tree(model.params, is_adapter)  # adapters are merged at the end
+    check_params(saved_params, model.config)  # or the result could not be saved
     check_memory(config, model.config, source)
-    if is_new or stage.trains is not None:
+    if is_new or stage.freezes(config):
         model = initial_model(config)
     params, context = model.params, {"null_text": on_all_devices(source.null_text)}
     if teacher := stage.teacher_path(config):
@@ -179,9 +185,14 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
             checkpoints.check()
 
     # -------------------------------------------------------------------------------------------------------- result
+    params = result()
+    if lora := lora_config(config):
+        with reported_write_errors(workdir / "adapter"):
+            save_adapters(workdir / "adapter", model.config, split_tree(params, is_adapter)[0], lora)
+        params = merged(params, lora)
     with reported_write_errors(workdir / "model"):
         names = dict(codec=model.codec, text_encoder=model.text_encoder, models=model.models)
-        save_model(workdir / "model", model.config, result(), **names)
+        save_model(workdir / "model", model.config, params, **names)
     return workdir / "model"
 
 

@@ -10,24 +10,33 @@ from einops import rearrange
 from flax import nnx
 
 from rehyat_jax.attention.differentiation import with_backward
+from rehyat_jax.models.lora import Lora, LoraConfig
 from rehyat_jax.parallel.mesh import axis_size
 
 
 class Linear(nnx.Linear):
     """x W + b, whose bias gets its gradient from a sum over tokens in float32, which is not rounded then.
 
+    With an adapter, `lora`, its product is added to x W.
+
     Differentiated by JAX, a bias that was cast to bfloat16 is summed in bfloat16, by however many partial sums the
     compiler makes. Of `nnx.Linear`'s options those of `linear` are there.
     """
 
+    lora: Lora | None = None
+
     def __call__(self, x: jax.Array) -> jax.Array:
         x, kernel = self._operands(x)
-        return _add_bias(jnp.dot(x, kernel, precision=self.precision), self.bias[...])
+        product = jnp.dot(x, kernel, precision=self.precision)
+        if self.lora is not None:
+            product = product + self.lora(x)
+        return _add_bias(product, self.bias[...])
 
     def gated(self, x: jax.Array, gate: jax.Array) -> jax.Array:
         """The result, rounded to the compute dtype, times a gate: [B, N, in] and [B, 1, out] -> float32 [B, N, out]."""
-        if x.shape[1] < self.in_features * axis_size("context"):
-            # A product [in, out] of every video would be more than is spared.
+        if self.lora is not None or x.shape[1] < self.in_features * axis_size("context"):
+            # With an adapter, kernel and gate are frozen: they have no gradient that could share a product. With few
+            # tokens, a product [in, out] of every video would be more than is spared.
             return self(x).astype(gate.dtype) * gate
         return _gated(self.precision)(*self._operands(x), self.bias[...], gate)
 
@@ -45,6 +54,7 @@ def linear(
     dtype: jnp.dtype | None = None,
     param_dtype: jnp.dtype = jnp.float32,
     precision: jax.lax.Precision | None = None,
+    lora: LoraConfig | None = None,
     rngs: nnx.Rngs,
 ) -> Linear:
     """A linear layer whose kernel [in, out] is cut along these mesh axes (see `parallel.sharding`).
@@ -52,10 +62,11 @@ def linear(
     Args:
       dtype: in which it computes; None is that of its input.
       param_dtype: dtype of its parameters.
+      lora: its adapter; None for a layer without one.
     """
     # Along fsdp, what is small is whole everywhere.
     bias_axes = (None if axes[1] == "fsdp" else axes[1],)
-    return Linear(
+    layer = Linear(
         in_features,
         out_features,
         kernel_init=kernel_init,
@@ -67,6 +78,10 @@ def linear(
         kernel_metadata={"axes": axes},
         bias_metadata={"axes": bias_axes},
     )
+    if lora is not None:
+        options = dict(param_dtype=param_dtype, precision=precision)
+        layer.lora = Lora(lora, in_features, out_features, axes, **options, rngs=rngs)
+    return layer
 
 
 @jax.custom_jvp

@@ -152,12 +152,16 @@ def read_study(file: Path) -> Study:
     frozen = [name for name in study.measures if MEASURES[name].needs_frozen_teacher]
     for label in study.variants:
         configs = [stage_config(file, study, label, stage) for stage in study.stages_of(label)]
-        if frozen and any(STAGES[config.stage].trains != "feature_maps" for config in configs):
+        if frozen and any(not _trains_maps_alone(config) for config in configs):
             raise InputError(
                 f"{file}: measure {frozen[0]!r} needs the teacher's parameters next to the feature maps, but variant "
                 f"{label!r} trains others; measure 'velocity_error' or 'samples'"
             )
     return study
+
+
+def _trains_maps_alone(config: ml_collections.ConfigDict) -> bool:
+    return STAGES[config.stage].trains == "feature_maps" and not config.lora.rank
 
 
 def stage_config(file: Path, study: Study, label: str, stage: TrainingStage) -> ml_collections.ConfigDict:

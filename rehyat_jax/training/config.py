@@ -19,7 +19,7 @@ from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.shown import closest
 from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.training.fields import BY_PATH, ENTRIES, FIELDS, GROUPS, Field
-from rehyat_jax.training.stages import STAGES
+from rehyat_jax.training.stages import STAGES, lora_config
 from rehyat_jax.training.values import Entry, shown_value
 
 
@@ -71,7 +71,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 )
     if stage.starts_from_model and not config.init_from:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
-    if stage.teacher_weight(config) and stage.trains is None and not config.velocity.teacher:
+    _check_lora(config)
+    if stage.teacher_weight(config) and not stage.freezes(config) and not config.velocity.teacher:
         raise InputError(
             f"config.velocity.teacher is empty; with config.velocity.teacher_weight = {config.velocity.teacher_weight} "
             f"stage {config.stage!r} learns the velocity of a softmax model: give its path"
@@ -80,6 +81,26 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise InputError(
             f'config.hybrid.blocks is unset; stage "{config.stage}" needs the blocks to convert: "all" or indices'
         )
+
+
+def _check_lora(config: ml_collections.ConfigDict) -> None:
+    if not config.lora.rank:
+        return
+    if not STAGES[config.stage].takes_lora:
+        able = " and ".join(f'"{name}"' for name, stage in STAGES.items() if stage.takes_lora)
+        raise InputError(
+            f"config.lora.rank is {config.lora.rank}, but only stages {able} train adapters, and config.stage is "
+            f"{config.stage!r}; set it to 0, or choose another stage"
+        )
+    if config.optimizer.name == "muon":
+        raise InputError(
+            f'config.optimizer.name must be "adamw" with config.lora.rank = {config.lora.rank}, found "muon": Muon '
+            f"updates the blocks' kernels, which are frozen then"
+        )
+    try:
+        lora_config(config)
+    except ValueError as error:
+        raise InputError(f"config.lora: {error}") from error
 
 
 def check_known(paths: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 import rehyat_jax
 from rehyat_jax.errors import InputError
+from rehyat_jax.training.config import config_from_json
 from rehyat_jax.training.fields import BY_PATH, CHANGED, REFUSED, SAME, effect_of_change
 from rehyat_jax.training.stages import STAGES
 
@@ -96,7 +97,8 @@ def _default(field: str) -> Any:
 def _effect_of_files(field: str, run: dict[str, Any]) -> str:
     """The effect of other files at the same place. The model is read again only for the parameters that are frozen."""
     if field == "init_from":
-        return SAME if STAGES[run["config"]["stage"]].trains is None else REFUSED
+        config = config_from_json(run["config"])
+        return REFUSED if STAGES[config.stage].freezes(config) else SAME
     return CHANGED
 
 

@@ -12,6 +12,7 @@ from rehyat_jax.files.lock import locked
 from rehyat_jax.files.temporary import remove_leftovers
 from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.training.trouble import processes_that
+from rehyat_jax.weights.adapters import check_adapters_replaceable
 from rehyat_jax.weights.model_checkpoint import check_replaceable
 
 
@@ -47,3 +48,5 @@ def _prepare(config: ml_collections.ConfigDict, workdir: Path, stack: contextlib
     with reported_write_errors(workdir):
         remove_leftovers(workdir)
     check_replaceable(workdir / "model")
+    if config.lora.rank:
+        check_adapters_replaceable(workdir / "adapter")

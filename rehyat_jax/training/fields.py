@@ -16,6 +16,7 @@ from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.attention.hybrid.api import STABILIZERS
 from rehyat_jax.attention.hybrid.backend import IMPLEMENTATIONS
 from rehyat_jax.data.sources import SOURCES
+from rehyat_jax.models.lora import LORA_TARGETS
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import REMAT_POLICIES
 from rehyat_jax.training.distill import LOSSES
@@ -84,7 +85,8 @@ FIELDS = (
         Choice(STAGES),
         REFUSED,
         '"pretrain" trains a softmax model from scratch. "distill" (stage 1) trains feature maps only, each block by '
-        'itself. "velocity" trains feature maps through the complete model. "finetune" (stage 2) trains everything.',
+        'itself. "velocity" trains feature maps through the complete model. "finetune" (stage 2) trains everything, or '
+        "adapters (`lora.rank`).",
     ),
     Field(
         "preset",
@@ -314,8 +316,8 @@ FIELDS = (
         "",
         Text(),
         CHANGED,
-        'Softmax model whose velocity stages "velocity" and "finetune" learn. Without it, stage "velocity" takes '
-        "init_from with softmax attention in all blocks.",
+        'Softmax model whose velocity stages "velocity" and "finetune" learn. Without it, the teacher is '
+        'init_from with softmax attention in all blocks; stage "finetune" then needs `lora.rank`.',
     ),
     Field(
         "velocity.teacher_weight",
@@ -331,6 +333,29 @@ FIELDS = (
         Real(0),
         CHANGED,
         "Guidance scale of the teacher's velocity. Above 1, the student learns the velocity after guidance.",
+    ),
+    Field(
+        "lora.rank",
+        0,
+        Integer(0, 2**16),
+        REFUSED,
+        'Rank of low-rank adapters (LoRA). Above 0, stages "velocity" and "finetune" train adapters and feature maps, '
+        "and all else is frozen. 0 trains no adapters.",
+    ),
+    Field(
+        "lora.alpha",
+        0.0,
+        Real(0, 1e6),
+        REFUSED,
+        "The adapters' product is multiplied by alpha / rank. 0 stands for alpha = rank.",
+    ),
+    Field(
+        "lora.targets",
+        ("query", "key", "value", "output"),
+        Several(Choice(LORA_TARGETS)),
+        REFUSED,
+        "Linear layers with adapters, in every block: those of self-attention and of cross-attention with these names, "
+        'and "up" and "down" of the feed-forward.',
     ),
     Field(
         "ema_decay",

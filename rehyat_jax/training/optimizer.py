@@ -6,6 +6,8 @@ import jax
 import ml_collections
 import optax
 
+from rehyat_jax.models.lora import is_adapter
+
 
 def learning_rate_schedule(peak: float, config: ml_collections.ConfigDict) -> optax.Schedule:
     """Linear warmup to `peak`, then the configured decay until the last step."""
@@ -32,12 +34,20 @@ def muon_dimension_numbers(params: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-    """Marks kernels for AdamW's weight decay. Norms, biases, modulation and scales have no reason to be small."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    """Marks kernels and adapters for AdamW's weight decay.
+
+    Norms, biases, modulation and scales have no reason to be small.
+    """
+
+    def mark(path: tuple[Any, ...], _: Any) -> bool:
+        names = tuple(entry.key for entry in path)
+        return names[-1] == "kernel" or is_adapter(names)
+
+    return jax.tree_util.tree_map_with_path(mark, params)
 
 
 def make_optimizer(config: ml_collections.ConfigDict, updates_per_step: int = 1) -> optax.GradientTransformation:
-    """The configured optimizer with gradient clipping. Weight decay is only for AdamW's kernels or Muon's matrices.
+    """The configured optimizer with gradient clipping. Weight decay is only for the matrices: see `decayed`, or Muon's.
 
     Args:
       config: steps and the group "optimizer" are read.

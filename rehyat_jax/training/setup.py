@@ -17,6 +17,7 @@ from rehyat_jax.data.pipeline import Source
 from rehyat_jax.data.sources import make_source
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.hybrid import make_feature_maps, map_stacks
+from rehyat_jax.models.lora import is_adapter, joined, split_tree
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
 from rehyat_jax.parallel.mesh import check_heads
@@ -24,7 +25,7 @@ from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, param
 from rehyat_jax.training.config import hybrid_config
 from rehyat_jax.training.keys import initialisation_key
 from rehyat_jax.training.run_data import RunData
-from rehyat_jax.training.stages import STAGES
+from rehyat_jax.training.stages import STAGES, lora_config
 from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA, MODELS_PLACE
@@ -126,13 +127,14 @@ def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanC
 
 
 def build_model(wan: WanConfig, config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> WanTransformer:
-    """A transformer with the configured dtype, remat policy and attention implementation."""
+    """A transformer with the configured dtype, remat policy, attention implementation and adapters."""
     return WanTransformer(
         wan,
         rngs=rngs,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         attention_implementation=config.attention_implementation or None,
+        lora=lora_config(config),
     )
 
 
@@ -146,6 +148,8 @@ def abstract_model(
 
 def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True) -> InitialModel:
     """Loads or initialises the model that a run starts from, sharded on the mesh in use from the beginning.
+
+    Adapters are always fresh: the model starts as its base.
 
     Without values, parameters are `jax.ShapeDtypeStruct`s with shardings.
 
@@ -170,8 +174,8 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     if not with_values:
         params = abstract_arrays(abstract, placed)
         return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
+    create = lambda: nnx.to_pure_dict(nnx.state(build_model(wan, config, nnx.Rngs(params=key))))
     if checkpoint is None:
-        create = lambda: nnx.to_pure_dict(nnx.state(build_model(wan, config, nnx.Rngs(params=key))))
         params = jax.jit(create, out_shardings=placed)()
         return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
 
@@ -179,9 +183,12 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     params = load_sharded(config.init_from, checkpoint, shardings(loaded_specs))
     loaded_maps = params.pop("feature_maps", None)
     if wan.block_forms.stacks:
-        create = lambda _: nnx.to_pure_dict(nnx.state(_feature_maps(wan, key)))
-        make = create if fresh_feature_maps else lambda maps: chosen_maps(wan, loaded, maps)
+        fresh = lambda _: nnx.to_pure_dict(nnx.state(_feature_maps(wan, key)))
+        make = fresh if fresh_feature_maps else lambda maps: chosen_maps(wan, loaded, maps)
         params["feature_maps"] = jax.jit(make, out_shardings=placed["feature_maps"])(loaded_maps)
+    if config.lora.rank:
+        adapters_of = lambda tree: split_tree(tree, is_adapter)[0]
+        params = joined(params, jax.jit(lambda: adapters_of(create()), out_shardings=adapters_of(placed))())
     return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
 
 
@@ -249,7 +256,7 @@ def chosen_maps(wan: WanConfig, loaded: WanConfig, feature_maps: Any) -> Any:
 def check_data(source: Source, model: InitialModel, config: ml_collections.ConfigDict) -> None:
     """Raises InputError, naming the axis or field, if the model or the stage cannot use the source's examples."""
     check_examples(source, model.config, model.codec, model.text_encoder)
-    if STAGES[config.stage].trains is not None:
+    if STAGES[config.stage].trains is not None and not config.lora.rank:
         _check_learns(source, model.config, config.stage)
     if source.kind not in STAGES[config.stage].data_kinds(config):
         able = " and ".join(f'"{name}"' for name, stage in STAGES.items() if source.kind in stage.data_kinds(config))

@@ -8,6 +8,7 @@ import ml_collections
 import optax
 from flax import nnx
 
+from rehyat_jax.models.lora import LoraConfig, adapted_layers, is_adapter, joined, split_tree
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, teacher_flops, training_flops
 from rehyat_jax.models.wan.modeling import apply_model
@@ -27,7 +28,8 @@ class Stage:
       step_flops: (architecture, size of the latents, configuration) -> FLOPs of one video in a step.
       starts_from_model: whether the model is read from `init_from`; otherwise it is initialised.
       trains: the part of the parameter tree in training, "feature_maps"; None for all of it. The rest is frozen: the
-        teacher. A model without this part has nothing to train.
+        teacher. A model without this part has nothing to train. With LoRA, see `split`.
+      takes_lora: whether it can train adapters, `config.lora`.
       converts: whether the configuration must name the blocks to convert.
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
       updates_per_step: configuration -> updates of the optimizer in a step.
@@ -38,6 +40,7 @@ class Stage:
     step_flops: Callable[[WanConfig, tuple[int, int, int], ml_collections.ConfigDict], StepFlops]
     starts_from_model: bool = True
     trains: str | None = None
+    takes_lora: bool = False
     converts: bool = False
     recomputes: bool = True
     updates_per_step: Callable[[ml_collections.ConfigDict], int] = lambda config: 1
@@ -52,15 +55,36 @@ class Stage:
         """Path of the teacher whose velocity is learned; "" if there is none, or its parameters are the frozen ones."""
         return config.velocity.teacher if self.teacher_weight(config) else ""
 
+    def freezes(self, config: ml_collections.ConfigDict) -> bool:
+        """True if only some parameters are in training. A resumed run reads the others from `init_from`."""
+        return self.trains is not None or config.lora.rank > 0
+
     def split(self, params: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
-        """Splits a tree with the structure of the model's parameters into (trained part, frozen part)."""
+        """Splits a tree with the structure of the model's parameters into (trained part, frozen part).
+
+        If the model has adapters, these and the feature maps are trained in any stage.
+        """
+        if _has_adapters(params):
+            return split_tree(params, lambda path: is_adapter(path) or path[0] == "feature_maps")
         if self.trains is None:
             return params, {}
         return params[self.trains], {name: tree for name, tree in params.items() if name != self.trains}
 
     def join(self, trained: Params, frozen: dict[str, Any]) -> dict[str, Any]:
-        """Inverse of `split`: the parameters of the resulting model."""
+        """Inverse of `split`: the parameters of the model."""
+        if _has_adapters(trained):
+            return joined(frozen, trained)
         return trained if self.trains is None else {**frozen, self.trains: trained}
+
+
+def lora_config(config: ml_collections.ConfigDict) -> LoraConfig | None:
+    """The configured adapters; None if lora.rank is 0. Raises ValueError if the fields do not fit together."""
+    lora = config.lora
+    return LoraConfig(lora.rank, lora.alpha or lora.rank, tuple(lora.targets)) if lora.rank else None
+
+
+def _has_adapters(params: Params) -> bool:
+    return any(adapted_layers(params))
 
 
 def _update_by_velocity(
@@ -75,7 +99,9 @@ def _update_by_velocity(
 
 def _flops_by_velocity(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
     stage = STAGES[config.stage]
-    of_student = training_flops(model, latents, remat=config.remat, trains_weights=stage.trains is None)
+    of_student = training_flops(
+        model, latents, remat=config.remat, trains_weights=not stage.freezes(config), lora=lora_config(config)
+    )
     if not stage.teacher_weight(config):
         return of_student
     passes = 1 if config.velocity.guidance_scale == 1 else 2
@@ -102,10 +128,14 @@ STAGES = {
         _update_by_velocity,
         _flops_by_velocity,
         trains="feature_maps",
+        takes_lora=True,
         teacher_weight=lambda config: 1.0,
     ),
     "finetune": Stage(
-        _update_by_velocity, _flops_by_velocity, teacher_weight=lambda config: config.velocity.teacher_weight
+        _update_by_velocity,
+        _flops_by_velocity,
+        takes_lora=True,
+        teacher_weight=lambda config: config.velocity.teacher_weight,
     ),
 }
 """The stages by `config.stage`."""

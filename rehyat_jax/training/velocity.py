@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from rehyat_jax.models.lora import joined, without_adapters
 from rehyat_jax.models.student import softmax_velocity
 from rehyat_jax.training.finetune import Teacher
 from rehyat_jax.training.noising import NoisyBatch
@@ -27,12 +28,13 @@ def softmax_teacher(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) 
 
     Returns:
       The teacher. Its parameters are context["teacher"]. Without them they are the student's own, which are a teacher's
-      if only feature maps are trained.
+      if only feature maps and adapters are trained. The teacher runs without the student's adapters.
     """
     scale = config.velocity.guidance_scale
 
     def teacher(params: Any, context: Context, noisy: NoisyBatch) -> jax.Array:
-        model = nnx.merge(model_def, jax.lax.stop_gradient({**params, **context.get("teacher", {})}))
+        model = nnx.merge(model_def, jax.lax.stop_gradient(joined(params, context.get("teacher", {}))))
+        model = without_adapters(model)
         predict = lambda text: softmax_velocity(model, (noisy.latents, noisy.timestep, text))
         velocity = predict(noisy.text)
         if scale == 1:

@@ -13,6 +13,7 @@ With N tokens of width D = H d, L text tokens, a feed-forward width M and P = to
                  feature maps       2 (N_q + N_k) (D F + (layers - 1) H F^2)
     cross-attention                 4 N D^2 + 4 L D^2 + 4 N L D
     feed-forward                    4 N D M
+    an adapter of rank r            2 T r (in + out)       of a layer [in, out] with T tokens
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 from rehyat_jax.attention.forms.base import FormFlops, Sizes
 from rehyat_jax.attention.forms.softmax import SOFTMAX
+from rehyat_jax.models.lora import LoraConfig
 from rehyat_jax.models.wan.config import WanConfig
 
 
@@ -70,6 +72,23 @@ def forward_flops(config: WanConfig, latents: tuple[int, int, int]) -> ForwardFl
     )
 
 
+def adapter_flops(config: WanConfig, latents: tuple[int, int, int], lora: LoraConfig) -> int:
+    """Operations of all adapters in a forward pass."""
+    tokens = math.prod(length // patch for length, patch in zip(latents, config.patch_size, strict=True))
+    square, feed_forward = 2 * config.width, config.width + config.ffn_dim
+    # Keys and values of cross-attention are those of the text.
+    of_both, of_text = 2 * tokens * square, (tokens + config.text_length) * square
+    sizes = {
+        "query": of_both,
+        "key": of_text,
+        "value": of_text,
+        "output": of_both,
+        "up": tokens * feed_forward,
+        "down": tokens * feed_forward,
+    }
+    return config.num_layers * 2 * lora.rank * sum(size for name, size in sizes.items() if lora.on(name))
+
+
 class StepFlops(NamedTuple):
     """Operations of one video in a training step: the model's, and those recomputed to save memory."""
 
@@ -100,7 +119,12 @@ def distillation_flops(config: WanConfig, latents: tuple[int, int, int], *, upda
 
 
 def training_flops(
-    config: WanConfig, latents: tuple[int, int, int], *, remat: str, trains_weights: bool = True
+    config: WanConfig,
+    latents: tuple[int, int, int],
+    *,
+    remat: str,
+    trains_weights: bool = True,
+    lora: LoraConfig | None = None,
 ) -> StepFlops:
     """Counts for gradients through all blocks under a remat policy. A backward pass is twice its forward pass.
 
@@ -108,19 +132,24 @@ def training_flops(
       config: the architecture.
       latents: frames, height and width of a video's latents.
       remat: name in `REMAT_POLICIES`.
-      trains_weights: False if only feature maps are trained. Gradients then pass through the first converted block and
-        those after it, and the products with weights have no gradient but that of their input.
+      trains_weights: False if only feature maps, and adapters, are trained. Gradients then pass through the first block
+        that has some and those after it, and the products with weights have no gradient but that of their input.
+      lora: the adapters, in all blocks; None if there are none.
     """
     count = forward_flops(config, latents)
     # "dots" keeps the results of the weights' products, "attention" those of attention. Others keep its input only.
-    # With enough tokens, no gradient needs the result of a block's last product (see `linear.Linear.gated`).
+    # No gradient needs the result of a block's last product if its gate is frozen, or with enough tokens (see
+    # `linear.Linear.gated`).
     tokens = math.prod(length // patch for length, patch in zip(latents, config.patch_size, strict=True))
-    last = config.num_layers * count.last_product if tokens >= config.ffn_dim else 0
+    last = config.num_layers * count.last_product if tokens >= config.ffn_dim or not trains_weights else 0
     products = config.num_layers * count.block
     attention = count.blocks - products
-    recomputed = {"none": 0, "dots": attention, "attention": products - last, "attention_offload": products - last}
+    adapters = adapter_flops(config, latents, lora) if lora else 0
+    others = products - last + adapters
+    recomputed = {"none": 0, "dots": attention, "attention": others, "attention_offload": others}
     forward, backward = count.outside + count.blocks, 2 * (count.outside + count.blocks)
     if not trains_weights:
-        first = config.block_forms.converted[0]
+        first = 0 if lora else config.block_forms.converted[0]
         backward = (config.num_layers - first) * count.block + 2 * sum(flops.total for flops in count.attention[first:])
-    return StepFlops(forward + backward, recomputed.get(remat, count.blocks - last))
+    model = forward + backward + 3 * adapters
+    return StepFlops(model, recomputed.get(remat, attention + others))

@@ -27,7 +27,8 @@ from rehyat_jax.attention.on_mesh import cross_attention_on_mesh
 from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
 from rehyat_jax.models.hybrid import block_features, by_form, make_feature_maps, per_block_arguments, stacked
-from rehyat_jax.models.linear import linear
+from rehyat_jax.models.linear import Linear, linear
+from rehyat_jax.models.lora import LoraConfig
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
 from rehyat_jax.parallel.mesh import axis_size
@@ -105,11 +106,14 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections and query-key norms shared by self-attention and cross-attention."""
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: jnp.dtype):
+    def __init__(self, config: WanConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs, **dtypes: jnp.dtype):
         width = config.width
-        options = dict(rngs=rngs, **dtypes)
-        self.query, self.key, self.value = (linear(width, width, ("fsdp", "tensor"), **options) for _ in range(3))
-        self.output = linear(width, width, ("tensor", "fsdp"), **options)
+
+        def projection(name: str, axes: tuple[str, str]) -> Linear:
+            return linear(width, width, axes, lora=lora and lora.on(name), rngs=rngs, **dtypes)
+
+        self.query, self.key, self.value = (projection(name, ("fsdp", "tensor")) for name in ("query", "key", "value"))
+        self.output = projection("output", ("tensor", "fsdp"))
         self.query_norm = RMSNorm(width, eps=config.eps)
         self.key_norm = RMSNorm(width, eps=config.eps)
         self.num_heads = config.num_heads
@@ -144,10 +148,10 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Two linear layers around a tanh-GELU."""
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: jnp.dtype):
-        options = dict(rngs=rngs, **dtypes)
-        self.up = linear(config.width, config.ffn_dim, ("fsdp", "tensor"), **options)
-        self.down = linear(config.ffn_dim, config.width, ("tensor", "fsdp"), **options)
+    def __init__(self, config: WanConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs, **dtypes: jnp.dtype):
+        options, on = dict(rngs=rngs, **dtypes), lambda name: lora and lora.on(name)
+        self.up = linear(config.width, config.ffn_dim, ("fsdp", "tensor"), lora=on("up"), **options)
+        self.down = linear(config.ffn_dim, config.width, ("tensor", "fsdp"), lora=on("down"), **options)
 
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
         """The output for x [B, N, D], times a gate [B, 1, D]; float32."""
@@ -157,15 +161,15 @@ class FeedForward(nnx.Module):
 class WanBlock(nnx.Module):
     """Modulated self-attention, cross-attention to the text, modulated feed-forward."""
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: jnp.dtype):
+    def __init__(self, config: WanConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs, **dtypes: jnp.dtype):
         # Zero, as in adaLN-zero: a block starts as the identity. Checkpoints overwrite it.
         self.modulation = nnx.Param(jnp.zeros((6, config.width)))
-        self.self_attention = Attention(config, rngs=rngs, **dtypes)
-        self.cross_attention = Attention(config, rngs=rngs, **dtypes)
+        self.self_attention = Attention(config, lora=lora, rngs=rngs, **dtypes)
+        self.cross_attention = Attention(config, lora=lora, rngs=rngs, **dtypes)
         self.cross_attention_norm = nnx.LayerNorm(
             config.width, epsilon=config.eps, dtype=accumulation_dtype(dtypes["dtype"]), rngs=rngs
         )
-        self.feed_forward = FeedForward(config, rngs=rngs, **dtypes)
+        self.feed_forward = FeedForward(config, lora=lora, rngs=rngs, **dtypes)
         self.eps = config.eps
 
     def __call__(
@@ -304,6 +308,7 @@ class WanTransformer(nnx.Module):
       scan_layers: scan the blocks (compile time independent of depth) or unroll them in Python.
       remat: name in `REMAT_POLICIES`.
       attention_implementation: passed to `hybrid_attention` for hybrid blocks; None picks the best.
+      lora: the adapters of the blocks' linear layers; None for a model without any.
 
     `nnx.split(model)` gives (graphdef, parameters); pure functions merge them and call the model.
     """
@@ -318,6 +323,7 @@ class WanTransformer(nnx.Module):
         scan_layers: bool = True,
         remat: str = "none",
         attention_implementation: str | None = None,
+        lora: LoraConfig | None = None,
     ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {sorted(REMAT_POLICIES)}, found {remat!r}")
@@ -339,7 +345,7 @@ class WanTransformer(nnx.Module):
         self.time_embedding = Embedder(config.freq_dim, width, nnx.silu, precision=exact, rngs=rngs)
         zeros = nnx.initializers.zeros
         self.time_projection = linear(width, 6 * width, ("fsdp", None), kernel_init=zeros, precision=exact, rngs=rngs)
-        self.blocks = stacked(lambda r: WanBlock(config, rngs=r, **dtypes), config.num_layers, rngs)
+        self.blocks = stacked(lambda r: WanBlock(config, lora=lora, rngs=r, **dtypes), config.num_layers, rngs)
         self.head = Head(config, rngs=rngs)
         sizes = dict(num_heads=config.num_heads, head_dim=config.head_dim)
         if (feature_maps := make_feature_maps(config.block_forms, **sizes, rngs=rngs)) is not None:
