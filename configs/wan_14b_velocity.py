@@ -5,7 +5,7 @@
 
 Hardware: 64 TPU v5p (`v5p:4x4x4`), one video a chip.
 
-Expectation: see docs/planned_runs.md; not run.
+Expectation, planned and not run: 12 to 19 seconds a step (docs/planned_runs.md).
 """
 
 from configs import wan_1_3b_velocity

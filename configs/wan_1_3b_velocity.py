@@ -8,7 +8,7 @@ VDN-H3 gives to its new parameters.
 
 Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip.
 
-Expectation: see docs/planned_runs.md; not run.
+Expectation, planned and not run: 4 to 7 seconds a step (docs/planned_runs.md).
 """
 
 from rehyat_jax.training.config import default_config
