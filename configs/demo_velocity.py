@@ -4,9 +4,10 @@
 
 All other parameters are the teacher's and stay as they are.
 
-Hardware: two CPU cores, 0.6 seconds a step (measured).
+Hardware: two CPU cores, 1.5 seconds a step (measured).
 
-Expectation: TODO.
+Expectation: the error of the velocity falls from 0.162 to 0.142 (one seed), while the mean error of attention, which
+stage 1 minimised, rises from 0.233 to 0.273.
 """
 
 from rehyat_jax.training.config import default_config
