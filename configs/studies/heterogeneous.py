@@ -35,7 +35,7 @@ def get_study():
         measures=("velocity_error",),
         headline="velocity_error",
         trends=(
-            Trend("VBench at the cost of 25 blocks of R 4", {"one form, budget 0.4": 79.9, "by block, budget 0.4": 80.2}),
-            Trend("VBench at the cost of 15 blocks of R 4", {"one form, budget 0.6": 81.0, "by block, budget 0.6": 81.9}),
+            Trend("VBench, cost of 25 blocks of R 4", {"one form, budget 0.4": 79.9, "by block, budget 0.4": 80.2}),
+            Trend("VBench, cost of 15 blocks of R 4", {"one form, budget 0.6": 81.0, "by block, budget 0.6": 81.9}),
         ),
     )
