@@ -14,11 +14,13 @@ from tiny_runs import TINY, digits_config, pretrained, tiny_batch, tiny_config, 
 from rehyat_jax import FeatureMapConfig, HybridConfig, hybrid_attention, load_wan, make_student, softmax_attention
 from rehyat_jax.attention.form import FORMS
 from rehyat_jax.attention.forms.base import Form, FormFlops, Sizes
+from rehyat_jax.attention.forms.causal_softmax import CausalSoftmaxForm
 from rehyat_jax.attention.forms.hybrid import TwoBranchForm
 from rehyat_jax.attention.forms.linear import LinearForm
 from rehyat_jax.attention.forms.softmax import SOFTMAX
 from rehyat_jax.attention.forms.strided import StridedForm
 from rehyat_jax.attention.forms.window import WindowForm
+from rehyat_jax.attention.softmax.chunk_causal import chunk_causal_attention
 from rehyat_jax.convert import main as convert
 from rehyat_jax.evaluation.attention_error import attention_errors
 from rehyat_jax.generation.generate import generate_latents
@@ -246,6 +248,7 @@ EVERY_KIND = (
     LinearForm(2, feature_map=FeatureMapConfig(features=16, kind="silu_l2", input="unrotated")),
     LinearForm(2, causal=False, feature_map=FeatureMapConfig(features=16, kind="silu_l2", gate=True)),
     StridedForm(4, feature_map=SMALL_MAP),
+    CausalSoftmaxForm(2),
 )
 ALL_KINDS = TINY.replace(num_layers=len(EVERY_KIND), hybrid_blocks="all", hybrid=EVERY_KIND)
 
@@ -278,6 +281,19 @@ def test_a_model_of_every_kind_runs_in_pytorch_and_on_a_mesh(tmp_path):
     config, back, _ = load_params(tmp_path / "model")
     assert config == ALL_KINDS
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_causal_softmax_is_softmax_with_a_mask_of_chunks():
+    query, key, value = np.random.default_rng(0).standard_normal((3, 2, 14, 2, 8))
+    # Seven frames of two tokens, in chunks of three frames.
+    chunk = np.arange(14) // 6
+    with jax.enable_x64(True):
+        found = chunk_causal_attention(*map(jnp.asarray, (query, key, value)), chunk_tokens=6)
+        scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(8)
+        weights = np.exp(np.where(chunk[:, None] >= chunk, scores, -np.inf))
+        expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), value)
+        np.testing.assert_allclose(found, expected, atol=1e-6)  # weights are float32
+    assert (CausalSoftmaxForm(3).keys(7)[0] == (chunk[::2, None] >= chunk[::2])).all()
 
 
 def test_gradients_of_every_kind_reach_its_parameters():

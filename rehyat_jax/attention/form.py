@@ -12,6 +12,7 @@ import numpy as np
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.forms.base import Form, FormFlops, Learned, Sizes
+from rehyat_jax.attention.forms.causal_softmax import CausalSoftmaxForm
 from rehyat_jax.attention.forms.hybrid import HybridConfig, TwoBranchForm
 from rehyat_jax.attention.forms.linear import LinearForm
 from rehyat_jax.attention.forms.softmax import SOFTMAX, SoftmaxForm
@@ -19,7 +20,16 @@ from rehyat_jax.attention.forms.strided import StridedForm
 from rehyat_jax.attention.forms.window import WindowForm
 
 FORMS: dict[str, type[Form]] = {
-    form.kind: form for form in (SoftmaxForm, HybridConfig, WindowForm, LinearForm, StridedForm, TwoBranchForm)
+    form.kind: form
+    for form in (
+        SoftmaxForm,
+        CausalSoftmaxForm,
+        HybridConfig,
+        TwoBranchForm,
+        WindowForm,
+        LinearForm,
+        StridedForm,
+    )
 }
 """The forms by `kind`."""
 

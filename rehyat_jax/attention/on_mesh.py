@@ -6,6 +6,7 @@ padding, and the attention of padding is zero.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from rehyat_jax.attention.hybrid.api import hybrid_attention, hybrid_key_sums
 from rehyat_jax.attention.hybrid.context_parallel import hybrid_attention_in_parts
 from rehyat_jax.attention.hybrid.state import HybridState, LinearState
 from rehyat_jax.attention.linear import linear_attention
+from rehyat_jax.attention.softmax.chunk_causal import chunk_causal_attention
 from rehyat_jax.attention.strided import strided_attention
 from rehyat_jax.parallel.mesh import BATCH, axis_size, is_cut
 
@@ -208,17 +210,47 @@ def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array
         if devices == 1:
             return softmax_attention(query, key, value)
         if query.shape[2] % devices == 0:
-            trade = lambda x, split, join: jax.lax.all_to_all(x, CONTEXT, split, join, tiled=True)
-            whole = [trade(x, 2, 1) for x in (query, key, value)]
-            y = softmax_attention(*(x[:, :num_tokens] for x in whole))
-            y = jnp.pad(y, [(0, 0), (0, whole[0].shape[1] - num_tokens), (0, 0), (0, 0)])
-            return trade(y, 1, 2)
+            return _with_all_tokens(softmax_attention, query, key, value, num_tokens=num_tokens)
         key, value = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True)[:, :num_tokens] for x in (key, value))
         token = jax.lax.axis_index(CONTEXT) * query.shape[1] + jnp.arange(query.shape[1])
         y = softmax_attention(query, key, value)
         return jnp.where((token < num_tokens)[:, None, None], y, 0)
 
     return jax.shard_map(part, in_specs=(TOKENS,) * 3, out_specs=TOKENS, check_vma=False)(query, key, value)
+
+
+def chunk_causal_attention_on_mesh(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, num_tokens: int, chunk_tokens: int
+) -> jax.Array:
+    """`chunk_causal_attention` of a video over the mesh in use; `num_tokens` of its tokens are not padding.
+
+    Devices along "context" exchange tokens for heads. If the heads cannot be divided among them, each computes all
+    tokens and keeps its own.
+    """
+    attend = functools.partial(chunk_causal_attention, chunk_tokens=chunk_tokens)
+    if not is_cut():
+        return attend(query, key, value)
+
+    def part(query, key, value):
+        own, devices = query.shape[1], axis_size(CONTEXT)
+        if query.shape[2] % devices == 0:
+            return _with_all_tokens(attend, query, key, value, num_tokens=num_tokens)
+        whole = [jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True)[:, :num_tokens] for x in (query, key, value)]
+        y = jnp.pad(attend(*whole), [(0, 0), (0, own * devices - num_tokens), (0, 0), (0, 0)])
+        return jax.lax.dynamic_slice_in_dim(y, jax.lax.axis_index(CONTEXT) * own, own, axis=1)
+
+    return jax.shard_map(part, in_specs=(TOKENS,) * 3, out_specs=TOKENS, check_vma=False)(query, key, value)
+
+
+def _with_all_tokens(attend: Callable[..., jax.Array], *arrays: jax.Array, num_tokens: int) -> jax.Array:
+    """attend(query, key, value) of all tokens by each device along "context", for its share of the heads."""
+    if axis_size(CONTEXT) == 1:
+        return attend(*arrays)
+    trade = lambda x, split, join: jax.lax.all_to_all(x, CONTEXT, split, join, tiled=True)
+    whole = [trade(x, 2, 1) for x in arrays]
+    y = attend(*(x[:, :num_tokens] for x in whole))
+    y = jnp.pad(y, [(0, 0), (0, whole[0].shape[1] - num_tokens), (0, 0), (0, 0)])
+    return trade(y, 1, 2)
 
 
 def cross_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

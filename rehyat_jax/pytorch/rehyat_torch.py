@@ -333,7 +333,25 @@ def window_attention(*arrays: Tensor, **form) -> Tensor:
     return hybrid_attention(*arrays, **form)
 
 
+def chunk_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *unused: Tensor, tokens_per_frame: int, chunk_frames: int = 3
+) -> Tensor:
+    """Softmax attention of the tokens of every chunk of frames to all tokens up to the chunk's end.
+
+    Args: as `hybrid_attention`; features are not used.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    size = chunk_frames * tokens_per_frame
+    outputs = []
+    for start in range(0, query.shape[2], size):
+        end = start + size
+        part = F.scaled_dot_product_attention(query[:, :, start:end], key[:, :, :end], value[:, :, :end])
+        outputs.append(part.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
 KINDS = {
+    "causal_softmax": chunk_causal_attention,
     "hybrid": hybrid_attention,
     "two_branch": hybrid_attention,
     "window": window_attention,
