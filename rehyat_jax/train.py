@@ -158,7 +158,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
 
     # ---------------------------------------------------------------------------------------------------------- loop
     situation = Situation(model.model_def, model.config, source, context["null_text"], config)
-    result = lambda: stage.join(state["ema"] or state["params"], context.get("frozen", {}))
+    result = lambda: stage.join(state["ema"] or stage.of_result(state["params"]), context.get("frozen", {}))
     writer = MetricWriter(
         workdir, first_step=first_step, steps=config.steps, description=config.stage, is_silent=not is_main
     )

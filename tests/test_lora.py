@@ -36,7 +36,7 @@ from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.setup import initial_model
 from rehyat_jax.training.stages import STAGES
-from rehyat_jax.training.velocity import softmax_teacher
+from rehyat_jax.training.velocity import make_teacher
 from rehyat_jax.weights import load_params, save_model
 from rehyat_jax.weights.adapters import ADAPTERS_FILE, save_adapters
 
@@ -120,7 +120,7 @@ def test_the_teacher_does_not_see_adapters(own):
     teacher = {name: tree for name, tree in teacher.items() if name != "feature_maps"}
     predict = lambda text: apply_model(softmax)(teacher, noisy.latents, noisy.timestep, text)
     null = predict(jnp.stack([NULL_TEXT] * 2))
-    found = jax.jit(softmax_teacher(adapted, config))(params, context, noisy)
+    found = jax.jit(make_teacher(adapted, config))(params, context, noisy)
     # The same products, fused differently.
     np.testing.assert_allclose(found, null + 2 * (predict(noisy.text) - null), rtol=1e-5, atol=1e-5)
 

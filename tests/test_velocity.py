@@ -23,7 +23,7 @@ from rehyat_jax.training.config import check_config
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.stages import STAGES
-from rehyat_jax.training.velocity import softmax_teacher
+from rehyat_jax.training.velocity import make_teacher
 from rehyat_jax.weights import load_params, save_model
 
 STUDENT = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=2))
@@ -63,7 +63,7 @@ def test_loss_and_gradient_are_those_of_the_formula(weight, scale, own):
         error = jnp.abs(velocity - target).mean() / jnp.abs(target).mean()
         return loss, {"loss": loss, "velocity_error": error, "excess_vs_teacher": data - of_teacher}
 
-    loss = finetune.make_loss(student, config, teacher=softmax_teacher(model_def, config), teacher_weight=weight)
+    loss = finetune.make_loss(student, config, teacher=make_teacher(model_def, config), teacher_weight=weight)
     metrics, grads = jax.jit(finetune.make_grad_fn(loss))(params, context, batch, key)
     expected_grads, expected_metrics = jax.jit(jax.grad(expected, has_aux=True))(params)
     assert metrics.keys() == expected_metrics.keys()

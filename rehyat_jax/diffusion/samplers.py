@@ -1,12 +1,16 @@
-"""Euler and UniPC as one multistep loop over a table of coefficients.
+"""Euler, UniPC and renoising as one multistep loop over a table of coefficients.
 
-Both samplers work with the predicted clean latents m_i = x_i - sigma_i v(x_i). In that form every update is a weighted
+All samplers work with the predicted clean latents m_i = x_i - sigma_i v(x_i). In that form every update is a weighted
 sum of a few earlier states and predictions. The weights depend only on the sigma grid. They are computed once, in
 float64, and the loop over steps compiles once.
 
 UniPC (arXiv 2302.04867) has order 2 and B(h) = e^h - 1 ("bh2"), as in Wan2.1. A step evaluates the network at the
 predicted x_i, corrects x_i with the result (UniC), and then predicts x_{i+1} (UniP). The first and the last step are of
 order 1.
+
+"renoise" is for models of few steps: it goes from the predicted clean latents back to the next noise level with new
+noise, x_{i+1} = (1 - sigma) m_i + sigma noise (consistency models, arXiv 2303.01469, algorithm 1; DMD2, arXiv
+2405.14867). A video's new noise is a function of its initial noise, which therefore still decides the video.
 """
 
 from collections.abc import Callable
@@ -22,7 +26,7 @@ from rehyat_jax.diffusion.sigma_grid import SigmaGrid
 Array = jax.Array
 VelocityFn = Callable[[Array, Array], Array]
 """(latents [B, ...], timestep [B]) -> velocity [B, ...]."""
-Sampler = Literal["unipc", "euler"]
+Sampler = Literal["unipc", "euler", "renoise"]
 
 
 class Coefficients(NamedTuple):
@@ -32,12 +36,14 @@ class Coefficients(NamedTuple):
       sigma, timestep: scalars at the start of the step.
       corrector: [5] weights of x_i predicted, x_{i-1} corrected, m_{i-2}, m_{i-1}, m_i in the corrected x_i.
       predictor: [3] weights of x_i corrected, m_{i-1}, m_i in the predicted x_{i+1}.
+      fresh: scalar weight of new noise in x_{i+1}, see `with_fresh_noise`.
     """
 
     sigma: Array
     timestep: Array
     corrector: Array
     predictor: Array
+    fresh: Array
 
 
 class SolverState(NamedTuple):
@@ -56,17 +62,45 @@ def sample(velocity_fn: VelocityFn, noise: Array, grid: SigmaGrid, *, sampler: S
       velocity_fn: the network, with text and guidance already bound.
       noise: [B, ...] float32 (or float64), the latents at grid.sigmas[0].
       grid: where to evaluate, see `rehyat_jax.diffusion.sigma_grid`.
-      sampler: "unipc" or "euler".
+      sampler: "unipc", "euler" or "renoise".
 
     Returns:
       The latents at grid.sigmas[-1], in the shape and dtype of `noise`.
     """
 
-    def body(state: SolverState, step: Coefficients) -> tuple[SolverState, None]:
-        return solver_step(velocity_fn, state, step), None
+    def body(state: SolverState, numbered: tuple[Array, Coefficients]) -> tuple[SolverState, None]:
+        number, step = numbered
+        state = solver_step(velocity_fn, state, step)
+        if sampler == "renoise":
+            state = state._replace(latents=with_fresh_noise(state.latents, noise, number, step.fresh))
+        return state, None
 
-    state, _ = jax.lax.scan(body, initial_state(noise), coefficient_table(grid, sampler, noise.dtype))
+    table = coefficient_table(grid, sampler, noise.dtype)
+    state, _ = jax.lax.scan(body, initial_state(noise), (jnp.arange(len(grid.timesteps)), table))
     return state.latents
+
+
+def fresh_noise(noise: Array, number: Array | int) -> Array:
+    """New standard normal noise for step `number`; example i's depends on the first value of noise[i] and on its shape.
+
+    Args:
+      noise: [B, ...], the initial noise.
+      number: of the step, from 0.
+    """
+    seeds = jax.lax.bitcast_convert_type(noise.reshape(len(noise), -1)[:, 0].astype(jnp.float32), jnp.uint32)
+
+    def draw(seed: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), number)
+        return jax.random.normal(key, noise.shape[1:], noise.dtype)
+
+    return jax.vmap(draw)(seeds)
+
+
+@jax.jit
+def with_fresh_noise(latents: Array, noise: Array, number: Array | int, weight: Array | float) -> Array:
+    """The latents [B, ...] after step `number` of "renoise", from those of `solver_step`; `weight` is the step's
+    `fresh`, and `noise` the initial noise."""
+    return latents + weight * fresh_noise(noise, number)
 
 
 def initial_state(noise: Array) -> SolverState:
@@ -99,11 +133,12 @@ def coefficient_table(grid: SigmaGrid, sampler: Sampler, dtype: jnp.dtype = jnp.
     Raises:
       ValueError: an unknown sampler, or a grid for UniPC that starts at sigma = 1.
     """
-    weights = {"euler": _euler_weights, "unipc": _unipc_weights}
+    weights = {"euler": _euler_weights, "unipc": _unipc_weights, "renoise": _renoise_weights}
     if sampler not in weights:
         raise ValueError(f"sampler must be one of {sorted(weights)}, found {sampler!r}")
     corrector, predictor = weights[sampler](grid.sigmas)
-    table = Coefficients(grid.sigmas[:-1], grid.timesteps, corrector, predictor)
+    fresh = grid.sigmas[1:] if sampler == "renoise" else np.zeros(len(grid.timesteps))
+    table = Coefficients(grid.sigmas[:-1], grid.timesteps, corrector, predictor, fresh)
     return Coefficients(*(column.astype(dtype) for column in table))
 
 
@@ -112,6 +147,12 @@ def _euler_weights(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ratio = sigmas[1:] / sigmas[:-1]
     keep = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (len(ratio), 1))
     return keep, np.stack([ratio, np.zeros_like(ratio), 1 - ratio], axis=1)
+
+
+def _renoise_weights(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(1 - sigma_next) m, without the noise; no correction."""
+    keep, predictor = _euler_weights(sigmas)
+    return keep, np.stack([*np.zeros((2, len(predictor))), 1 - sigmas[1:]], axis=1)
 
 
 def _unipc_weights(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from rehyat_jax.diffusion.samplers import (
     coefficient_table,
     initial_state,
     solver_step,
+    with_fresh_noise,
 )
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.errors import InputError
@@ -59,7 +60,7 @@ def generate(
       steps: evaluations of the guided model.
       guidance_scale: 1 turns guidance off, and `negative_prompt` with it.
       flow_shift: see `rehyat_jax.diffusion.flow.shift_sigma`.
-      sampler: "unipc" or "euler".
+      sampler: "unipc" or "euler"; "renoise" for models of few steps (`rehyat_jax.diffusion.samplers`).
       stream: keep only a part of the video on the device, see `stream_latents`. For videos of any length.
       progress: show the rate and the remaining time.
 
@@ -110,6 +111,8 @@ def generate_latents(
         if index == 0:
             _check_memory(advance, graphdef, params, state, step, *conditions)
         state = advance(graphdef, params, state, step, *conditions)
+        if sampler == "renoise":
+            state = state._replace(latents=with_fresh_noise(state.latents, noise, index, step.fresh))
         # JAX returns before the device is done; without waiting, the bar would show how fast steps are queued.
         jax.block_until_ready(state)
     return state.latents

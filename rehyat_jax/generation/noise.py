@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rehyat_jax.diffusion.samplers import fresh_noise
+
 Array = jax.Array
 
 
@@ -28,9 +30,18 @@ def initial_noise(seed: int, videos: int | Sequence[int], latent_shape: Sequence
 
 def host_noise(seed: int, videos: int | Sequence[int], latent_shape: Sequence[int]) -> np.ndarray:
     """`initial_noise` in the host's memory, drawn by the host's processors where JAX may use them."""
-    try:
-        place: contextlib.AbstractContextManager = jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves the host out
-        place = contextlib.nullcontext()
-    with place:
+    with _on_host():
         return np.asarray(initial_noise(seed, videos, latent_shape))
+
+
+def fresh_host_noise(noise: np.ndarray, number: int) -> np.ndarray:
+    """`rehyat_jax.diffusion.samplers.fresh_noise` in the host's memory, drawn like `host_noise`."""
+    with _on_host():
+        return np.asarray(fresh_noise(jnp.asarray(noise), number))
+
+
+def _on_host() -> contextlib.AbstractContextManager:
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the host out
+        return contextlib.nullcontext()

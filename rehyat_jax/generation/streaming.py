@@ -31,6 +31,7 @@ from rehyat_jax.diffusion.samplers import (
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.errors import InputError
 from rehyat_jax.generation.guidance import guided_velocity
+from rehyat_jax.generation.noise import fresh_host_noise
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import Conditions, WanTransformer
 from rehyat_jax.models.wan.streaming import (
@@ -122,6 +123,8 @@ def stream_latents(
             for part, after in zip(video.parts, advance(video, history, step, check, bar), strict=True):
                 for array, values in zip(history, after, strict=True):
                     array[:, part.frames] = values
+            if sampler == "renoise":
+                history.latents[...] += step.fresh * fresh_host_noise(noise, index)
     if before is not None:
         history.latents[:, : before.shape[1]] = before
     return history.latents

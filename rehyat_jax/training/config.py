@@ -72,7 +72,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if stage.starts_from_model and not config.init_from:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
     _check_lora(config)
-    if stage.teacher_weight(config) and not stage.freezes(config) and not config.velocity.teacher:
+    if stage.teacher_weight(config) and not stage.freezes(config) and not stage.teacher_path(config):
         raise InputError(
             f"config.velocity.teacher is empty; with config.velocity.teacher_weight = {config.velocity.teacher_weight} "
             f"stage {config.stage!r} learns the velocity of a softmax model: give its path"

@@ -86,7 +86,7 @@ FIELDS = (
         REFUSED,
         '"pretrain" trains a softmax model from scratch. "distill" (stage 1) trains feature maps only, each block by '
         'itself. "velocity" trains feature maps through the complete model. "finetune" (stage 2) trains everything, or '
-        "adapters (`lora.rank`).",
+        'adapters (`lora.rank`). "consistency" and "dmd" make a student of few steps (docs/few_steps.md).',
     ),
     Field(
         "preset",
@@ -316,8 +316,9 @@ FIELDS = (
         "",
         Text(),
         CHANGED,
-        'Softmax model whose velocity stages "velocity" and "finetune" learn. Without it, the teacher is '
-        'init_from with softmax attention in all blocks; stage "finetune" then needs `lora.rank`.',
+        'Softmax model whose velocity is learned, or the real score of stage "dmd". Without it, the teacher is '
+        'init_from with softmax attention in all blocks, for which stage "finetune" needs `lora.rank`; in stages '
+        '"consistency" and "dmd" it is init_from in its own forms.',
     ),
     Field(
         "velocity.teacher_weight",
@@ -335,12 +336,41 @@ FIELDS = (
         "Guidance scale of the teacher's velocity. Above 1, the student learns the velocity after guidance.",
     ),
     Field(
+        "few_step.steps",
+        4,
+        Integer(1, 1000),
+        CHANGED,
+        'Evaluations of a student of stages "consistency" and "dmd" for a video. "dmd" trains it at their noise levels '
+        "alone. `sample` reads the number from the model.",
+    ),
+    Field(
+        "dmd.score_updates",
+        5,
+        Integer(1, 100),
+        REFUSED,
+        "Updates of the fake score for one of the student.",
+    ),
+    Field(
+        "dmd.score_rate",
+        1.0,
+        Real(1e-6, 1e6),
+        CHANGED,
+        "Learning rate of the fake score, as a multiple of the student's.",
+    ),
+    Field(
+        "consistency.warmup_steps",
+        1000,
+        Integer(0),
+        CHANGED,
+        "Steps in which the weight of the velocity's derivative along the teacher's path grows from 0 to 1.",
+    ),
+    Field(
         "lora.rank",
         0,
         Integer(0, 2**16),
         REFUSED,
-        'Rank of low-rank adapters (LoRA). Above 0, stages "velocity" and "finetune" train adapters and feature maps, '
-        "and all else is frozen. 0 trains no adapters.",
+        'Rank of low-rank adapters (LoRA). Above 0, adapters are trained, in stages "velocity" and "finetune" also '
+        "feature maps, and all else is frozen. 0 trains no adapters.",
     ),
     Field(
         "lora.alpha",

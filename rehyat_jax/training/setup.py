@@ -192,13 +192,19 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
 
 
+def teacher_config(wan: WanConfig, config: ml_collections.ConfigDict) -> WanConfig:
+    """The architecture of a student's teacher: the student's, mostly with softmax attention in all blocks."""
+    is_own = STAGES[config.stage].own_teacher and not config.velocity.teacher
+    return wan if is_own else wan.replace(hybrid_blocks=())
+
+
 def abstract_teacher(wan: WanConfig, config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters of the softmax teacher of a student, as shapes with shardings, and their shardings.
+    """Parameters of the teacher of a student, as shapes with shardings, and their shardings.
 
     The parameters have the compute dtype where the model allows it, because they are frozen.
     """
-    dtype = jnp.dtype(config.dtype)
-    create = lambda: WanTransformer(wan.replace(hybrid_blocks=()), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    dtype, teacher = jnp.dtype(config.dtype), teacher_config(wan, config)
+    create = lambda: WanTransformer(teacher, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
     state = nnx.state(nnx.eval_shape(create))
     placed = shardings(param_specs(state))
     return abstract_arrays(nnx.to_pure_dict(state), placed), placed
@@ -212,16 +218,17 @@ def load_teacher(model: InitialModel, config: ml_collections.ConfigDict, path: s
         encoder.
     """
     checkpoint = open_checkpoint(path)
-    if checkpoint.config.hybrid_blocks:
+    wanted = teacher_config(model.config, config)
+    if checkpoint.config.hybrid_blocks and not wanted.hybrid_blocks:
         raise InputError(
             f"config.velocity.teacher: {path} has hybrid blocks, {checkpoint.config.hybrid_block_indices}; give the "
             f"softmax model that the student was made from"
         )
     found, expected = (
-        {**dataclasses.asdict(wan.replace(hybrid_blocks=())), **names}
+        {**dataclasses.asdict(wan), **names}
         for wan, names in (
             (checkpoint.config, {name: checkpoint.metadata[name] for name in METADATA}),
-            (model.config, {"codec": model.codec, "text_encoder": model.text_encoder}),
+            (wanted, {"codec": model.codec, "text_encoder": model.text_encoder}),
         )
     )
     if different := [name for name in expected if found[name] != expected[name]]:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from rehyat_jax.parallel.sharding import BATCHES, shardings
 from rehyat_jax.training.compiler_options import compiler_options
-from rehyat_jax.training.step import Context, Params, State, UpdateFn, init_state, make_step, state_specs
+from rehyat_jax.training.step import Context, Params, State, UpdateFn, all_of, init_state, make_step, state_specs
 
 
 class ShardedStep(NamedTuple):
@@ -34,6 +34,9 @@ def make_sharded_step(
     specs: Any,
     context: Context,
     config: ml_collections.ConfigDict,
+    *,
+    start: Callable[[Params], Params] = all_of,
+    averaged: Callable[[Params], Params] = all_of,
 ) -> ShardedStep:
     """`make_step` with explicit shardings on the mesh in use.
 
@@ -43,10 +46,13 @@ def make_sharded_step(
       params, context: the trained and the constant arrays, perhaps abstract; context's arrays carry their shardings.
       specs: PartitionSpecs of params.
       config: seed, ema_decay and spike_factor are read.
+      start: params -> the parameters in training, which may have them several times.
+      averaged: the parameters in training -> those whose moving average is kept.
     """
-    init = lambda params: init_state(params, optimizer, keep_ema=config.ema_decay > 0)
-    state_shardings = shardings(state_specs(jax.eval_shape(init, params), specs))
-    step = make_step(update_fn, seed=config.seed, ema_decay=config.ema_decay, spike_factor=config.spike_factor)
+    init = lambda params: init_state(start(params), optimizer, keep_ema=config.ema_decay > 0, averaged=averaged)
+    state_shardings = shardings(state_specs(jax.eval_shape(init, params), start(specs), averaged))
+    options = dict(ema_decay=config.ema_decay, spike_factor=config.spike_factor, averaged=averaged)
+    step = make_step(update_fn, seed=config.seed, **options)
     context_shardings = jax.tree.map(lambda leaf: leaf.sharding, context)
     return ShardedStep(
         jax.jit(

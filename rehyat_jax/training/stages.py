@@ -10,13 +10,13 @@ from flax import nnx
 
 from rehyat_jax.models.lora import LoraConfig, adapted_layers, is_adapter, joined, split_tree
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, teacher_flops, training_flops
+from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_flops, teacher_flops, training_flops
 from rehyat_jax.models.wan.modeling import apply_model
-from rehyat_jax.training import distill, finetune
+from rehyat_jax.training import consistency, distill, dmd, finetune
 from rehyat_jax.training.optimizer import make_optimizer
 from rehyat_jax.training.sharded_step import ShardedStep, make_sharded_step
 from rehyat_jax.training.step import Context, Params, UpdateFn, accumulate, gradient_update
-from rehyat_jax.training.velocity import softmax_teacher
+from rehyat_jax.training.velocity import make_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,13 @@ class Stage:
       converts: whether the configuration must name the blocks to convert.
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
       updates_per_step: configuration -> updates of the optimizer in a step.
+      make_optimizer: configuration -> the optimizer; None for `optimizer.make_optimizer`.
+      networks: names of the networks that are trained, all from one model; the first one is the result. The trained
+        parameters are then a dictionary by name. () for the model alone.
       teacher_weight: configuration -> weight of the teacher's velocity in the loss, see `finetune.make_loss`.
+      own_teacher: whether the teacher, without `velocity.teacher`, is the initial model in its own forms. With LoRA,
+        its feature maps are then frozen too.
+      few_steps: whether the result is a model for few steps of the sampler "renoise", `config.few_step`.
     """
 
     make_update: Callable[[nnx.GraphDef, ml_collections.ConfigDict, optax.GradientTransformation], UpdateFn]
@@ -44,7 +50,11 @@ class Stage:
     converts: bool = False
     recomputes: bool = True
     updates_per_step: Callable[[ml_collections.ConfigDict], int] = lambda config: 1
+    make_optimizer: Callable[[ml_collections.ConfigDict], optax.GradientTransformation] | None = None
+    networks: tuple[str, ...] = ()
     teacher_weight: Callable[[ml_collections.ConfigDict], float] = lambda config: 0.0
+    own_teacher: bool = False
+    few_steps: bool = False
 
     def data_kinds(self, config: ml_collections.ConfigDict) -> tuple[str, ...]:
         """Kinds of data sets that it learns from, see `data.pipeline.Source`. Trajectories hold no clean latents."""
@@ -53,7 +63,10 @@ class Stage:
 
     def teacher_path(self, config: ml_collections.ConfigDict) -> str:
         """Path of the teacher whose velocity is learned; "" if there is none, or its parameters are the frozen ones."""
-        return config.velocity.teacher if self.teacher_weight(config) else ""
+        if not self.teacher_weight(config):
+            return ""
+        own = config.init_from if self.own_teacher and not config.lora.rank else ""
+        return config.velocity.teacher or own
 
     def freezes(self, config: ml_collections.ConfigDict) -> bool:
         """True if only some parameters are in training. A resumed run reads the others from `init_from`."""
@@ -62,16 +75,26 @@ class Stage:
     def split(self, params: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
         """Splits a tree with the structure of the model's parameters into (trained part, frozen part).
 
-        If the model has adapters, these and the feature maps are trained in any stage.
+        If the model has adapters, these are trained, and feature maps too unless they are the teacher's, see
+        `own_teacher`.
         """
         if _has_adapters(params):
-            return split_tree(params, lambda path: is_adapter(path) or path[0] == "feature_maps")
+            with_maps = not self.own_teacher
+            return split_tree(params, lambda path: is_adapter(path) or (with_maps and path[0] == "feature_maps"))
         if self.trains is None:
             return params, {}
         return params[self.trains], {name: tree for name, tree in params.items() if name != self.trains}
 
+    def of_networks(self, trained: Params) -> Params:
+        """The parameters in training at first, from the trained part of the model."""
+        return dict.fromkeys(self.networks, trained) if self.networks else trained
+
+    def of_result(self, trained: Params) -> Params:
+        """The trained part of the network that is the result. A moving average is kept of this part alone."""
+        return trained[self.networks[0]] if self.networks else trained
+
     def join(self, trained: Params, frozen: dict[str, Any]) -> dict[str, Any]:
-        """Inverse of `split`: the parameters of the model."""
+        """Inverse of `split`: the parameters of a network."""
         if _has_adapters(trained):
             return joined(frozen, trained)
         return trained if self.trains is None else {**frozen, self.trains: trained}
@@ -92,20 +115,53 @@ def _update_by_velocity(
 ) -> UpdateFn:
     stage = STAGES[config.stage]
     weight = stage.teacher_weight(config)
-    teacher = softmax_teacher(model_def, config) if weight else None
+    teacher = make_teacher(model_def, config) if weight else None
     loss = finetune.make_loss(apply_model(model_def), config, teacher=teacher, teacher_weight=weight)
     return gradient_update(accumulate(finetune.make_grad_fn(loss, stage.join), config.accumulation_steps), optimizer)
 
 
 def _flops_by_velocity(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
-    stage = STAGES[config.stage]
-    of_student = training_flops(
-        model, latents, remat=config.remat, trains_weights=not stage.freezes(config), lora=lora_config(config)
-    )
-    if not stage.teacher_weight(config):
+    of_student = _flops_of_update(model, latents, config)
+    if not STAGES[config.stage].teacher_weight(config):
         return of_student
-    passes = 1 if config.velocity.guidance_scale == 1 else 2
-    return of_student._replace(model=of_student.model + passes * teacher_flops(model, latents))
+    return of_student._replace(model=of_student.model + _teacher_passes(config) * teacher_flops(model, latents))
+
+
+def _flops_of_update(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
+    trains_weights = not STAGES[config.stage].freezes(config)
+    return training_flops(model, latents, remat=config.remat, trains_weights=trains_weights, lora=lora_config(config))
+
+
+def _teacher_passes(config: ml_collections.ConfigDict) -> int:
+    return 1 if config.velocity.guidance_scale == 1 else 2
+
+
+def _forward_flops(model: WanConfig, latents: tuple[int, int, int]) -> int:
+    count = forward_flops(model, latents)
+    return count.outside + count.blocks
+
+
+def _update_to_few_steps(make_update: Callable[..., UpdateFn]) -> Callable[..., UpdateFn]:
+    return lambda model_def, config, optimizer: make_update(model_def, config, optimizer, STAGES[config.stage].join)
+
+
+def _flops_of_dmd(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
+    of_update = _flops_of_update(model, latents, config)
+    # On average, the simulation evaluates the generator (steps + 1) / 2 times.
+    simulated = (config.few_step.steps + 1) / 2
+    forward = simulated + 1 + _teacher_passes(config)
+    updates = 1 + config.dmd.score_updates
+    of_model = updates * of_update.model + int(forward * _forward_flops(model, latents))
+    return StepFlops(of_model, updates * of_update.recomputed)
+
+
+def _flops_of_consistency(
+    model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict
+) -> StepFlops:
+    of_update = _flops_of_update(model, latents, config)
+    # A pass in forward mode costs two.
+    forward = 2 + _teacher_passes(config)
+    return of_update._replace(model=of_update.model + forward * _forward_flops(model, latents))
 
 
 def _flops_of_distillation(
@@ -136,6 +192,24 @@ STAGES = {
         _flops_by_velocity,
         takes_lora=True,
         teacher_weight=lambda config: config.velocity.teacher_weight,
+    ),
+    "consistency": Stage(
+        _update_to_few_steps(consistency.make_update),
+        _flops_of_consistency,
+        takes_lora=True,
+        teacher_weight=lambda config: 1.0,
+        own_teacher=True,
+        few_steps=True,
+    ),
+    "dmd": Stage(
+        _update_to_few_steps(dmd.make_update),
+        _flops_of_dmd,
+        takes_lora=True,
+        make_optimizer=dmd.joint_optimizer,
+        networks=(dmd.GENERATOR, dmd.FAKE_SCORE),
+        teacher_weight=lambda config: 1.0,
+        own_teacher=True,
+        few_steps=True,
     ),
 }
 """The stages by `config.stage`."""
@@ -177,7 +251,11 @@ def assemble(
     trained_specs, _ = stage.split(specs)
     if frozen:
         context = {**context, "frozen": frozen}
-    optimizer = make_optimizer(config, stage.updates_per_step(config))
+    if stage.make_optimizer is not None:
+        optimizer = stage.make_optimizer(config)
+    else:
+        optimizer = make_optimizer(config, stage.updates_per_step(config))
     update_fn = stage.make_update(model_def, config, optimizer)
-    sharded = make_sharded_step(update_fn, optimizer, trained, trained_specs, context, config)
+    parts = dict(start=stage.of_networks, averaged=stage.of_result)
+    sharded = make_sharded_step(update_fn, optimizer, trained, trained_specs, context, config, **parts)
     return Assembly(sharded, trained, context)

@@ -21,7 +21,8 @@ Metrics = dict[str, jax.Array]
 Context = dict[str, Any]
 """Arrays that a step reads but does not change: "null_text" [L, text_dim] (the embedding of no caption), "frozen" (the
 parameters that are not in training), "teacher" (the parameters of a teacher of its own). They are an argument because
-XLA would bake a closure's weights into the program."""
+XLA would bake a closure's weights into the program. In an update there is also "step", int32 [], the number of steps
+made."""
 
 GradFn = Callable[[Params, Context, Batch, jax.Array], tuple[Metrics, Params]]
 """(params, context, batch, key) -> (metrics, gradients)."""
@@ -49,7 +50,7 @@ State = dict[str, Any]
 """The fields are:
 
   - step: int32 [], number of steps made
-  - params, ema: float32 trees; ema is {} if no average is kept
+  - params, ema: float32 trees; ema is {} if no average is kept, and may be of a part of params
   - opt_state: state of the optimizer
   - updates, skipped_in_a_row: int32 [], number of updates made, and of skipped ones up to the last step
   - usual_norm: float32 [], running mean of the gradient norm, which decides about skipping
@@ -61,8 +62,19 @@ UPDATES_BEFORE_SPIKES = 100
 """Number of updates that the running mean needs before a norm is compared with it."""
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, *, keep_ema: bool) -> State:
-    """State before the first step."""
+def all_of(params: Params) -> Params:
+    """The part of the parameters that is averaged in most stages."""
+    return params
+
+
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    keep_ema: bool,
+    averaged: Callable[[Params], Params] = all_of,
+) -> State:
+    """State before the first step; `averaged` is the part of the parameters whose average is kept."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "updates": jnp.zeros((), jnp.int32),
@@ -70,17 +82,17 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, keep_
         "usual_norm": jnp.zeros((), jnp.float32),
         "params": params,
         "opt_state": optimizer.init(params),
-        "ema": jax.tree.map(jnp.copy, params) if keep_ema else {},
+        "ema": jax.tree.map(jnp.copy, averaged(params)) if keep_ema else {},
     }
 
 
-def state_specs(abstract: State, specs: Any) -> State:
+def state_specs(abstract: State, specs: Any, averaged: Callable[[Params], Params] = all_of) -> State:
     """The PartitionSpecs of a state: moments and averages are sharded like their parameters."""
     return {
         **dict.fromkeys(("step", "updates", "skipped_in_a_row", "usual_norm"), PartitionSpec()),
         "params": specs,
         "opt_state": like_params(abstract["opt_state"], abstract["params"], specs),
-        "ema": specs if abstract["ema"] else {},
+        "ema": averaged(specs) if abstract["ema"] else {},
     }
 
 
@@ -129,7 +141,12 @@ def is_useful(state: State, loss: jax.Array, norm: jax.Array, spike_factor: floa
 
 
 def make_step(
-    update_fn: UpdateFn, *, seed: int, ema_decay: float, spike_factor: float
+    update_fn: UpdateFn,
+    *,
+    seed: int,
+    ema_decay: float,
+    spike_factor: float,
+    averaged: Callable[[Params], Params] = all_of,
 ) -> Callable[[State, Context, Batch], tuple[State, Metrics]]:
     """(state, context, batches [accumulation_steps, B, ...]) -> (state, metrics).
 
@@ -139,12 +156,14 @@ def make_step(
 
     def step(state: State, context: Context, batch: Batch) -> tuple[State, Metrics]:
         key = step_key(seed, state["step"])
+        context = {**context, "step": state["step"]}
         metrics, norm, params, opt_state = update_fn(state["params"], state["opt_state"], context, batch, key)
         useful = is_useful(state, metrics["loss"], norm, spike_factor)
         # XLA selects in the same pass over memory as the update itself.
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(useful, new, old), new, old)
         params = keep(params, state["params"])
-        ema = state["ema"] and keep(optax.incremental_update(params, state["ema"], 1 - ema_decay), state["ema"])
+        average = lambda: optax.incremental_update(averaged(params), state["ema"], 1 - ema_decay)
+        ema = state["ema"] and keep(average(), state["ema"])
         # The plain mean of the norms while they are few.
         weight = jnp.maximum(1 - NORM_DECAY, 1 / (state["updates"] + 1))
         usual_norm = state["usual_norm"] + weight * (norm - state["usual_norm"])

@@ -1,4 +1,4 @@
-"""The velocity of a softmax teacher, as the target of the complete transformer: distillation end to end.
+"""The velocity of a teacher, as the target of the complete transformer: distillation end to end.
 
 Teacher and student read the same noisy latents. The teacher's forward pass is all that this costs in addition. It needs
 no clean latents, so a student also learns from a teacher's trajectories.
@@ -18,24 +18,26 @@ from rehyat_jax.training.noising import NoisyBatch
 from rehyat_jax.training.step import Context
 
 
-def softmax_teacher(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> Teacher:
-    """The velocity of the student's architecture with softmax attention in all blocks; no gradient passes through it.
+def make_teacher(model_def: nnx.GraphDef, config: ml_collections.ConfigDict, *, is_softmax: bool = True) -> Teacher:
+    """The velocity of a frozen model of the student's architecture; no gradient passes through it.
 
     Args:
       model_def: graph definition of the student, a `WanTransformer`.
       config: velocity.guidance_scale is read. A scale s above 1 gives the velocity after classifier-free guidance
         (arXiv 2207.12598), v_null + s (v - v_null), for another forward pass of the teacher.
+      is_softmax: whether the teacher has softmax attention in all blocks; otherwise its forms are the student's.
 
     Returns:
       The teacher. Its parameters are context["teacher"]. Without them they are the student's own, which are a teacher's
-      if only feature maps and adapters are trained. The teacher runs without the student's adapters.
+      if only adapters, or only feature maps of a softmax teacher, are trained. It runs without the student's adapters.
     """
     scale = config.velocity.guidance_scale
 
     def teacher(params: Any, context: Context, noisy: NoisyBatch) -> jax.Array:
         model = nnx.merge(model_def, jax.lax.stop_gradient(joined(params, context.get("teacher", {}))))
         model = without_adapters(model)
-        predict = lambda text: softmax_velocity(model, (noisy.latents, noisy.timestep, text))
+        inputs = lambda text: (noisy.latents, noisy.timestep, text)
+        predict = lambda text: softmax_velocity(model, inputs(text)) if is_softmax else model(*inputs(text))
         velocity = predict(noisy.text)
         if scale == 1:
             return velocity

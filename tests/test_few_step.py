@@ -1,0 +1,240 @@
+"""Students of few steps: the sampler "renoise", and the stages "dmd" and "consistency"."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrained, tiny_batch, tiny_config, tiny_model
+
+from rehyat_jax.attention.forms.hybrid import HybridConfig
+from rehyat_jax.diffusion.samplers import fresh_noise, sample
+from rehyat_jax.diffusion.sigma_grid import wan_grid
+from rehyat_jax.generation.generate import generate_latents
+from rehyat_jax.generation.streaming import stream_latents
+from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.train import train as train_on
+from rehyat_jax.training import consistency, dmd, finetune
+from rehyat_jax.training.metrics import MetricWriter
+from rehyat_jax.training.noising import noise_batch
+from rehyat_jax.training.stages import STAGES
+from rehyat_jax.weights import load_params
+
+STUDENT = TINY.replace(num_layers=1, hybrid_blocks="all", hybrid=HybridConfig(chunk_frames=2))
+NULL_TEXT = jnp.full((TINY.text_length, TINY.text_dim), 0.5)
+
+
+def train(config, workdir, devices=1):
+    return train_on(config, workdir, jax.devices()[:devices])
+
+
+def logged(workdir, name):
+    return [json.loads(line).get(name) for line in (workdir / "metrics.jsonl").open()]
+
+
+# ---------------------------------------------------------------------------------------------------------- the sampler
+
+
+def test_renoising_is_the_loop_of_consistency_models():
+    noise = np.asarray(jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2)))
+    velocity = lambda latents, timestep: jnp.tanh(latents) * timestep.reshape(-1, 1, 1, 1, 1) / 1000
+    grid = wan_grid(4, 5.0)
+    x = jnp.asarray(noise)
+    for number in range(4):
+        clean = x - grid.sigmas[number] * velocity(x, jnp.full(2, grid.timesteps[number]))
+        x = (1 - grid.sigmas[number + 1]) * clean + grid.sigmas[number + 1] * fresh_noise(jnp.asarray(noise), number)
+    np.testing.assert_allclose(sample(velocity, noise, grid, sampler="renoise"), x, atol=1e-5)
+
+
+def test_new_noise_is_normal_and_belongs_to_its_video_and_step():
+    noise = jax.random.normal(jax.random.key(0), (3, 5, 8, 8, 4))
+    found = np.stack([fresh_noise(noise, number) for number in range(3)])
+    np.testing.assert_array_equal(fresh_noise(noise[1:2], 2)[0], found[2, 1])
+    with_initial = np.concatenate([noise[None], found]).reshape(12, -1)
+    correlations = np.corrcoef(with_initial)
+    # Of 1,280 independent values: a standard deviation of 0.028.
+    assert np.abs(correlations - np.eye(12)).max() < 0.12
+    assert np.abs(with_initial.mean(1)).max() < 0.12 and np.abs(with_initial.std(1) - 1).max() < 0.1
+
+
+def test_streamed_videos_get_the_same_new_noise():
+    graphdef, params = tiny_model(STUDENT)
+    model = nnx.merge(graphdef, params)
+    noise = np.asarray(tiny_batch(frames=7)["latents"])
+    text = jnp.asarray(tiny_batch()["text"])
+    options = dict(steps=3, guidance_scale=1.0, flow_shift=3.0, sampler="renoise")
+    expected = generate_latents(model, text, text, jnp.asarray(noise), **options)
+    np.testing.assert_allclose(stream_latents(model, text, text, noise, part_chunks=1, **options), expected, atol=5e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------ dmd
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_generators_gradient_is_the_difference_of_the_scores(scale):
+    model_def, generator = tiny_model(STUDENT)
+    fake, real = (jax.tree.map(lambda leaf, factor=factor: factor * leaf, generator) for factor in (1.1, 0.9))
+    config = tiny_config("dmd", **{"velocity.guidance_scale": scale, "timestep_sampling": "uniform"})
+    apply, key = apply_model(model_def), jax.random.key(4)
+    batch = {**tiny_batch(), "noisy": tiny_batch()["latents"], "sigma": np.full(2, 0.8), "timestep": np.full(2, 800.0)}
+    context = {"null_text": NULL_TEXT, "teacher": real, dmd.FAKE_SCORE: fake}
+    grad_fn = jax.jit(dmd.make_generator_grad_fn(model_def, config, STAGES["dmd"].join))
+    metrics, grads = grad_fn(generator, context, batch, key)
+
+    make = lambda params: batch["noisy"] - 0.8 * apply(params, batch["noisy"], batch["timestep"], batch["text"])
+    clean, pull = jax.vjp(make, generator)
+    sigma_key, noise_key = jax.random.split(key)
+    sigma = jax.random.uniform(sigma_key, (2,))
+    sigma = (config.flow_shift * sigma / (1 + (config.flow_shift - 1) * sigma)).clip(0.02, 0.98)
+    of = sigma.reshape(2, 1, 1, 1, 1)
+    noisy = (1 - of) * clean + of * jax.random.normal(noise_key, clean.shape)
+    predict = lambda params, text: noisy - of * apply(params, noisy, 1000 * sigma, text)
+    null = jnp.stack([NULL_TEXT] * 2)
+    of_real = predict(real, null) + scale * (predict(real, batch["text"]) - predict(real, null))
+    difference = predict(fake, batch["text"]) - of_real
+    difference /= jnp.abs(clean - of_real).mean((1, 2, 3, 4), keepdims=True)
+    expected = pull(difference / clean.size)[0]
+    np.testing.assert_allclose(metrics["score_difference"], jnp.abs(difference).mean(), rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected)
+
+
+def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_made():
+    model_def, params = tiny_model(STUDENT)
+    changes = {"few_step.steps": 2, "dmd.score_updates": 3, "dmd.score_rate": 0.5, "caption_dropout": 0.0}
+    config, join = tiny_config("dmd", **changes), STAGES["dmd"].join
+    state, optimizers = {dmd.GENERATOR: params, dmd.FAKE_SCORE: params}, dmd.make_optimizers(config)
+    context = {"null_text": NULL_TEXT, "teacher": jax.tree.map(lambda leaf: 0.9 * leaf, params)}
+    batch, key = tiny_batch(), jax.random.key(6)
+    update = jax.jit(dmd.make_update(model_def, config, dmd.joint_optimizer(config), join))
+    found = update(state, dmd.joint_optimizer(config).init(state), context, one_at_a_time(batch), key)
+
+    @jax.jit
+    def expected():
+        apply, (simulate_key, generator_key, score_key) = apply_model(model_def), jax.random.split(key, 3)
+        options = dict(steps=2, flow_shift=config.flow_shift)
+        noisy, sigma, timestep, clean = dmd.simulate(
+            apply, params, batch["latents"].shape, batch["text"], jax.random.split(simulate_key, 1)[0], **options
+        )
+        inputs = {**batch, "noisy": noisy, "sigma": jnp.full(2, sigma), "timestep": jnp.full(2, timestep)}
+        grad_fn = dmd.make_generator_grad_fn(model_def, config, join)
+        _, grads = grad_fn(params, {**context, dmd.FAKE_SCORE: params}, inputs, generator_key)
+        updates, _ = optimizers[dmd.GENERATOR].update(grads, optimizers[dmd.GENERATOR].init(params), params)
+        generator = optax.apply_updates(params, updates)
+        score, score_state, losses = params, optimizers[dmd.FAKE_SCORE].init(params), []
+        loss_fn = finetune.make_loss(apply, config)
+        for fake_key in jax.random.split(score_key, 3):
+            videos = {"latents": clean, "text": batch["text"]}
+            loss = lambda score, key=fake_key, videos=videos: loss_fn(score, context, videos, key)
+            grads, metrics = jax.grad(loss, has_aux=True)(score)
+            updates, score_state = optimizers[dmd.FAKE_SCORE].update(grads, score_state, score)
+            score = optax.apply_updates(score, updates)
+            losses.append(metrics["loss"])
+        return {dmd.GENERATOR: generator, dmd.FAKE_SCORE: score}, jnp.mean(jnp.array(losses))
+
+    networks, fake_loss = expected()
+    np.testing.assert_allclose(found.metrics["fake_loss"], fake_loss, rtol=1e-5)
+    # AdamW's first updates have the size of the learning rate, 1e-4, whatever the gradient.
+    compare = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6)
+    jax.tree.map(compare, jax.tree.map(jnp.subtract, found.params, state), jax.tree.map(jnp.subtract, networks, state))
+
+
+def test_the_simulation_meets_the_inputs_of_the_sampler():
+    """A generator that always makes the same video: its inputs are mixtures of this video and normal noise."""
+    video, shape, grid = 3.0, (2, 3, 8, 8, 4), wan_grid(4, 5.0)
+    perfect = lambda _, latents, timestep, text: (latents - video) / (level(timestep).reshape(-1, 1, 1, 1, 1))
+    level = lambda timestep: jnp.asarray(grid.sigmas)[jnp.argmin(abs(grid.timesteps - timestep[:, None]), axis=1)]
+    simulate = jax.jit(lambda key: dmd.simulate(perfect, None, shape, None, key, steps=4, flow_shift=5.0))
+    met = set()
+    for seed in range(12):
+        noisy, sigma, timestep, clean = simulate(jax.random.key(seed))
+        step = int(np.argmin(abs(grid.timesteps - timestep)))
+        met.add(step)
+        np.testing.assert_allclose([sigma, timestep], [grid.sigmas[step], grid.timesteps[step]], rtol=1e-6)
+        np.testing.assert_allclose(clean, video, rtol=1e-4)
+        noise = (noisy - (1 - sigma) * video * (step > 0)) / (sigma if step else 1)
+        assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    assert met == {0, 1, 2, 3}
+
+
+# ---------------------------------------------------------------------------------------------------------- consistency
+
+
+@pytest.mark.parametrize("step, scale", [(0, 1.0), (2, 3.0), (9, 1.0)])
+def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(step, scale):
+    model_def, params = tiny_model(STUDENT)
+    teacher = jax.tree.map(lambda leaf: 0.9 * leaf, params)
+    config = tiny_config("consistency", **{"velocity.guidance_scale": scale, "consistency.warmup_steps": 4})
+    apply, key, batch = apply_model(model_def), jax.random.key(5), tiny_batch()
+    context = {"null_text": NULL_TEXT, "teacher": teacher, "step": jnp.int32(step)}
+    grad_fn = jax.jit(consistency.make_grad_fn(model_def, config, STAGES["consistency"].join))
+    metrics, grads = grad_fn(params, context, batch, key)
+
+    noisy = noise_batch(batch, NULL_TEXT, key, config)
+    null = jnp.stack([NULL_TEXT] * 2)
+    predict = lambda text: apply(teacher, noisy.latents, noisy.timestep, text)
+    along = predict(null) + scale * (predict(noisy.text) - predict(null))
+
+    def velocity(distance):
+        """Of the student, further along the straight line with the teacher's velocity."""
+        return apply(params, noisy.latents + distance * along, noisy.timestep + 1000 * distance, noisy.text)
+
+    distance = 1e-4
+    change = (velocity(distance) - velocity(-distance)) / (2 * distance)
+    sigma = (noisy.timestep / 1000).reshape(2, 1, 1, 1, 1)
+    tangent = along - velocity(0.0) - min(1, step / 4) * sigma * change
+    size = jnp.sqrt(jnp.square(tangent).mean((1, 2, 3, 4), keepdims=True))
+    pull = jax.vjp(lambda params: apply(params, noisy.latents, noisy.timestep, noisy.text), params)[1]
+    expected = pull(-2 * tangent / (size + 0.1) / tangent.size)[0]
+    np.testing.assert_allclose(metrics["tangent"], size.mean(), rtol=1e-2)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    # Central differences in float32.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2 * scale), grads, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- the stages
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    config = digits_config(folder, "distill", init_from=pretrained(folder), steps=3)
+    return str(train(config, folder / "run"))
+
+
+def few_step_config(tmp_path, student, stage, **changes):
+    changes = {"few_step.steps": 3, "dmd.score_updates": 2, "consistency.warmup_steps": 2, **changes}
+    return digits_config(tmp_path, stage, init_from=student, **{"optimizer.learning_rate": 1e-3, **changes})
+
+
+@pytest.mark.parametrize("stage, changes", [("dmd", {"lora.rank": 2}), ("consistency", {})])
+def test_a_stopped_run_resumes_bit_for_bit_and_others_stay_frozen(stage, changes, tmp_path, student):
+    config = few_step_config(tmp_path, student, stage, ema_decay=0.9, **changes)
+    train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricWriter, "write", interrupt_at(4, MetricWriter.write))
+        train(config, tmp_path / "stopped")
+    train(config, tmp_path / "stopped")
+    whole, stopped, before = (
+        load_params(path)[1] for path in (tmp_path / "whole" / "model", tmp_path / "stopped" / "model", student)
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, stopped)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, before)
+    assert not same["blocks"]["self_attention"]["query"]["kernel"]
+    # The base, which is the teacher of adapters, has its own feature maps.
+    assert all(jax.tree.leaves(same["feature_maps"])) == bool(changes)
+    assert all(np.isfinite(logged(tmp_path / "whole", "loss")))
+
+
+@pytest.mark.parametrize("stage", ["dmd", "consistency"])
+def test_a_run_on_many_devices_is_that_on_one(stage, tmp_path, student):
+    config = few_step_config(tmp_path, student, stage, steps=3, accumulation_steps=2)
+    train(config, tmp_path / "one")
+    config.mesh.fsdp, config.mesh.context = 2, 2
+    train(config, tmp_path / "many", 4)
+    # The same float32 sums in another order.
+    for name in {"dmd": ("loss", "fake_loss"), "consistency": ("loss", "tangent")}[stage]:
+        found, expected = (logged(tmp_path / run, name) for run in ("many", "one"))
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
