@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.errors import InputError
@@ -27,7 +28,7 @@ from rehyat_jax.files.write import check_place
 from rehyat_jax.generation.continuing import continue_video
 from rehyat_jax.generation.jobs import Job, make_videos, unfinished
 from rehyat_jax.generation.latents_file import read_latents
-from rehyat_jax.generation.options import SamplingOptions, number
+from rehyat_jax.generation.options import Order, SamplingOptions, number
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.generation.video_files import SHEET_FRAMES, has_encoder, write_videos
@@ -144,9 +145,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="sample part by part: videos of any length in the same device memory, if all blocks are hybrid",
     )
-    help_text = "video to continue, with --stream; --frames is the number of frames to add"
+    orders = "all steps for one chunk after another, if the model was trained so (default: every step for all frames)"
+    option("--order", choices=get_args(Order), help=f"chunks: {orders}")
+    help_text = "video to continue, with --stream or --order chunks; --frames is the number of frames to add"
     option("--continue", type=Path, dest="continued", metavar="FILE", help=help_text)
-    longest = "latent frames; with --stream, positions stay below it (default: they grow with the video)"
+    longest = "latent frames; positions of a video in parts stay below it (default: they grow with the video)"
     option("--longest", type=number(int, 1, 10**9), metavar="N", help=longest)
     SamplingOptions.add_to(parser)
     arguments = parser.parse_args(argv)
@@ -157,8 +160,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error("one of the arguments --prompt --prompts --latents --show is required")
         if arguments.out is None:
             parser.error("the following arguments are required: --out")
-        if arguments.continued is not None and (arguments.prompt is None or not arguments.stream):
-            parser.error("argument --continue: expected with --prompt and --stream")
+        if arguments.continued is not None and (
+            arguments.prompt is None or not (arguments.stream or arguments.order == "chunks")
+        ):
+            parser.error("argument --continue: expected with --prompt and --stream, or --order chunks")
     if arguments.host >= arguments.num_hosts:
         parser.error(f"--host: expected 0 to {arguments.num_hosts - 1}, found {arguments.host}")
     return arguments

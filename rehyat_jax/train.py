@@ -192,7 +192,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
         params = merged(params, lora)
     with reported_write_errors(workdir / "model"):
         names = dict(codec=model.codec, text_encoder=model.text_encoder, models=model.models)
-        save_model(workdir / "model", model.config, params, **names)
+        save_model(workdir / "model", model.config, params, noise_by_chunk=config.noise_by_chunk, **names)
     return workdir / "model"
 
 

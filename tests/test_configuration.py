@@ -72,6 +72,7 @@ DEFAULTS = {
     "ema_decay": 0.99,
     "flow_shift": 5.0,
     "timestep_sampling": "logit_normal",
+    "noise_by_chunk": False,
     "caption_dropout": 0.1,
     "mesh.data": 1,
     "mesh.fsdp": -1,

@@ -27,7 +27,7 @@ from rehyat_jax.weights import save_model
 CONFIG = WanConfig(num_heads=1, head_dim=12, ffn_dim=16, num_layers=1, text_dim=64, text_length=8, freq_dim=16)
 
 
-def save_random_model(path, *, config=CONFIG, codec="space_to_depth", text_encoder="word_vectors", scale=0.3):
+def save_random_model(path, *, config=CONFIG, codec="space_to_depth", text_encoder="word_vectors", scale=0.3, **more):
     _, shapes = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(1)
 
@@ -36,7 +36,7 @@ def save_random_model(path, *, config=CONFIG, codec="space_to_depth", text_encod
             return {name: random(child) for name, child in node.items()}
         return scale * rng.normal(size=node.shape).astype(np.float32)
 
-    save_model(path, config, random(nnx.to_pure_dict(shapes)), codec=codec, text_encoder=text_encoder)
+    save_model(path, config, random(nnx.to_pure_dict(shapes)), codec=codec, text_encoder=text_encoder, **more)
     return path
 
 
@@ -119,11 +119,21 @@ def test_a_streamed_video_is_the_same(student, tmp_path, capsys):
     assert "--mesh context=4 --stream: expected context=1" in capsys.readouterr().err
 
 
+STUDENT = CONFIG.replace(
+    hybrid_blocks="all",
+    hybrid=HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=FeatureMapConfig(features=16)),
+)
+
+
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    form = HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=FeatureMapConfig(features=16))
-    folder = tmp_path_factory.mktemp("student") / "model"
-    return save_random_model(folder, config=CONFIG.replace(hybrid_blocks="all", hybrid=form))
+    return save_random_model(tmp_path_factory.mktemp("student") / "model", config=STUDENT)
+
+
+@pytest.fixture(scope="module")
+def by_chunk(tmp_path_factory):
+    """A student that knows a noise level for every chunk."""
+    return save_random_model(tmp_path_factory.mktemp("student") / "by_chunk", config=STUDENT, noise_by_chunk=True)
 
 
 def test_a_video_is_continued_from_its_last_frames(student, tmp_path, capsys):
@@ -162,6 +172,37 @@ def test_a_video_that_cannot_be_continued_is_explained(student, tmp_path, capsys
     with pytest.raises(SystemExit):
         main([*arguments(student, tmp_path / "new.mp4"), "--continue", "a.mp4"])
     assert "argument --continue: expected with --prompt and --stream" in capsys.readouterr().err
+
+
+def test_a_video_sampled_by_chunk_is_another_one_and_is_continued(by_chunk, tmp_path, capsys):
+    chunks, longer = tmp_path / "chunks.mp4", tmp_path / "longer.mp4"
+    kept = ["--longest", "4", "--keep-latents"]
+    assert main([*arguments(by_chunk, chunks, frames=5), "--order", "chunks", *kept]) == 0
+    settings, error = read_settings(chunks), capsys.readouterr().err
+    assert (settings["order"], settings["longest"]) == ("chunks", 4) and "stream" not in settings
+    assert "3/3" in error and "chunk" in error and "first chunk after" in error
+    assert main([*arguments(by_chunk, tmp_path / "video.mp4", frames=5), "--stream", *kept]) == 0
+    found, other = (read_latents(tmp_path / f"{name}.safetensors")[0] for name in ("chunks", "video"))
+    # In either order, the first chunk has nothing before it. Rounding is 1e-6.
+    np.testing.assert_allclose(found[:2], other[:2], atol=1e-5)
+    assert np.abs(found[2:] - other[2:]).max((1, 2, 3)).min() > 0.01
+    assert main([*arguments(by_chunk, longer, frames=3), "--order", "chunks", "--continue", str(chunks)]) == 0
+    # The old frames, encoded once more. The model sees complete chunks.
+    assert np.abs(pixels(longer)[:5] - pixels(chunks)).mean() < 3
+    assert (len(pixels(longer)), read_settings(longer)["given_frames"]) == (8, 4)
+
+
+def test_a_model_that_does_not_sample_by_chunk_is_explained(checkpoint, student, by_chunk, tmp_path, capsys):
+    on_mesh = ["--mesh", "data=2", "context=4"]
+    for model, more, message in (
+        (checkpoint, [], "model: --order chunks: expected causal hybrid attention in every block, so that a chunk"),
+        (student, [], "expected a model that was trained with a noise level for every chunk, found one that knows one"),
+        (by_chunk, on_mesh, "--mesh context=4 --order chunks: expected context=1, because the parts of a video follow"),
+        (by_chunk, ["--longest", "1"], "--longest 1: expected at least the 2 frames of a chunk"),
+    ):
+        assert main([*arguments(model, tmp_path / "seven.mp4"), "--order", "chunks", *more]) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_needs_the_complete_video_cannot_stream(checkpoint, tmp_path, capsys):

@@ -22,6 +22,7 @@ GRADIENTS = (
     "patch_embedding.kernel",
     "text_embedding.linear_1.kernel",
     "time_embedding.linear_2.bias",
+    "time_projection.kernel",
     "blocks.modulation",
     "blocks.self_attention.query.kernel",
     "blocks.self_attention.key_norm.scale",
@@ -40,15 +41,23 @@ def oracle(request, tmp_path_factory):
     return model, save_wan(model, tmp_path_factory.mktemp("oracle"))
 
 
-def model_inputs(frames=5, height=6, width=10, text_tokens=20, batch=2):
+def model_inputs(frames=5, height=6, width=10, *, levels="of videos"):
     rng = np.random.default_rng(0)
-    latents = rng.standard_normal((batch, frames, height, width, 16), np.float32)
-    timestep = np.array([737.0, 12.5], np.float32)[:batch]
-    return latents, timestep, rng.standard_normal((batch, text_tokens, 48), np.float32)
+    latents = rng.standard_normal((2, frames, height, width, 16), np.float32)
+    timestep = np.array([737.0, 12.5], np.float32)
+    if levels == "of frames":
+        timestep = np.stack([np.linspace(0, 999, frames), np.linspace(625, 3, frames)]).astype(np.float32)
+    return latents, timestep, rng.standard_normal((2, 20, 48), np.float32)
 
 
 def run_oracle(model, latents, timestep, text, dtype=torch.float32):
-    """diffusers' velocity, channels last; its pipeline zero-pads the text to 512 tokens before calling the model."""
+    """diffusers' velocity, channels last; its pipeline zero-pads the text to 512 tokens before calling the model.
+
+    It takes a timestep of every token instead of every frame.
+    """
+    if timestep.ndim == 2:
+        _, _, height, width, _ = latents.shape
+        timestep = np.repeat(timestep, (height // 2) * (width // 2), axis=1)
     text = np.pad(text, ((0, 0), (0, 512 - text.shape[1]), (0, 0)))
     latents = torch.tensor(latents).permute(0, 4, 1, 2, 3).to(dtype)
     velocity = model(latents, torch.tensor(timestep), torch.tensor(text).to(dtype)).sample
@@ -62,10 +71,20 @@ def lookup(tree, path):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["scan", "unrolled"])
-@pytest.mark.parametrize("size", [(5, 6, 10), (3, 7, 9), (1, 2, 2)], ids=["even", "odd", "one_token"])
-def test_output_matches_diffusers(oracle, scan_layers, size):
+@pytest.mark.parametrize(
+    ("size", "levels"),
+    [
+        ((5, 6, 10), "of videos"),
+        ((3, 7, 9), "of videos"),
+        ((1, 2, 2), "of videos"),
+        ((3, 7, 9), "of frames"),
+        ((2, 2, 2), "of frames"),
+    ],
+    ids=["even", "odd", "one_token", "odd_levels_of_frames", "levels_of_frames_of_one_token"],
+)
+def test_output_matches_diffusers(oracle, scan_layers, size, levels):
     reference, folder = oracle
-    inputs = model_inputs(*size)
+    inputs = model_inputs(*size, levels=levels)
     model = rehyat_jax.load_wan(folder, scan_layers=scan_layers)
     with torch.no_grad():
         expected = run_oracle(reference, *inputs).numpy()
@@ -74,10 +93,14 @@ def test_output_matches_diffusers(oracle, scan_layers, size):
     assert np.abs(velocity - expected).max() < OUTPUT_TOLERANCE
 
 
-@pytest.mark.parametrize("scan_layers", [True, False], ids=["scan", "unrolled"])
-def test_gradients_match_diffusers(oracle, scan_layers, tmp_path):
+@pytest.mark.parametrize(
+    ("scan_layers", "levels"),
+    [(True, "of videos"), (False, "of videos"), (True, "of frames")],
+    ids=["scan", "unrolled", "levels_of_frames"],
+)
+def test_gradients_match_diffusers(oracle, scan_layers, levels, tmp_path):
     reference, folder = oracle
-    inputs = model_inputs()
+    inputs = model_inputs(levels=levels)
     cotangent = np.random.default_rng(1).standard_normal(inputs[0].shape, np.float32)
 
     reference.zero_grad()
@@ -134,6 +157,7 @@ def test_jaxpr_does_not_grow_with_depth():
     [
         (((1, 16, 3, 4, 4), (1,), (1, 8, 48)), "latents"),
         (((1, 3, 4, 4, 16), (2,), (1, 8, 48)), "timestep"),
+        (((1, 3, 4, 4, 16), (1, 2), (1, 8, 48)), "timestep"),
         (((1, 3, 4, 4, 16), (1,), (1, 8, 64)), "text"),
         (((1, 3, 4, 4, 16), (1,), (1, 513, 48)), "text_length"),
     ],

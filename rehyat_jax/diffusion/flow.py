@@ -39,9 +39,9 @@ def add_noise(clean: Array, noise: Array, sigma: Array) -> Array:
 
     Args:
       clean, noise: [B, ...].
-      sigma: [B], one per example, or a scalar.
+      sigma: [B], one per example; [B, T], one per frame of clean [B, T, ...]; or a scalar.
     """
-    sigma = _per_example(sigma, clean)
+    sigma = _broadcastable(sigma, clean)
     return (1 - sigma) * clean + sigma * noise
 
 
@@ -51,8 +51,8 @@ def velocity_target(clean: Array, noise: Array) -> Array:
 
 
 def predict_clean(noisy: Array, velocity: Array, sigma: Array) -> Array:
-    """The end of the straight line through `noisy` [B, ...]: x0 = x - sigma v, with `sigma` [B] or a scalar."""
-    return noisy - _per_example(sigma, noisy) * velocity
+    """The end of the straight line through `noisy` [B, ...]: x0 = x - sigma v, with sigma as in `add_noise`."""
+    return noisy - _broadcastable(sigma, noisy) * velocity
 
 
 def sample_sigmas(key: Array, batch: int, *, distribution: SigmaDistribution, shift: float) -> Array:
@@ -77,13 +77,21 @@ def sample_sigmas(key: Array, batch: int, *, distribution: SigmaDistribution, sh
     return shift_sigma(sigma, shift)
 
 
-def flow_matching_loss(velocity: Array, target: Array) -> Array:
-    """Mean squared error over all elements of the two [B, ...] arrays of any dtype, a float32 scalar."""
-    error = velocity.astype(jnp.float32) - target.astype(jnp.float32)
-    return jnp.mean(jnp.square(error))
+def flow_matching_loss(velocity: Array, target: Array, frames: Array | None = None) -> Array:
+    """Mean squared error over all elements of the two [B, ...] arrays of any dtype, a float32 scalar.
+
+    Args:
+      velocity, target: [B, ...], or [B, T, ...] with `frames`.
+      frames: boolean [B, T], the frames of which this is the mean; None for all. There must be one.
+    """
+    squares = jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32))
+    if frames is None:
+        return jnp.mean(squares)
+    of_frame = squares.mean(range(2, squares.ndim))
+    return jnp.where(frames, of_frame, 0).sum() / frames.sum()
 
 
-def _per_example(sigma: Array, latents: Array) -> Array:
-    """sigma [B] or scalar -> broadcastable against latents [B, ...], in their dtype."""
+def _broadcastable(sigma: Array, latents: Array) -> Array:
+    """sigma [], [B] or [B, T] -> broadcastable against latents [B, ...], in their dtype."""
     sigma = jnp.asarray(sigma, latents.dtype)
-    return sigma if sigma.ndim == 0 else sigma.reshape(-1, *[1] * (latents.ndim - 1))
+    return sigma if sigma.ndim == 0 else sigma.reshape(*sigma.shape, *[1] * (latents.ndim - sigma.ndim))

@@ -43,7 +43,7 @@ def continue_video(pipeline: Pipeline, file: Path, new_frames: int | None) -> tu
     The model sees the frames of one part of a stream (`PART_CHUNKS`), in complete chunks if the video has one.
 
     Args:
-      pipeline: the pipeline, with `options.stream`.
+      pipeline: the pipeline, with `options.stream` or `options.order` "chunks".
       file: the video.
       new_frames: number of frames that follow; None for the pipeline's default less one.
 
@@ -71,7 +71,7 @@ def continue_video(pipeline: Pipeline, file: Path, new_frames: int | None) -> tu
             f"{file}: expected {pipeline.fps} frames per second, as the model makes them, found {float(facts.fps):g}; "
             f"convert it (`ffmpeg -i IN -r {pipeline.fps} OUT`)"
         )
-    chunk = pipeline.config.block_forms.chunk_frames * pipeline.config.patch_size[0]
+    chunk = pipeline.config.chunk_frames
     kept: collections.deque[np.ndarray] = collections.deque(maxlen=factor * (PART_CHUNKS * chunk - 1) + 1)
     count = 0
     for frames in iterate_frames(file):

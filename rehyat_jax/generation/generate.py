@@ -111,7 +111,7 @@ def generate_latents(
         if index == 0:
             _check_memory(advance, graphdef, params, state, step, *conditions)
         state = advance(graphdef, params, state, step, *conditions)
-        if sampler == "renoise":
+        if step.fresh:
             state = state._replace(latents=with_fresh_noise(state.latents, noise, index, step.fresh))
         # JAX returns before the device is done; without waiting, the bar would show how fast steps are queued.
         jax.block_until_ready(state)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Collection
-from typing import get_args
+from typing import Literal, get_args
 
 from rehyat_jax.diffusion.samplers import Sampler
 from rehyat_jax.errors import InputError
@@ -12,6 +12,10 @@ from rehyat_jax.parallel.mesh import AXES
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 """(height, width) of the sizes that Wan2.1 is made for."""
+
+
+Order = Literal["video", "chunks"]
+"""Order of sampling: every step on the complete video, or all steps on one chunk after another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,8 @@ class SamplingOptions:
       vae_tile: side in pixels of the tiles in which Wan's VAE codes larger frames, a multiple of 32; None for whole
         frames. See `rehyat_jax.models.wan_vae.vae.WanVae.decode`.
       stream: keep only a part of the video on the device; see `rehyat_jax.generation.streaming`.
-      longest: of streamed videos, see `rehyat_jax.models.wan.streaming.part_positions`; None for no limit.
+      order: "chunks" finishes a chunk before the next one begins, see `rehyat_jax.generation.chunks`.
+      longest: of videos in parts, see `rehyat_jax.models.wan.streaming.part_positions`; None for no limit.
       mesh: sizes of mesh axes; empty for one device.
     """
 
@@ -50,8 +55,14 @@ class SamplingOptions:
     vae_dtype: str | None = None
     vae_tile: int | None = None
     stream: bool = False
+    order: Order = "video"
     longest: int | None = None
     mesh: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def in_parts(self) -> bool:
+        """True if the device holds a part of the video only."""
+        return self.stream or self.order == "chunks"
 
     @classmethod
     def add_to(

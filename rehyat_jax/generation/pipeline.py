@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
+from rehyat_jax.generation.chunks import sample_by_chunk
 from rehyat_jax.generation.codecs import LATENT_SIZES, Codec
 from rehyat_jax.generation.generate import generate_latents, latent_shape
 from rehyat_jax.generation.hub import Models, open_models
@@ -35,12 +36,12 @@ from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.generation.umt5 import MAX_TOKENS, FoundTextEncoder, find_text_encoder, sharding_mesh
 from rehyat_jax.generation.wan_codec import default_dtype, load_wan_codec
 from rehyat_jax.models.wan.modeling import WanTransformer
-from rehyat_jax.models.wan.streaming import check_streams
+from rehyat_jax.models.wan.streaming import check_causal, check_streams
 from rehyat_jax.parallel.memory import check_device_memory, check_host_memory, fits_device, free_dropped_models
 from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
 from rehyat_jax.weights.load import load_module, open_checkpoint
 from rehyat_jax.weights.models import VAES
-from rehyat_jax.weights.streamed import StreamedModel
+from rehyat_jax.weights.streamed import BY_CHUNK, NOISE_LEVELS, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 from rehyat_jax.weights.umt5.spec import UMT5
 from rehyat_jax.weights.wan_vae.spec import WAN_VAE
@@ -160,7 +161,8 @@ class Pipeline:
         """Everything that decides a video, except its prompt and its noise, as JSON values."""
         options = self.options
         names = ("negative_prompt", "steps", "guidance_scale", "flow_shift", "sampler", "frames", "height", "width")
-        streamed = {"stream": True, "longest": options.longest} if options.stream else {}
+        in_parts = {"order": options.order} if options.order != "video" else {"stream": True}
+        in_parts = in_parts | {"longest": options.longest} if options.in_parts else {}
         models = {} if self._models is None else {"models": self._models.name, "revision": self._models.revision}
         vae: dict[str, Any] = {}
         if self._vae is not None:
@@ -172,7 +174,7 @@ class Pipeline:
             **models,
             **{"codec": self.codec_name, "text_encoder": self.text_encoder_name},
             **{name: getattr(options, name) for name in names},
-            **{"dtype": options.dtype, "fps": self.fps, **vae, **streamed},
+            **{"dtype": options.dtype, "fps": self.fps, **vae, **in_parts},
         }
 
     # ------------------------------------------------------------------------------------------------------- the parts
@@ -206,7 +208,7 @@ class Pipeline:
         Args:
           text, negative_text: embeddings [B, L, text_dim] from `embed`.
           noise: [B, *latent_shape] float32.
-          before: latents [B, T0, H, W, C] with which the videos begin, see `stream_latents`.
+          before: latents [B, T0, H, W, C] with which the videos begin, see `stream_latents` and `chunk_by_chunk`.
           progress: show the rate and the remaining time.
           on_step: see `generate_latents`.
         """
@@ -216,6 +218,8 @@ class Pipeline:
         with self._on(self._mesh):
             model = self.transformer(progress=progress)
             texts = jnp.asarray(text), jnp.asarray(negative_text)
+            if options.order == "chunks":
+                return sample_by_chunk(model, *texts, noise, before=before, longest=options.longest, **solver)
             if options.stream:
                 return stream_latents(model, *texts, noise, before=before, longest=options.longest, **solver)
             return np.asarray(generate_latents(model, *texts, jnp.asarray(noise), on_step=on_step, **solver))
@@ -337,21 +341,38 @@ class Pipeline:
         if self._mesh is not None:
             check_batch(self._mesh, self._evaluated(options))
             check_heads(self._mesh, config.num_heads)
-        if not options.stream:
+        if not options.in_parts:
             if options.longest is not None:
-                raise InputError(f"--longest {options.longest}: expected with --stream, found without; give both")
+                raise InputError(
+                    f"--longest {options.longest}: expected with --stream or --order chunks, found without; give one"
+                )
             return
-        check_streams(config)
+        how = "--stream"
+        if options.order == "chunks":
+            how = "--order chunks"
+            self._check_order()
+        else:
+            check_streams(config)
         if (devices := dict(options.mesh).get("context", 1)) != 1:
             raise InputError(
-                f"--mesh context={devices} --stream: expected context=1, because the parts of a video follow one "
-                f"another in time; shard along data or tensor, or sample without --stream"
+                f"--mesh context={devices} {how}: expected context=1, because the parts of a video follow one "
+                f"another in time; shard along data or tensor, or sample without {how}"
             )
         part = min(config.block_forms.chunk_frames, self.latent_shape[0] // config.patch_size[0])
         if options.longest is not None and options.longest < part:
             raise InputError(
                 f"--longest {options.longest}: expected at least the {part} frames of a chunk; choose a larger one, "
                 f"such as the latent frames of a training video"
+            )
+
+    def _check_order(self) -> None:
+        """Raises InputError unless the model samples chunk by chunk."""
+        check_causal(self.config, f"{self._checkpoint}: --order chunks")
+        if self._model.metadata.get(NOISE_LEVELS) != BY_CHUNK:
+            raise InputError(
+                f"{self._checkpoint}: --order chunks: expected a model that was trained with a noise level for every "
+                f"chunk, found one that knows one level for all frames; finetune it with config.noise_by_chunk=True, "
+                f"or sample with --stream"
             )
 
     # ---------------------------------------------------------------------------------------------------------- memory
@@ -362,8 +383,8 @@ class Pipeline:
 
     def _needs(self, options: SamplingOptions, shape: tuple[int, int, int, int], devices: int) -> dict[Part, int]:
         """The least bytes that each part needs on each device."""
-        streamed = PART_CHUNKS * self.config.block_forms.chunk_frames * self.config.patch_size[0]
-        on_device = (min(shape[0], streamed), *shape[1:]) if options.stream else shape
+        part = self.config.chunk_frames * (1 if options.order == "chunks" else PART_CHUNKS)
+        on_device = (min(shape[0], part), *shape[1:]) if options.in_parts else shape
         # Parts of a video follow one another: only other axes than time divide them.
         sampled = transformer_bytes(
             self.config, on_device, videos=options.batch, evaluated=self._evaluated(options), dtype=options.dtype
@@ -390,7 +411,7 @@ class Pipeline:
         if self._vae is not None and options.vae_tile is not None:
             host = tiled_host_bytes(self._vae[1].config, self.latent_shape, options.batch)
             check_host_memory(host, f"{what} --vae-tile", "choose fewer or shorter videos at once")
-        if options.stream:
+        if options.in_parts:
             host = streaming_host_bytes(self.latent_shape, options.batch)
             check_host_memory(host, what, "choose fewer or shorter videos at once")
 
@@ -403,7 +424,7 @@ class Pipeline:
             changes += [("--dtype bfloat16", {"dtype": "bfloat16"}, devices)] * (options.dtype != "bfloat16")
             with contextlib.suppress(InputError):
                 check_streams(config)
-                changes += [("--stream", {"stream": True}, devices)] * (not options.stream)
+                changes += [("--stream", {"stream": True}, devices)] * (not options.in_parts)
         if part == "VAE" and options.vae_dtype != "bfloat16":
             changes += [("--vae-dtype bfloat16", {"vae_dtype": "bfloat16"}, devices)]
         if part == "VAE" and options.vae_tile is None:

@@ -11,7 +11,7 @@ two ways through a model's parts and blocks:
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,12 @@ from rehyat_jax.diffusion.samplers import (
     Coefficients,
     Sampler,
     SolverState,
-    VelocityFn,
     coefficient_table,
     solver_step,
 )
 from rehyat_jax.diffusion.sigma_grid import wan_grid
-from rehyat_jax.errors import InputError
-from rehyat_jax.generation.guidance import guided_velocity
 from rehyat_jax.generation.noise import fresh_host_noise
-from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.generation.parts import Part, Video, check_part_memory, velocity_fn, video_in_parts
 from rehyat_jax.models.wan.modeling import Conditions, WanTransformer
 from rehyat_jax.models.wan.streaming import (
     PartPositions,
@@ -43,9 +40,8 @@ from rehyat_jax.models.wan.streaming import (
     initial_state,
     initial_states,
     is_causal,
-    part_positions,
 )
-from rehyat_jax.parallel.memory import check_host_memory, check_step_memory
+from rehyat_jax.parallel.memory import check_host_memory
 
 Array = jax.Array
 
@@ -74,8 +70,8 @@ def stream_latents(
     The result is that of `generate_latents`, to rounding. With `before`, it continues an existing video: at every step
     the model sees the given frames at the step's noise level, and their noise never changes. This is the replacement
     method (Song et al., arXiv 2011.13456; Ho et al., arXiv 2204.03458). It needs no training, because the model sees
-    one noise level in all frames, as in training. Clean frames at timestep 0, as in CausVid (arXiv 2412.07772) and Self
-    Forcing (arXiv 2506.08009), need a model that was trained with a noise level for every frame.
+    one noise level in all frames, as in training. `rehyat_jax.generation.chunks` gives clean frames at timestep 0 to a
+    model that was trained with a noise level for every chunk.
 
     Args:
       model: hybrid attention in every block. If all blocks are causal, the video goes through the model part by part,
@@ -96,14 +92,10 @@ def stream_latents(
       InputError: a block's attention cannot be computed part by part, `before` does not fit `noise`, or memory is too
         small.
     """
-    graphdef, params = nnx.split(model)
     config = model.config
     check_streams(config)
-    if before is not None:
-        _check_before(before.shape, noise.shape)
-    conditions = (text,) if guidance_scale == 1 else (text, negative_text, np.float32(guidance_scale))
-    parts = _parts(config, noise.shape, part_chunks, longest)
-    video = _Video(graphdef, params, config, model.dtype, conditions, noise.shape, parts)
+    how = dict(guidance_scale=guidance_scale, before=before, part_chunks=part_chunks, longest=longest)
+    video = video_in_parts(model, text, negative_text, noise, **how)
     advance, runs = _part_by_part, len(video.parts)
     if not is_causal(config):
         advance, runs = _layer_by_layer, len(video.parts) * (config.num_layers + 2)
@@ -119,66 +111,19 @@ def stream_latents(
                 # `add_noise` in the host's memory.
                 given = (1 - step.sigma) * before + step.sigma * noise[:, : before.shape[1]]
                 history.latents[:, : before.shape[1]] = given
-            check = _check_memory if index == 0 else _no_check
+            check = check_part_memory if index == 0 else _no_check
             for part, after in zip(video.parts, advance(video, history, step, check, bar), strict=True):
                 for array, values in zip(history, after, strict=True):
                     array[:, part.frames] = values
-            if sampler == "renoise":
+            if step.fresh:
                 history.latents[...] += step.fresh * fresh_host_noise(noise, index)
     if before is not None:
         history.latents[:, : before.shape[1]] = before
     return history.latents
 
 
-class _Part(NamedTuple):
-    """A part of a video: its latent frames, the grid of its tokens, its positions, and if it is the last one."""
-
-    frames: slice
-    grid: tuple[int, int, int]
-    positions: PartPositions
-    is_last: bool
-
-
-class _Video(NamedTuple):
-    """The videos to sample, of `shape` [B, T, H, W, C], and the model that samples them."""
-
-    graphdef: nnx.GraphDef
-    params: nnx.State
-    config: WanConfig
-    dtype: jnp.dtype
-    conditions: tuple[Array, ...]
-    shape: tuple[int, ...]
-    parts: list[_Part]
-
-    @property
-    def evaluated(self) -> int:
-        """Videos that the model evaluates at once: guidance evaluates each twice."""
-        return self.shape[0] * (1 if len(self.conditions) == 1 else 2)
-
-    @property
-    def tokens_per_frame(self) -> int:
-        _, height, width = self.parts[0].grid
-        return height * width
-
-
-def _parts(config: WanConfig, shape: tuple[int, ...], part_chunks: int, longest: int | None) -> list[_Part]:
-    _, frames, height, width, _ = shape
-    patch_frames, patch_height, patch_width = config.patch_size
-    if longest is not None:
-        part_chunks = max(1, min(part_chunks, longest // config.block_forms.chunk_frames))
-    part_frames = part_chunks * config.block_forms.chunk_frames * patch_frames
-
-    def part(begin: int) -> _Part:
-        end = min(begin + part_frames, frames)
-        first, count = begin // patch_frames, (end - begin) // patch_frames
-        positions = part_positions(first, count, config.head_dim, longest=longest)
-        return _Part(slice(begin, end), (count, height // patch_height, width // patch_width), positions, end == frames)
-
-    return [part(begin) for begin in range(0, frames, part_frames)]
-
-
 def _part_by_part(
-    video: _Video, history: SolverState, step: Coefficients, check: Callable[..., None], bar: tqdm
+    video: Video, history: SolverState, step: Coefficients, check: Callable[..., None], bar: tqdm
 ) -> Iterator[SolverState]:
     """One step of the solver; yields the solver's state after it for every part."""
 
@@ -196,7 +141,7 @@ def _part_by_part(
 
 
 def _layer_by_layer(
-    video: _Video, history: SolverState, step: Coefficients, check: Callable[..., None], bar: tqdm
+    video: Video, history: SolverState, step: Coefficients, check: Callable[..., None], bar: tqdm
 ) -> Iterator[SolverState]:
     """`_part_by_part` for blocks that also read later parts."""
     graphdef, params, parts = video.graphdef, video.params, video.parts
@@ -250,20 +195,11 @@ def _sums_after(sums: list[LinearState]) -> list[LinearState]:
     return after[::-1]
 
 
-def _of_part(history: SolverState, part: _Part) -> SolverState:
+def _of_part(history: SolverState, part: Part) -> SolverState:
     return SolverState(*(array[:, part.frames] for array in history))
 
 
-def _check_before(before: tuple[int, ...], noise: tuple[int, ...]) -> None:
-    videos, frames, *rest = noise
-    if len(before) != 5 or (before[0], *before[2:]) != (videos, *rest) or not 0 < before[1] < frames:
-        raise InputError(
-            f"the video to continue: expected latents [{videos}, 1 to {frames - 1}, {', '.join(map(str, rest))}], "
-            f"fewer frames than the result and otherwise of its size, found {list(before)}"
-        )
-
-
-def _check_host_memory(video: _Video) -> None:
+def _check_host_memory(video: Video) -> None:
     """Raises InputError if the host cannot hold the tokens and the sums of all parts, and the solver's history."""
     config, sizes = video.config, (video.evaluated, video.tokens_per_frame, video.dtype)
     state = jax.eval_shape(lambda: initial_state(video.config, *sizes))
@@ -276,18 +212,6 @@ def _check_host_memory(video: _Video) -> None:
         f"a bidirectional model's tokens of {video.shape[0]} videos, {video.shape[1]} latent frames of "
         f"{video.shape[2]}x{video.shape[3]}",
         "sample fewer, shorter or smaller videos, or train a student with config.hybrid.causal=True",
-    )
-
-
-def _check_memory(program: Any, video: _Video, part: _Part, *arguments: Any) -> None:
-    """Compiles a program, whose first call reuses it. Raises InputError if it does not fit into memory."""
-    if part is not video.parts[0] and part is not video.parts[-1]:
-        return
-    videos, _, height, width, _ = video.shape
-    check_step_memory(
-        program.lower(*arguments).compile(),
-        f"a part of {videos} videos, {part.frames.stop - part.frames.start} latent frames of {height}x{width}",
-        "stream fewer chunks at once, or fewer or smaller videos",
     )
 
 
@@ -314,14 +238,7 @@ def part_step(
         after.append(new)
         return velocity
 
-    return solver_step(_velocity_fn(model, conditions), before, step), after[0]
-
-
-def _velocity_fn(model: Any, conditions: tuple[Array, ...]) -> VelocityFn:
-    """The model's velocity with its texts; guided, if there are two of them and a guidance scale."""
-    if len(conditions) > 1:
-        return guided_velocity(model, *conditions)
-    return lambda latents, timestep: model(latents, timestep, *conditions)
+    return solver_step(velocity_fn(model, conditions), before, step), after[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -378,4 +295,4 @@ def _solve(
 ) -> SolverState:
     """One step of the solver for one part, from its tokens after the last block."""
     velocity = nnx.merge(graphdef, params).velocity(x, conditions, grid)
-    return solver_step(_velocity_fn(lambda *_: velocity, texts), before, step)
+    return solver_step(velocity_fn(lambda *_: velocity, texts), before, step)

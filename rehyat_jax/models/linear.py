@@ -11,6 +11,7 @@ from flax import nnx
 
 from rehyat_jax.attention.differentiation import with_backward
 from rehyat_jax.models.lora import Lora, LoraConfig
+from rehyat_jax.models.modulation import times_gate
 from rehyat_jax.parallel.mesh import axis_size
 
 
@@ -33,11 +34,12 @@ class Linear(nnx.Linear):
         return _add_bias(product, self.bias[...])
 
     def gated(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        """The result, rounded to the compute dtype, times a gate: [B, N, in] and [B, 1, out] -> float32 [B, N, out]."""
-        if self.lora is not None or x.shape[1] < self.in_features * axis_size("context"):
+        """The result [B, N, out], rounded to the compute dtype, times a gate, see `modulation`; float32."""
+        if self.lora is not None or gate.ndim == 4 or x.shape[1] < self.in_features * axis_size("context"):
             # With an adapter, kernel and gate are frozen: they have no gradient that could share a product. With few
-            # tokens, a product [in, out] of every video would be more than is spared.
-            return self(x).astype(gate.dtype) * gate
+            # tokens, or a gate of every frame, a product [in, out] of all that share a gate would be more than is
+            # spared.
+            return times_gate(self(x).astype(gate.dtype), gate)
         return _gated(self.precision)(*self._operands(x), self.bias[...], gate)
 
     def _operands(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

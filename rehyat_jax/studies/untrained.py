@@ -55,8 +55,14 @@ def write_untrained(config: ml_collections.ConfigDict, workdir: Path) -> Path:
         model = initial_model(config)
     place = workdir / "model"
     with reported_write_errors(place):
-        codecs = dict(codec=model.codec, text_encoder=model.text_encoder)
-        save_model(place, model.config, model.params, models=model.models, **codecs)
+        save_model(
+            place,
+            model.config,
+            model.params,
+            codec=model.codec,
+            text_encoder=model.text_encoder,
+            models=model.models,
+        )
     return place
 
 

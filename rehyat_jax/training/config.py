@@ -72,6 +72,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if stage.starts_from_model and not config.init_from:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
     _check_lora(config)
+    _check_noise(config)
     if stage.teacher_weight(config) and not stage.freezes(config) and not stage.teacher_path(config):
         raise InputError(
             f"config.velocity.teacher is empty; with config.velocity.teacher_weight = {config.velocity.teacher_weight} "
@@ -101,6 +102,24 @@ def _check_lora(config: ml_collections.ConfigDict) -> None:
         lora_config(config)
     except ValueError as error:
         raise InputError(f"config.lora: {error}") from error
+
+
+def _check_noise(config: ml_collections.ConfigDict) -> None:
+    if not config.noise_by_chunk:
+        return
+    stage = STAGES[config.stage]
+    if not stage.noises_by_chunk:
+        able = " and ".join(f'"{name}"' for name, stage in STAGES.items() if stage.noises_by_chunk)
+        raise InputError(
+            f"config.noise_by_chunk is True, but only stages {able} draw a noise level for every chunk, and "
+            f"config.stage is {config.stage!r}, which learns from a softmax model that knows one level for all frames; "
+            f"set it to False, or choose another stage"
+        )
+    if weight := stage.teacher_weight(config):
+        raise InputError(
+            f"config.velocity.teacher_weight must be 0 with config.noise_by_chunk = True, found {weight}: the teacher "
+            f"knows one noise level for all frames; learn from the videos alone"
+        )
 
 
 def check_known(paths: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ Pretraining and stage 2 learn the velocity of the data, noise - x. With a teache
 target is the velocity that the teacher predicts from the same noisy latents, or both losses are mixed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +26,14 @@ def make_loss(
     *,
     teacher: Teacher | None = None,
     teacher_weight: float = 0.0,
+    chunk_frames: Callable[[Any], int] | None = None,
 ) -> Callable[[Any, Context, Batch, jax.Array], tuple[jax.Array, Metrics]]:
     """A function of (params, context, batch, key) -> (loss, metrics).
 
     The loss is (1 - w) mean (v - (noise - x))^2 + w mean (v - v_teacher)^2. Without clean latents x, as in a teacher's
     trajectories, only the second term is there, and w must be 1.
+
+    If chunks have their own noise levels, the mean is over the frames that are not clean.
 
     The metrics are "loss" and, with a teacher, "velocity_error": mean |v - v_teacher| / mean |v_teacher|. With a
     teacher and clean latents there is also "excess_vs_teacher": the first term's loss of v minus that of v_teacher, on
@@ -40,21 +44,25 @@ def make_loss(
       config: see `noise_batch`.
       teacher: the velocity to imitate; needed if w is above 0.
       teacher_weight: w, from 0 to 1.
+      chunk_frames: params -> latent frames of the chunks that have their own noise levels; None for one level in all
+        frames.
     """
 
     def loss_fn(params: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        noisy = noise_batch(batch, context["null_text"], key, config)
+        by_chunk = None if chunk_frames is None else chunk_frames(params)
+        noisy = noise_batch(batch, context["null_text"], key, config, chunk_frames=by_chunk)
         velocity = apply(params, noisy.latents, noisy.timestep, noisy.text)
+        mean_square = functools.partial(flow.flow_matching_loss, frames=noisy.noisy_frames)
         losses, metrics = [], {}
         if teacher is not None:
             target = teacher(params, context, noisy)
-            losses.append(teacher_weight * flow.flow_matching_loss(velocity, target))
+            losses.append(teacher_weight * mean_square(velocity, target))
             metrics["velocity_error"] = jnp.abs(velocity - target).mean() / jnp.abs(target).mean()
         if noisy.velocity is not None:
-            data_loss = flow.flow_matching_loss(velocity, noisy.velocity)
+            data_loss = mean_square(velocity, noisy.velocity)
             losses.append((1 - teacher_weight) * data_loss)
             if teacher is not None:
-                metrics["excess_vs_teacher"] = data_loss - flow.flow_matching_loss(target, noisy.velocity)
+                metrics["excess_vs_teacher"] = data_loss - mean_square(target, noisy.velocity)
         loss = sum(losses)
         return loss, {"loss": loss, **metrics}
 

@@ -1,5 +1,7 @@
 """Model inputs of all stages: turns latents and captions into (noisy latents, timestep, text, target)."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,16 +12,29 @@ from rehyat_jax.diffusion import flow
 
 
 class NoisyBatch(NamedTuple):
-    """Model inputs [B, ...] and the velocity to predict; `velocity` is None if the clean latents are unknown."""
+    """Model inputs [B, ...] and the velocity to predict; `velocity` is None if the clean latents are unknown.
+
+    The timestep is [B], or [B, T] if chunks have their own. Frames at timestep 0 are clean then.
+    """
 
     latents: jax.Array
     timestep: jax.Array
     text: jax.Array
     velocity: jax.Array | None
 
+    @property
+    def noisy_frames(self) -> jax.Array | None:
+        """Boolean [B, T], the frames whose velocity can be learned; None for all."""
+        return None if self.timestep.ndim == 1 else self.timestep > 0
+
 
 def noise_batch(
-    batch: dict[str, jax.Array], null_text: jax.Array, key: jax.Array, config: ml_collections.ConfigDict
+    batch: dict[str, jax.Array],
+    null_text: jax.Array,
+    key: jax.Array,
+    config: ml_collections.ConfigDict,
+    *,
+    chunk_frames: int | None = None,
 ) -> NoisyBatch:
     """Draws noise, timesteps and dropped captions.
 
@@ -29,6 +44,8 @@ def noise_batch(
       null_text: [L, text_dim], the embedding of no caption; replaces a share `config.caption_dropout` of captions.
       key: random key.
       config: flow_shift, timestep_sampling and caption_dropout are read.
+      chunk_frames: latent frames of the chunks that have their own noise levels, see `chunk_sigmas`; None for one level
+        in all frames of a video.
     """
     noise_key, sigma_key, drop_key = jax.random.split(key, 3)
     latents, text = batch["latents"], batch["text"]
@@ -37,12 +54,38 @@ def noise_batch(
     if "timestep" in batch:
         return NoisyBatch(latents=latents, timestep=batch["timestep"], text=text, velocity=None)
     noise = jax.random.normal(noise_key, latents.shape)
-    sigma = flow.sample_sigmas(
-        sigma_key, latents.shape[0], distribution=config.timestep_sampling, shift=config.flow_shift
-    )
+    draw = functools.partial(flow.sample_sigmas, distribution=config.timestep_sampling, shift=config.flow_shift)
+    if chunk_frames is None:
+        sigma = draw(sigma_key, latents.shape[0])
+    else:
+        sigma = chunk_sigmas(draw, sigma_key, latents.shape[:2], chunk_frames)
     return NoisyBatch(
         latents=flow.add_noise(latents, noise, sigma),
         timestep=flow.sigma_to_timestep(sigma),
         text=text,
         velocity=flow.velocity_target(latents, noise),
     )
+
+
+def chunk_sigmas(
+    draw: Callable[[jax.Array, int], jax.Array], key: jax.Array, shape: tuple[int, int], chunk_frames: int
+) -> jax.Array:
+    """Noise levels of every frame, float32 [B, T], equal within chunks: diffusion forcing (arXiv 2407.01392) by chunk.
+
+    Every chunk has its own level. In half of the videos, a random number of the first chunks is clean, and the next one
+    is not. This is what the model meets when it samples chunk by chunk; independent draws near 0 are too rare for that.
+
+    Args:
+      draw: (key, n) -> n independent levels.
+      key: random key.
+      shape: (B, T).
+      chunk_frames: frames of a chunk; the last one may have fewer.
+    """
+    videos, frames = shape
+    chunks = -(-frames // chunk_frames)
+    level_key, half_key, clean_key = jax.random.split(key, 3)
+    sigma = draw(level_key, videos * chunks).reshape(videos, chunks)
+    has_clean = jax.random.bernoulli(half_key, 0.5, (videos, 1))
+    clean = jnp.where(has_clean, jax.random.randint(clean_key, (videos, 1), 0, chunks), 0)
+    sigma = jnp.where(jnp.arange(chunks) < clean, 0, sigma)
+    return jnp.repeat(sigma, chunk_frames, axis=1)[:, :frames]

@@ -20,6 +20,7 @@ from rehyat_jax.models.hybrid import make_feature_maps, map_stacks
 from rehyat_jax.models.lora import is_adapter, joined, split_tree
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.models.wan.streaming import check_causal
 from rehyat_jax.parallel.mesh import check_heads
 from rehyat_jax.parallel.sharding import abstract_arrays, check_divisible, param_specs, shardings
 from rehyat_jax.training.config import hybrid_config
@@ -28,7 +29,8 @@ from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.stages import STAGES, lora_config
 from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
-from rehyat_jax.weights.model_checkpoint import METADATA, MODELS_PLACE
+from rehyat_jax.weights.model_checkpoint import METADATA
+from rehyat_jax.weights.streamed import MODELS_PLACE
 
 
 class InitialModel(NamedTuple):
@@ -95,9 +97,16 @@ def student_config(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanC
     """The architecture to train: the loaded one, or the loaded one with the configured forms of attention.
 
     Raises:
-      InputError: a configured block does not exist; or the loaded model is already hybrid, in another form or in other
-        blocks.
+      InputError: a configured block does not exist; the loaded model is already hybrid, in another form or in other
+        blocks; or chunks have their own noise levels, and a block is not causal.
     """
+    wan = _with_forms(loaded, config)
+    if config.noise_by_chunk:
+        check_causal(wan, "config.noise_by_chunk")
+    return wan
+
+
+def _with_forms(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanConfig:
     if not config.hybrid.blocks and not config.forms:
         hybrid = hybrid_config(config)
         if hybrid not in (HybridConfig(), loaded.hybrid):

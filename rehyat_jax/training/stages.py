@@ -30,6 +30,7 @@ class Stage:
       trains: the part of the parameter tree in training, "feature_maps"; None for all of it. The rest is frozen: the
         teacher. A model without this part has nothing to train. With LoRA, see `split`.
       takes_lora: whether it can train adapters, `config.lora`.
+      noises_by_chunk: whether it can draw a noise level for every chunk, `config.noise_by_chunk`.
       converts: whether the configuration must name the blocks to convert.
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
       updates_per_step: configuration -> updates of the optimizer in a step.
@@ -47,6 +48,7 @@ class Stage:
     starts_from_model: bool = True
     trains: str | None = None
     takes_lora: bool = False
+    noises_by_chunk: bool = False
     converts: bool = False
     recomputes: bool = True
     updates_per_step: Callable[[ml_collections.ConfigDict], int] = lambda config: 1
@@ -116,7 +118,14 @@ def _update_by_velocity(
     stage = STAGES[config.stage]
     weight = stage.teacher_weight(config)
     teacher = make_teacher(model_def, config) if weight else None
-    loss = finetune.make_loss(apply_model(model_def), config, teacher=teacher, teacher_weight=weight)
+    chunk_frames = lambda params: nnx.merge(model_def, params).config.chunk_frames
+    loss = finetune.make_loss(
+        apply_model(model_def),
+        config,
+        teacher=teacher,
+        teacher_weight=weight,
+        chunk_frames=chunk_frames if config.noise_by_chunk else None,
+    )
     return gradient_update(accumulate(finetune.make_grad_fn(loss, stage.join), config.accumulation_steps), optimizer)
 
 
@@ -171,7 +180,7 @@ def _flops_of_distillation(
 
 
 STAGES = {
-    "pretrain": Stage(_update_by_velocity, _flops_by_velocity, starts_from_model=False),
+    "pretrain": Stage(_update_by_velocity, _flops_by_velocity, starts_from_model=False, noises_by_chunk=True),
     "distill": Stage(
         distill.make_update,
         _flops_of_distillation,
@@ -191,6 +200,7 @@ STAGES = {
         _update_by_velocity,
         _flops_by_velocity,
         takes_lora=True,
+        noises_by_chunk=True,
         teacher_weight=lambda config: config.velocity.teacher_weight,
     ),
     "consistency": Stage(

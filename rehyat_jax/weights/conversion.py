@@ -8,9 +8,9 @@ from tqdm import tqdm
 from rehyat_jax.files.new_directory import new_directory
 from rehyat_jax.files.shown import check_path
 from rehyat_jax.files.write import reported_write_errors
-from rehyat_jax.weights.model_checkpoint import MODELS_PLACE, open_model_checkpoint, write_model_checkpoint
+from rehyat_jax.weights.model_checkpoint import open_model_checkpoint, write_model_checkpoint
 from rehyat_jax.weights.replacing import LOADER_FILE, MARK, check_force
-from rehyat_jax.weights.streamed import StreamedModel
+from rehyat_jax.weights.streamed import MODELS_PLACE, StreamedModel
 from rehyat_jax.weights.table import Layout
 from rehyat_jax.weights.torch_checkpoint import MAX_SHARD_BYTES, open_torch_checkpoint, write_torch_checkpoint
 

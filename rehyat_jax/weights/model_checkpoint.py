@@ -1,8 +1,8 @@
 """Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint.
 
 model.json names the model's codec and text encoder. It may also have "models", the folder or Hub name of the pipeline
-whose VAE and text encoder these are. It has format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form
-instead of "attention".
+whose VAE and text encoder these are, and "noise_levels", "by_chunk" if every chunk had its own in training. It has
+format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form instead of "attention".
 """
 
 import functools
@@ -20,15 +20,20 @@ from rehyat_jax.files.shown import check_path
 from rehyat_jax.weights.config_fields import CURRENT, check_version, config_from_json, require_known
 from rehyat_jax.weights.models import MODELS, spec_of
 from rehyat_jax.weights.safetensors_file import DTYPES
-from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
+from rehyat_jax.weights.streamed import (
+    BY_CHUNK,
+    MODELS_PLACE,
+    NOISE_LEVELS,
+    OPTIONAL,
+    StreamedArray,
+    StreamedModel,
+    check_metadata,
+)
 
 MODEL_FILE = "model.json"
 PARAMS = "params"
 METADATA = ("codec", "text_encoder")
 """Fields that every model.json has."""
-
-MODELS_PLACE = "models"
-"""The field that it may have."""
 
 
 def is_model_checkpoint(path: Path) -> bool:
@@ -61,6 +66,7 @@ def save_model(
     codec: str,
     text_encoder: str,
     models: str | None = None,
+    noise_by_chunk: bool = False,
 ) -> None:
     """Writes a model checkpoint, complete or not at all; replaces a model checkpoint that is already there.
 
@@ -73,6 +79,7 @@ def save_model(
       codec: name of the codec between the model's latents and videos.
       text_encoder: name of the encoder of its prompts.
       models: folder or Hub name of the pipeline that has the weights of both, if that is known.
+      noise_by_chunk: whether every chunk had its own noise level in training.
 
     Raises:
       ValueError: the parameters do not match the configuration.
@@ -82,7 +89,9 @@ def save_model(
     check_params(params, config)
     check_replaceable(path)
     arrays = traverse_util.flatten_dict(params, sep=".")
-    metadata = {"codec": codec, "text_encoder": text_encoder} | ({MODELS_PLACE: models} if models else {})
+    metadata = {"codec": codec, "text_encoder": text_encoder}
+    metadata |= {MODELS_PLACE: models} if models else {}
+    metadata |= {NOISE_LEVELS: BY_CHUNK} if noise_by_chunk else {}
     if jax.process_count() > 1:
         from rehyat_jax.weights.orbax_params import save_arrays
 
@@ -119,14 +128,14 @@ def _write_description(directory: Path, config: Any, metadata: dict[str, str]) -
 
 
 def read_model_description(path: Path) -> tuple[Any, dict[str, str]]:
-    """(config, metadata with "codec", "text_encoder" and maybe "models") of a model checkpoint. Raises InputError."""
+    """(config, metadata, see `StreamedModel`) of a model checkpoint. Raises InputError."""
     if not is_model_checkpoint(path):
         raise InputError(f"{path}: is not a model checkpoint (it has no {MODEL_FILE}); give the directory of one")
     file = path / MODEL_FILE
     content = read_json_object(file)
     fields = ("format_version", "architecture", "config", *METADATA)
     for name in content:
-        require_known(name, (*fields, MODELS_PLACE), str(file))
+        require_known(name, (*fields, *OPTIONAL), str(file))
     for name in fields:
         if name not in content:
             raise InputError(
@@ -139,10 +148,8 @@ def read_model_description(path: Path) -> tuple[Any, dict[str, str]]:
             f"{file}: architecture should be one of {tuple(MODELS)}, found {architecture!r}; another version of "
             f"rehyat_jax wrote it"
         )
-    metadata = {name: content[name] for name in (*METADATA, MODELS_PLACE) if name in content}
-    for name in metadata:
-        if not isinstance(content[name], str):
-            raise InputError(f"{file}: {name} should be a name, found {content[name]!r}; correct it")
+    metadata = {name: content[name] for name in (*METADATA, *OPTIONAL) if name in content}
+    check_metadata(metadata, file)
     config = config_from_json(MODELS[architecture].config, content["config"], f"{file}: config", version)
     return config, metadata
 

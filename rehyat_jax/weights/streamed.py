@@ -2,10 +2,29 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from rehyat_jax.errors import InputError
+
+MODELS_PLACE, NOISE_LEVELS = "models", "noise_levels"
+OPTIONAL = (MODELS_PLACE, NOISE_LEVELS)
+"""Names that a model's metadata may have: the pipeline with the weights of its codec and text encoder, and the noise
+levels that it was trained with, `BY_CHUNK`, or one for all frames."""
+
+BY_CHUNK = "by_chunk"
+
+
+def check_metadata(metadata: Mapping[str, Any], file: Path) -> None:
+    """Raises InputError, naming the file, unless the values of a model's metadata are names."""
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            raise InputError(f"{file}: {name} should be a name, found {value!r}; correct it")
+    if (levels := metadata.get(NOISE_LEVELS, BY_CHUNK)) != BY_CHUNK:
+        raise InputError(f"{file}: {NOISE_LEVELS} should be {BY_CHUNK!r}, found {levels!r}; correct it, or remove it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +52,7 @@ class StreamedModel(NamedTuple):
 
     Attributes:
       config: architecture, an instance of one of the classes in `weights.models.MODELS`.
-      metadata: names of the model's "codec" and "text_encoder", and maybe "models", the place of their weights.
+      metadata: names of the model's "codec" and "text_encoder", and maybe those of `OPTIONAL`.
       params: arrays of the parameter tree by path, keys joined by dots.
     """
 

@@ -19,6 +19,7 @@ from rehyat_jax.weights.config_fields import (
     require_known,
 )
 from rehyat_jax.weights.spec import Inferred, ModelSpec
+from rehyat_jax.weights.streamed import OPTIONAL, check_metadata
 from rehyat_jax.weights.table import Layout
 
 CONFIG_FILE, SIDE_CAR = "config.json", "rehyat.json"
@@ -36,7 +37,7 @@ def read_torch_config(
       layout: layout of the tensors. The folder's files describe other models if this layout has no config.json.
 
     Returns:
-      (config, metadata with "codec", "text_encoder" and maybe "models" of a transformer).
+      (config, metadata of a transformer, see `StreamedModel`).
 
     Raises:
       InputError: a file is malformed, describes another architecture, or contradicts the tensors' shapes.
@@ -126,13 +127,10 @@ def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple
     version = check_version(content.pop("format_version", 1), str(file))
     unsaid = {name for upstream in spec.upstream.values() for name in upstream.unsaid}
     for name in content:
-        require_known(name, [*sorted(unsaid), *FORM_FIELDS[version], *spec.metadata, "models"], str(file))
+        require_known(name, [*sorted(unsaid), *FORM_FIELDS[version], *spec.metadata, *OPTIONAL], str(file))
     metadata = {name: content.pop(name, default) for name, default in spec.metadata.items()}
-    if "models" in content:
-        metadata["models"] = content.pop("models")
-    for name, value in metadata.items():
-        if not isinstance(value, str):
-            raise InputError(f"{file}: {name} should be a name, found {value!r}; correct it")
+    metadata |= {name: content.pop(name) for name in OPTIONAL if name in content}
+    check_metadata(metadata, file)
     for name in content.keys() & stated.keys():
         if content[name] != stated[name]:
             raise InputError(f"{file}: {name} is {content[name]!r}, but config.json says {stated[name]!r}; correct one")

@@ -80,6 +80,11 @@ class WanConfig:
         converted = dict(zip(blocks, hybrid, strict=True))
         return BlockForms(tuple(converted.get(block, SOFTMAX) for block in range(self.num_layers)))
 
+    @property
+    def chunk_frames(self) -> int:
+        """Latent frames of the smallest video that has complete chunks in every block."""
+        return self.block_forms.chunk_frames * self.patch_size[0]
+
     def replace(self, **changes: Any) -> "WanConfig":
         """A copy with other values. Blocks that stay hybrid keep their forms."""
         if "hybrid_blocks" in changes and "hybrid" not in changes and isinstance(self.hybrid, tuple):

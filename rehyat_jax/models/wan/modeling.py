@@ -29,6 +29,7 @@ from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
 from rehyat_jax.models.hybrid import block_features, by_form, make_feature_maps, per_block_arguments, stacked
 from rehyat_jax.models.linear import Linear, linear
 from rehyat_jax.models.lora import LoraConfig
+from rehyat_jax.models.modulation import modulated_norm
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
 from rehyat_jax.parallel.mesh import axis_size
@@ -70,21 +71,10 @@ Attend = Callable[[AttentionInputs, Any], tuple[jax.Array, Any]]
 """(inputs, this block's slice of the per-block arguments) -> (attention output [B, N, H, d], auxiliary output)."""
 
 
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm without parameters over the last axis, in float32 with the biased variance.
-
-    Mean and mean of squares are computed together, as in Flax's LayerNorm. The mean of squared distances would take one
-    more pass over memory. The error is 1e-7 times mean^2 / variance.
-    """
-    x = x.astype(accumulation_dtype(x.dtype))
-    mean, squares = x.mean(-1, keepdims=True), jnp.square(x).mean(-1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(jnp.maximum(squares - jnp.square(mean), 0) + eps)
-
-
 def timestep_embedding(timestep: jax.Array, dim: int) -> jax.Array:
-    """Sinusoids [cos, sin] of timesteps [B] in 0..1000 at frequencies 10000^(-2i/dim); float32 [B, dim]."""
+    """Sinusoids [cos, sin] of timesteps [...] in 0..1000 at frequencies 10000^(-2i/dim); float32 [..., dim]."""
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    angles = timestep.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -138,7 +128,7 @@ class Attention(nnx.Module):
         return self.output(flat(y))
 
     def gated_merge(self, y: jax.Array, gate: jax.Array) -> jax.Array:
-        """`merge` times a gate [B, 1, D]; float32."""
+        """`merge` times a gate, see `modulation`; float32."""
         return self.output.gated(flat(y), gate)
 
     def _heads(self, y: jax.Array) -> jax.Array:
@@ -154,7 +144,7 @@ class FeedForward(nnx.Module):
         self.down = linear(config.ffn_dim, config.width, ("tensor", "fsdp"), lora=on("down"), **options)
 
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        """The output for x [B, N, D], times a gate [B, 1, D]; float32."""
+        """The output for x [B, N, D], times a gate, see `modulation`; float32."""
         return self.down.gated(nnx.gelu(constrain(self.up(x), HIDDEN), approximate=True), gate)
 
 
@@ -186,7 +176,7 @@ class WanBlock(nnx.Module):
         Args:
           x: [B, N, D] residual stream in the compute dtype.
           text: [B, L, D] projected text tokens.
-          time_modulation: [B, 6, D] float32.
+          time_modulation: [B, 6, D] float32, or [B, T, 6, D] with a modulation of every frame.
           rope: cosines and sines [N, d].
           frames: tokens_per_frame and num_frames of `AttentionInputs`.
           attend: the self-attention.
@@ -196,7 +186,7 @@ class WanBlock(nnx.Module):
         """
         dtype = x.dtype
         modulation = self.modulation[...] + time_modulation
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[:, i, None] for i in range(6))
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[..., i, None, :] for i in range(6))
 
         y, aux = attend(self._attention_inputs(x, shift, scale, rope, frames))
         x = (x + self.self_attention.gated_merge(y, gate)).astype(dtype)
@@ -205,7 +195,7 @@ class WanBlock(nnx.Module):
         y = cross_attention_on_mesh(*self.cross_attention.project(normed, text))
         x = x + self.cross_attention.merge(y)
 
-        normed = (layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
+        normed = modulated_norm(x, ffn_shift, ffn_scale, eps=self.eps).astype(dtype)
         x = (x + self.feed_forward(normed, ffn_gate)).astype(dtype)
         return constrain(x, RESIDUAL), aux
 
@@ -218,10 +208,10 @@ class WanBlock(nnx.Module):
     ) -> AttentionInputs:
         """The inputs that `__call__` gives to `attend`."""
         modulation = self.modulation[...] + time_modulation
-        return self._attention_inputs(x, modulation[:, 0, None], modulation[:, 1, None], rope, frames)
+        return self._attention_inputs(x, *(modulation[..., i, None, :] for i in range(2)), rope, frames)
 
     def _attention_inputs(self, x, shift, scale, rope, frames) -> AttentionInputs:
-        normed = (layer_norm(x, self.eps) * (1 + scale) + shift).astype(x.dtype)
+        normed = modulated_norm(x, shift, scale, eps=self.eps).astype(x.dtype)
         tokens_per_frame, num_frames = frames
         inputs = self.self_attention.project_rotated(normed, rope)
         return AttentionInputs(**inputs, tokens_per_frame=tokens_per_frame, num_frames=num_frames)
@@ -232,13 +222,21 @@ class Conditions(NamedTuple):
 
     Attributes:
       text: projected text tokens [B, L, D].
-      time: timestep embedding [B, D], float32.
-      time_modulation: its projection [B, 6, D], float32.
+      time: timestep embedding [B, D], float32; or [B, T, D] with a timestep for every frame.
+      time_modulation: its projection [B, 6, D] or [B, T, 6, D], float32.
     """
 
     text: jax.Array
     time: jax.Array
     time_modulation: jax.Array
+
+    def for_frames(self, frames: int) -> "Conditions":
+        """The conditions of so many frames of patches; zeros for padding. Those of all frames stay as they are."""
+        if self.time.ndim == 2:
+            return self
+        cut = lambda x: x[:, :frames]
+        pad = lambda x: jnp.pad(x, [(0, 0), (0, frames - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        return self._replace(time=pad(cut(self.time)), time_modulation=pad(cut(self.time_modulation)))
 
 
 class Embedder(nnx.Module):
@@ -290,9 +288,9 @@ class Head(nnx.Module):
         self.eps = config.eps
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-        """x [B, N, D] and the timestep embedding [B, D] (before the six-fold projection) -> [B, N, pt*ph*pw*C]."""
-        shift, scale = (self.modulation[i] + time[:, None] for i in range(2))
-        return self.projection(layer_norm(x, self.eps) * (1 + scale) + shift)
+        """x [B, N, D] and `Conditions.time` (before the six-fold projection) -> [B, N, pt*ph*pw*C]."""
+        shift, scale = (self.modulation[i] + time[..., None, :] for i in range(2))
+        return self.projection(modulated_norm(x, shift, scale, eps=self.eps))
 
 
 class WanTransformer(nnx.Module):
@@ -356,7 +354,8 @@ class WanTransformer(nnx.Module):
 
         Args:
           latents: [B, T, H, W, C_in].
-          timestep: [B], in 0..1000.
+          timestep: [B], in 0..1000; or [B, T], a timestep for every latent frame, of which the frames of one patch have
+            one.
           text: [B, L, text_dim], L at most config.text_length. It is zero-padded to that length, and no position is
             masked, as in Wan.
 
@@ -393,6 +392,7 @@ class WanTransformer(nnx.Module):
         self._check(latents, timestep, text)
         conditions = self.conditions(timestep, text)
         x, grid = self.embed(latents)
+        conditions = conditions.for_frames(grid[0])
         num_frames = latents.shape[1] // self.config.patch_size[0]
         rope = rope_table(grid, self.config.head_dim, frames=frames)
         sizes = (grid[1] * grid[2], num_frames)
@@ -421,12 +421,16 @@ class WanTransformer(nnx.Module):
         return self.velocity(x, conditions, grid)[:, : num_frames * self.config.patch_size[0]], aux
 
     def conditions(self, timestep: jax.Array, text: jax.Array) -> Conditions:
-        """The first step of `forward`."""
+        """The first step of `forward`. With timesteps [B, T], those of frames of patches."""
         config = self.config
+        if timestep.ndim == 2:
+            timestep = timestep[:, :: config.patch_size[0]]
         text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
         text = self.text_embedding(text.astype(self.dtype))
         time = self.time_embedding(timestep_embedding(timestep, config.freq_dim)).astype(accumulation_dtype(self.dtype))
-        return Conditions(text, time, rearrange(self.time_projection(nnx.silu(time)), "b (six d) -> b six d", six=6))
+        return Conditions(
+            text, time, rearrange(self.time_projection(nnx.silu(time)), "... (six d) -> ... six d", six=6)
+        )
 
     def embed(self, latents: jax.Array) -> tuple[jax.Array, tuple[int, int, int]]:
         """(tokens [B, N, D] of latents, how many there are along frames, height and width)."""
@@ -474,8 +478,11 @@ class WanTransformer(nnx.Module):
                 f"latents must be [batch, frames, height, width, {config.in_channels}] (channels last), "
                 f"found {latents.shape}"
             )
-        if timestep.shape != latents.shape[:1]:
-            raise ValueError(f"timestep must be [{latents.shape[0]}], found {timestep.shape}")
+        if timestep.shape not in (latents.shape[:1], latents.shape[:2]):
+            raise ValueError(
+                f"timestep must be [{latents.shape[0]}], or [{', '.join(map(str, latents.shape[:2]))}] with one for "
+                f"every latent frame, found {timestep.shape}"
+            )
         if text.ndim != 3 or text.shape[0] != latents.shape[0] or text.shape[2] != config.text_dim:
             raise ValueError(f"text must be [{latents.shape[0]}, tokens, {config.text_dim}], found {text.shape}")
         if text.shape[1] > config.text_length:

@@ -50,6 +50,18 @@ def is_causal(config: WanConfig) -> bool:
     return all(form.streams for form in config.block_forms.forms)
 
 
+def check_causal(config: WanConfig, place: str) -> None:
+    """Raises InputError, which begins with `place` and names the blocks, unless `is_causal`."""
+    forms = config.block_forms.of_block
+    if blocks := [block for block, form in enumerate(forms) if not form.streams]:
+        bidirectional = [forms[block].label + ", not causal" * forms[block].attends_in_parts for block in blocks]
+        raise InputError(
+            f"{place}: expected causal hybrid attention in every block, so that a chunk needs only those before it; "
+            f"found {'; '.join(sorted(set(bidirectional)))} in blocks {', '.join(map(str, blocks))}. Train a student "
+            f"with config.hybrid.blocks=all and config.hybrid.causal=True"
+        )
+
+
 def initial_states(config: WanConfig, batch: int, tokens_per_frame: int, dtype: jax.typing.DTypeLike) -> HybridState:
     """The states of all blocks before a video's first part, with a leading layer axis. Overlaps are [B, tokens, H * d].
 
