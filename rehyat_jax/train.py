@@ -6,8 +6,9 @@ The configuration names the stage:
   distill    stage 1: the feature maps of the hybrid blocks, against the model's own softmax attention
   velocity   the feature maps again, against the velocity of the complete softmax model
   finetune   stage 2: the complete transformer, on videos, on a teacher's velocity, or on both
+  consistency, dmd   a student of few steps, without guidance (docs/few_steps.md)
 
-With `config.lora.rank`, "velocity" and "finetune" train low-rank adapters and the feature maps.
+With `config.lora.rank`, the last four train low-rank adapters, and "velocity" and "finetune" also the feature maps.
 
 `--help` and docs/configuration.md list every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
 and `checkpoints/` into the workdir, and at the end `model/`, a model checkpoint. With `config.lora.rank`, `adapter/`
@@ -60,7 +61,14 @@ from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
 from rehyat_jax.training.run_control import RunControl
 from rehyat_jax.training.run_data import RunData
-from rehyat_jax.training.setup import calibration_batch, check_data, initial_model, load_teacher, open_data
+from rehyat_jax.training.setup import (
+    calibration_batch,
+    check_data,
+    check_trajectories,
+    initial_model,
+    load_teacher,
+    open_data,
+)
 from rehyat_jax.training.stages import STAGES, assemble, lora_config
 from rehyat_jax.training.stop_signal import ALL_WAS_SAVED, StopSignal
 from rehyat_jax.training.trouble import check_finite, next_batch, report_divergence
@@ -131,6 +139,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     stage = STAGES[config.stage]
     model = initial_model(config, with_values=False)
     check_data(source, model, config)
+    if is_new:
+        check_trajectories(source, config)
     _, saved_params = split_tree(model.params, is_adapter)  # adapters are merged at the end
     check_params(saved_params, model.config)  # or the result could not be saved
     check_memory(config, model.config, source)
@@ -192,7 +202,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
         params = merged(params, lora)
     with reported_write_errors(workdir / "model"):
         names = dict(codec=model.codec, text_encoder=model.text_encoder, models=model.models)
-        save_model(workdir / "model", model.config, params, noise_by_chunk=config.noise_by_chunk, **names)
+        how = dict(noise_by_chunk=config.noise_by_chunk, sampling=stage.sampling(config))
+        save_model(workdir / "model", model.config, params, **how, **names)
     return workdir / "model"
 
 

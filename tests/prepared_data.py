@@ -14,7 +14,7 @@ def example(number, shape=SMALL):
     return {"latents": np.full(shape, number, np.float32), "text": text}
 
 
-def write_data_set(folder, examples, *, unit=4, codec="wan_vae", kind="examples"):
+def write_data_set(folder, examples, *, unit=4, codec="wan_vae", kind="examples", teacher=None):
     """Fills a folder with the given examples, `unit` to a shard; of codec "wan_vae" without a contact sheet."""
 
     def fill(writer, numbers, progress):
@@ -22,7 +22,7 @@ def write_data_set(folder, examples, *, unit=4, codec="wan_vae", kind="examples"
             writer.add(examples[number], {"name": f"{number}.mp4", "caption": f"number {number}"})
             progress.update()
 
-    plan = Plan(kind, codec, "word_vectors", {}, list(range(len(examples))), unit)
+    plan = Plan(kind, codec, "word_vectors", {}, list(range(len(examples))), unit, teacher)
     prepare(folder, plan, fill, lambda: np.zeros_like(examples[0]["text"]), Hosts(), item="example")
     return folder
 

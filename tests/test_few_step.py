@@ -14,6 +14,7 @@ from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.diffusion.samplers import fresh_noise, sample
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.generation.generate import generate_latents
+from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.streaming import stream_latents
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.train import train as train_on
@@ -221,6 +222,9 @@ def test_a_stopped_run_resumes_bit_for_bit_and_others_stay_frozen(stage, changes
         load_params(path)[1] for path in (tmp_path / "whole" / "model", tmp_path / "stopped" / "model", student)
     )
     jax.tree.map(np.testing.assert_array_equal, whole, stopped)
+    pipeline = Pipeline.from_pretrained(student=tmp_path / "whole" / "model")
+    solver = [getattr(pipeline.options, name) for name in ("steps", "guidance_scale", "flow_shift", "sampler")]
+    assert solver == [3, 1.0, config.flow_shift, "renoise"]
     same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, before)
     assert not same["blocks"]["self_attention"]["query"]["kernel"]
     # The base, which is the teacher of adapters, has its own feature maps.

@@ -25,6 +25,8 @@ from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.velocity import make_teacher
 from rehyat_jax.weights import load_params, save_model
+from rehyat_jax.weights.identity import weights_identity
+from rehyat_jax.weights.load import open_checkpoint
 
 STUDENT = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=2))
 NULL_TEXT = jnp.full((TINY.text_length, TINY.text_dim), 0.5)
@@ -206,6 +208,28 @@ def test_a_teacher_that_does_not_fit_is_refused_by_name(tmp_path, teacher):
         with pytest.raises(InputError, match=message):
             train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "3").exists()
+
+
+def test_trajectories_of_another_teacher_are_refused(tmp_path, teacher):
+    examples = [{"latents": np.zeros((8, 6, 6, 16)), "text": np.zeros((8, 64)), "timestep": np.float32(500)}] * 4
+    examples = [{name: np.float32(value) for name, value in example.items()} for example in examples]
+    own = weights_identity(open_checkpoint(teacher))
+
+    def config(name, identity):
+        folder = tmp_path / name
+        write_data_set(folder, examples, kind="trajectories", codec="space_to_depth", teacher=identity)
+        data = {"data.source": "prepared", "data.path": str(folder)}
+        return velocity_config(tmp_path, teacher, stage="distill", steps=3, **data)
+
+    with pytest.raises(InputError, match=f"weights 012345678901, but the teacher, config.init_from = .* {own[:12]}"):
+        train(config("other", "0123456789" * 6 + "0123"), tmp_path / "run")
+    student = train(config("own", own), tmp_path / "run")
+    assert weights_identity(open_checkpoint(student)) == own
+    # Finetuned weights are no longer the teacher's.
+    changes = {"init_from": str(student), "stage": "finetune", "data.path": "", "data.source": "digits"}
+    changed = config("again", own)
+    changed.update_from_flattened_dict(changes | {"hybrid.blocks": None})
+    assert weights_identity(open_checkpoint(train(changed, tmp_path / "finetuned"))) != own
 
 
 def test_videos_are_needed_unless_only_a_teacher_is_learned(tmp_path, teacher, trajectories):

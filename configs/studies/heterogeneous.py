@@ -18,7 +18,8 @@ from rehyat_jax.studies.definition import Study, TrainingStage, Trend, Variant
 
 def get_study():
     strided = lambda stride, *blocks: {"blocks": blocks, "kind": "strided", "stride": stride}
-    forms = lambda *entries: Variant({"forms": entries})
+    # The demo's own configuration makes all other blocks hybrid.
+    forms = lambda *entries: Variant({"forms": entries, "hybrid.blocks": None})
     return Study(
         title="One form for all blocks, or one for each",
         question="Does the choice by block leave less error of the complete model at the same cost?",

@@ -49,18 +49,24 @@ class Manifest:
       kind: a key of `RANKS`: "examples" (clean latents) or "trajectories" (a teacher's noisy latents).
       codec, text_encoder: names of the models that computed latents and text embeddings.
       buckets: one bucket for each shape, in the order of their shapes; no shard is empty.
+      teacher: the model that sampled trajectories, see `rehyat_jax.weights.identity`; None if it is not known, as in
+        the files of earlier versions.
     """
 
     kind: str
     codec: str
     text_encoder: str
     buckets: tuple[BucketFiles, ...]
+    teacher: str | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `folder/dataset.json`, complete or not at all."""
     with written_whole(folder / MANIFEST) as temporary:
-        write_json(temporary, {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)})
+        fields = dataclasses.asdict(manifest)
+        if manifest.teacher is None:
+            del fields["teacher"]
+        write_json(temporary, {"format_version": FORMAT_VERSION, **fields})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -78,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file}: expected the manifest of prepared examples, found no file; it is written last: run "
             f"python -m rehyat_jax.prepare again until it is done, or check the path"
         )
-    fields = _fields(read_json_object(file), f"{file}", ("format_version", *_names(Manifest)))
+    fields = _fields({"teacher": None} | read_json_object(file), f"{file}", ("format_version", *_names(Manifest)))
     if fields["format_version"] != FORMAT_VERSION:
         raise InputError(
             f"{file}: expected format_version {FORMAT_VERSION}, found {fields['format_version']!r}; another version of "
@@ -89,6 +95,11 @@ def read_manifest(folder: Path) -> Manifest:
     for name in ("codec", "text_encoder"):
         if not isinstance(fields[name], str):
             raise InputError(f"{file}: expected {name} to be a name, found {fields[name]!r}; prepare the data again")
+    teacher = fields["teacher"]
+    if teacher is not None and not (isinstance(teacher, str) and re.fullmatch("[0-9a-f]{64}", teacher)):
+        raise InputError(
+            f"{file}: expected teacher to be 64 hexadecimal digits, found {str(teacher)[:100]!r}; prepare it again"
+        )
     buckets = tuple(parse_bucket(file, entry) for entry in _list(file, "buckets", fields["buckets"]))
     names = [shard.file for bucket in buckets for shard in bucket.shards]
     if len(set(names)) < len(names) or len({bucket.latents_shape for bucket in buckets}) < len(buckets):
@@ -96,7 +107,7 @@ def read_manifest(folder: Path) -> Manifest:
     for bucket in buckets:
         for shard in bucket.shards:
             check_shard(folder, shard)
-    return Manifest(fields["kind"], fields["codec"], fields["text_encoder"], buckets)
+    return Manifest(fields["kind"], fields["codec"], fields["text_encoder"], buckets, teacher)
 
 
 def check_shard(folder: Path, shard: Shard) -> None:

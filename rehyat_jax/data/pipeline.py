@@ -47,7 +47,7 @@ class Source(Protocol):
       buckets: the examples, grouped by shape; at least one bucket.
 
     A source that reads files of a folder, `config.data.path`, also has the list `files` of their paths: a run that is
-    resumed compares their fingerprints.
+    resumed compares their fingerprints. It also has `teacher`, which may be None, see `rehyat_jax.data.manifest`.
     """
 
     kind: str

@@ -20,7 +20,7 @@ class PreparedExamples:
     """The source of training examples in a folder; see `rehyat_jax.data.pipeline.Source`.
 
     Attributes:
-      kind, codec, text_encoder: see `rehyat_jax.data.manifest.Manifest`.
+      kind, codec, text_encoder, teacher: see `rehyat_jax.data.manifest.Manifest`.
       null_text: [L, text_dim] float32.
       files: all files that are read.
       buckets: one `Bucket` for each shape.
@@ -34,6 +34,7 @@ class PreparedExamples:
         folder = Path(folder)
         manifest = read_manifest(folder)
         self.kind, self.codec, self.text_encoder = manifest.kind, manifest.codec, manifest.text_encoder
+        self.teacher = manifest.teacher
         self.null_text = read_null_text(folder / NULL_TEXT)
         shards = [shard.file for bucket in manifest.buckets for shard in bucket.shards]
         self.files = [folder / name for name in (MANIFEST, NULL_TEXT, *shards)]

@@ -23,7 +23,7 @@ from rehyat_jax.evaluation.sampled import PICTURE, Sampler
 from rehyat_jax.evaluation.velocity import compare_velocities
 from rehyat_jax.files.write import check_place
 from rehyat_jax.generation.codecs import LATENT_SIZES
-from rehyat_jax.generation.pipeline import DEFAULT_SHIFT
+from rehyat_jax.generation.options import DEFAULT_SHIFT
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Collection
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rehyat_jax.diffusion.samplers import Sampler
 from rehyat_jax.errors import InputError
@@ -14,6 +14,12 @@ SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 """(height, width) of the sizes that Wan2.1 is made for."""
 
 
+WAN: dict[str, Any] = {"steps": 50, "guidance_scale": 5.0, "sampler": "unipc"}
+"""Wan2.1's solver, for models without an own one."""
+
+DEFAULT_SHIFT = 5.0
+"""The flow shift of models without an own one, if no scheduler says another."""
+
 Order = Literal["video", "chunks"]
 """Order of sampling: every step on the complete video, or all steps on one chunk after another."""
 
@@ -22,13 +28,13 @@ Order = Literal["video", "chunks"]
 class SamplingOptions:
     """Options of sampling: everything except the model, the prompts and the place of the result.
 
-    None stands for the pipeline's own value, which `Pipeline` fills in.
+    None stands for the pipeline's own value, which `Pipeline` fills in: that of a model of few steps, or Wan2.1's.
 
     Attributes:
       negative_prompt: the prompt to move away from.
       seed: seed of the initial noise, 0 to 2**32 - 1.
       steps, guidance_scale, sampler: see `rehyat_jax.generation.generate.generate`.
-      flow_shift: likewise; None for that of the pipeline's scheduler, or 5.
+      flow_shift: likewise; None also for that of the pipeline's scheduler.
       frames, height, width: size of the videos, height and width in pixels; None for the codec's default.
       batch: number of videos that are sampled at once.
       dtype: compute dtype of the transformer, and of the weights that it multiplies by; None for the codec's default.
@@ -43,10 +49,10 @@ class SamplingOptions:
 
     negative_prompt: str = ""
     seed: int = 0
-    steps: int = 50
-    guidance_scale: float = 5.0
+    steps: int | None = None
+    guidance_scale: float | None = None
     flow_shift: float | None = None
-    sampler: Sampler = "unipc"
+    sampler: Sampler | None = None
     frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -87,12 +93,13 @@ class SamplingOptions:
             option("--negative-prompt", help="what to move away from (default: the empty prompt)")
         if "seed" not in without:
             option("--seed", type=number(int, 0, 2**32 - 1), help="of the initial noise" + default)
-        option("--steps", type=number(int, 1, 10_000), help="evaluations of the model" + default)
-        option("--guidance-scale", type=number(float, 0, 1000), help="1 turns guidance off" + default)
-        shift = "that of the pipeline's scheduler, or 5" if defaults.flow_shift is None else "%(default)s"
-        shift = f"above 1, more steps near noise (default: {shift})"
-        option("--flow-shift", type=number(float, 0.001, 1000), help=shift)
-        option("--sampler", choices=get_args(Sampler), help="solver of the flow" + default)
+        own = lambda name, words: default if getattr(defaults, name) is not None else f" (default: {words})"
+        steps, scale, sampler = (own(name, f"the model's own, or {WAN[name]}") for name in WAN)
+        option("--steps", type=number(int, 1, 10_000), help="evaluations of the model" + steps)
+        option("--guidance-scale", type=number(float, 0, 1000), help="1 turns guidance off" + scale)
+        shift = own("flow_shift", f"the model's own, that of the pipeline's scheduler, or {DEFAULT_SHIFT:g}")
+        option("--flow-shift", type=number(float, 0.001, 1000), help="above 1, more steps near noise" + shift)
+        option("--sampler", choices=get_args(Sampler), help="solver of the flow" + sampler)
         option("--frames", type=number(int, 1, 10**9), help="of the video (default: the codec's)")
         option("--size", type=size, metavar="480p|720p|HxW", help="height and width in pixels (default: the codec's)")
         option("--height", type=number(int, 1, 10_000), help="in pixels, in place of --size")

@@ -29,7 +29,7 @@ from rehyat_jax.generation.needs import (
 )
 from rehyat_jax.generation.noise import host_noise
 from rehyat_jax.generation.opening import get_codec, get_text_encoder, given_models
-from rehyat_jax.generation.options import SamplingOptions
+from rehyat_jax.generation.options import DEFAULT_SHIFT, WAN, SamplingOptions
 from rehyat_jax.generation.pipeline_folder import check_pipeline, find_part, scheduler_shift
 from rehyat_jax.generation.streaming import PART_CHUNKS, stream_latents
 from rehyat_jax.generation.text_encoders import TextEncoder
@@ -41,14 +41,12 @@ from rehyat_jax.parallel.memory import check_device_memory, check_host_memory, f
 from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
 from rehyat_jax.weights.load import load_module, open_checkpoint
 from rehyat_jax.weights.models import VAES
-from rehyat_jax.weights.streamed import BY_CHUNK, NOISE_LEVELS, StreamedModel
+from rehyat_jax.weights.streamed import BY_CHUNK, NOISE_LEVELS, SAMPLING, StreamedModel
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint
 from rehyat_jax.weights.umt5.spec import UMT5
 from rehyat_jax.weights.wan_vae.spec import WAN_VAE
 
 Part = Literal["text encoder", "transformer", "VAE"]
-DEFAULT_SHIFT = 5.0
-"""Wan2.1's flow shift for text to video."""
 
 
 class Pipeline:
@@ -82,10 +80,11 @@ class Pipeline:
         shift = None if models is None else scheduler_shift(models.folder)
         asked = options.frames, options.height, options.width
         size = [given or default for given, default in zip(asked, sizes.default_size, strict=True)]
+        solver = WAN | {"flow_shift": shift or DEFAULT_SHIFT} | model.metadata.get(SAMPLING, {})
         self.options = dataclasses.replace(
             options,
             **dict(zip(("frames", "height", "width"), size, strict=True)),
-            flow_shift=options.flow_shift or shift or DEFAULT_SHIFT,
+            **{name: value for name, value in solver.items() if getattr(options, name) is None},
             dtype=options.dtype or sizes.default_dtype,
             vae_dtype=options.vae_dtype or default_dtype(),
         )

@@ -15,7 +15,8 @@ from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
-from rehyat_jax.weights.load import checkpoint_files
+from rehyat_jax.weights.identity import weights_identity
+from rehyat_jax.weights.load import checkpoint_files, open_checkpoint
 from rehyat_jax.weights.umt5.spec import UMT5
 
 
@@ -52,11 +53,11 @@ def prepare_trajectories(
     Raises:
       InputError: the checkpoint, the prompts, an option or the destination is wrong.
     """
-    if keep > sampling.steps:
-        raise InputError(f"--keep {keep}: expected at most as many as --steps {sampling.steps}; lower it")
     lines = read_prompts(prompts)
     pipeline = Pipeline.from_pretrained(models, sampling, student=checkpoint)
     sampling = pipeline.options
+    if keep > sampling.steps:
+        raise InputError(f"--keep {keep}: expected at most as many as --steps {sampling.steps}; lower it")
     solver = {name: getattr(sampling, name) for name in ("steps", "guidance_scale", "flow_shift", "sampler")}
     options = {
         **solver,
@@ -70,7 +71,8 @@ def prepare_trajectories(
         tokenizer = encoder.prompt_tokenizer().file
         options["tokenizer_file"] = fingerprint([tokenizer], tokenizer.parent)
     inputs = lines * noises
-    plan = Plan("trajectories", pipeline.codec_name, pipeline.text_encoder_name, options, inputs, unit)
+    teacher = weights_identity(open_checkpoint(checkpoint))
+    plan = Plan("trajectories", pipeline.codec_name, pipeline.text_encoder_name, options, inputs, unit, teacher)
 
     @functools.cache
     def embeddings() -> dict[str, np.ndarray]:

@@ -61,6 +61,7 @@ class Plan(NamedTuple):
       options: everything else that decides the result, as JSON values.
       inputs: the inputs in order, as JSON values; the folder only stores their number and hash.
       unit: number of inputs in a unit.
+      teacher: see `Manifest`.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Plan(NamedTuple):
     options: Mapping[str, Any]
     inputs: Sequence[Any]
     unit: int
+    teacher: str | None = None
 
     @property
     def units(self) -> list[range]:
@@ -235,7 +237,9 @@ def _prepare_unit(
 def _content(plan: Plan) -> dict[str, Any]:
     """The plan as it is written."""
     digest = hashlib.sha256(json.dumps(plan.inputs, sort_keys=True).encode()).hexdigest()
-    return json.loads(json.dumps({**plan._asdict(), "inputs": f"{len(plan.inputs)}, SHA-256 {digest}"}))
+    fields = plan._asdict()
+    del fields["teacher"]  # the options have more of it
+    return json.loads(json.dumps({**fields, "inputs": f"{len(plan.inputs)}, SHA-256 {digest}"}))
 
 
 def _open(folder: Path, content: dict[str, Any]) -> None:
@@ -326,7 +330,7 @@ def _complete(
     for bucket in (bucket for report in reports for bucket in report.buckets):
         shards.setdefault(bucket.latents_shape, []).extend(bucket.shards)
     buckets = tuple(BucketFiles(shape, tuple(shards[shape])) for shape in sorted(shards))
-    manifest = Manifest(plan.kind, plan.codec, plan.text_encoder, buckets)
+    manifest = Manifest(plan.kind, plan.codec, plan.text_encoder, buckets, plan.teacher)
     for left in folder.glob(f".??????-*{SHARD_SUFFIX}.*.partial"):  # by killed processes of any machine
         left.unlink(missing_ok=True)
     if _is_complete(folder, manifest):

@@ -28,6 +28,7 @@ from rehyat_jax.training.keys import initialisation_key
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.stages import STAGES, lora_config
 from rehyat_jax.training.trouble import next_batch
+from rehyat_jax.weights.identity import weights_identity
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA
 from rehyat_jax.weights.streamed import MODELS_PLACE
@@ -280,6 +281,24 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
             f"config.data.path: {config.data.path} holds {source.kind} of a teacher, from which stages {able} can "
             f'learn, and "finetune" with config.velocity.teacher_weight = 1, but config.stage is {config.stage!r}; '
             f"prepare videos for it"
+        )
+
+
+def check_trajectories(source: Source, config: ml_collections.ConfigDict) -> None:
+    """Raises InputError if trajectories are of another teacher than that of stage 1 or of the velocity's loss.
+
+    Other stages may learn from any noisy latents. Biases and norms of the teacher are read for this.
+    """
+    stage, known = STAGES[config.stage], getattr(source, "teacher", None)
+    if known is None or stage.own_teacher:
+        return
+    field = "velocity.teacher" if stage.teacher_path(config) else "init_from"
+    path = stage.teacher_path(config) or config.init_from
+    if (found := weights_identity(open_checkpoint(path))) != known:
+        raise InputError(
+            f"config.data.path: {config.data.path} has trajectories of a teacher with weights {known[:12]}, but the "
+            f"teacher, config.{field} = {path}, has weights {found[:12]}; give the teacher that sampled them, or "
+            f"prepare trajectories of this one"
         )
 
 

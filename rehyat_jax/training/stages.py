@@ -8,6 +8,7 @@ import ml_collections
 import optax
 from flax import nnx
 
+from rehyat_jax.diffusion.solver_options import SolverOptions
 from rehyat_jax.models.lora import LoraConfig, adapted_layers, is_adapter, joined, split_tree
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_flops, teacher_flops, training_flops
@@ -90,6 +91,10 @@ class Stage:
     def of_networks(self, trained: Params) -> Params:
         """The parameters in training at first, from the trained part of the model."""
         return dict.fromkeys(self.networks, trained) if self.networks else trained
+
+    def sampling(self, config: ml_collections.ConfigDict) -> SolverOptions | None:
+        """The solver that the result is made for, which has learned guidance; None for that of any model."""
+        return SolverOptions(config.few_step.steps, 1.0, config.flow_shift, "renoise") if self.few_steps else None
 
     def of_result(self, trained: Params) -> Params:
         """The trained part of the network that is the result. A moving average is kept of this part alone."""

@@ -32,7 +32,7 @@ TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files in which Orbax notes when it wrote a checkpoint."""
 
 
-def load_params(path: str | Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def load_params(path: str | Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The parameters of a model checkpoint, or of a PyTorch checkpoint in either layout.
 
     Args:
@@ -49,7 +49,7 @@ def load_params(path: str | Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
     return model.config, traverse_util.unflatten_dict(arrays, sep="."), model.metadata
 
 
-def read_model_metadata(path: str | Path) -> tuple[Any, dict[str, str]]:
+def read_model_metadata(path: str | Path) -> tuple[Any, dict[str, Any]]:
     """(config, metadata) as from `load_params`, without reading the parameters' values."""
     model = open_checkpoint(path)
     return model.config, model.metadata

@@ -1,10 +1,12 @@
 """Model checkpoints: a directory with `model.json`, the architecture, and `params/`, an Orbax checkpoint.
 
 model.json names the model's codec and text encoder. It may also have "models", the folder or Hub name of the pipeline
-whose VAE and text encoder these are, and "noise_levels", "by_chunk" if every chunk had its own in training. It has
-format version 2. Version 1 has "hybrid_blocks" and one "hybrid" form instead of "attention".
+whose VAE and text encoder these are; "noise_levels", "by_chunk" if every chunk had its own in training; and
+"sampling", the solver of a model of few steps. It has format version 2. Version 1 has "hybrid_blocks" and one "hybrid"
+form instead of "attention".
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from rehyat_jax.diffusion.solver_options import SolverOptions
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
 from rehyat_jax.files.new_directory import new_directory, new_shared_directory
@@ -25,6 +28,7 @@ from rehyat_jax.weights.streamed import (
     MODELS_PLACE,
     NOISE_LEVELS,
     OPTIONAL,
+    SAMPLING,
     StreamedArray,
     StreamedModel,
     check_metadata,
@@ -67,6 +71,7 @@ def save_model(
     text_encoder: str,
     models: str | None = None,
     noise_by_chunk: bool = False,
+    sampling: SolverOptions | None = None,
 ) -> None:
     """Writes a model checkpoint, complete or not at all; replaces a model checkpoint that is already there.
 
@@ -80,6 +85,7 @@ def save_model(
       text_encoder: name of the encoder of its prompts.
       models: folder or Hub name of the pipeline that has the weights of both, if that is known.
       noise_by_chunk: whether every chunk had its own noise level in training.
+      sampling: the solver that a model of few steps was trained for.
 
     Raises:
       ValueError: the parameters do not match the configuration.
@@ -89,9 +95,10 @@ def save_model(
     check_params(params, config)
     check_replaceable(path)
     arrays = traverse_util.flatten_dict(params, sep=".")
-    metadata = {"codec": codec, "text_encoder": text_encoder}
+    metadata: dict[str, Any] = {"codec": codec, "text_encoder": text_encoder}
     metadata |= {MODELS_PLACE: models} if models else {}
     metadata |= {NOISE_LEVELS: BY_CHUNK} if noise_by_chunk else {}
+    metadata |= {SAMPLING: dataclasses.asdict(sampling)} if sampling else {}
     if jax.process_count() > 1:
         from rehyat_jax.weights.orbax_params import save_arrays
 
@@ -122,12 +129,12 @@ def write_model_checkpoint(directory: Path, model: StreamedModel) -> None:
     _write_description(directory, model.config, model.metadata)
 
 
-def _write_description(directory: Path, config: Any, metadata: dict[str, str]) -> None:
+def _write_description(directory: Path, config: Any, metadata: dict[str, Any]) -> None:
     versions = {"format_version": CURRENT, "architecture": spec_of(config).architecture}
     write_json(directory / MODEL_FILE, {**versions, "config": config.to_dict(), **metadata})
 
 
-def read_model_description(path: Path) -> tuple[Any, dict[str, str]]:
+def read_model_description(path: Path) -> tuple[Any, dict[str, Any]]:
     """(config, metadata, see `StreamedModel`) of a model checkpoint. Raises InputError."""
     if not is_model_checkpoint(path):
         raise InputError(f"{path}: is not a model checkpoint (it has no {MODEL_FILE}); give the directory of one")

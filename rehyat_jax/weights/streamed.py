@@ -8,20 +8,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rehyat_jax.diffusion.solver_options import SolverOptions
 from rehyat_jax.errors import InputError
 
-MODELS_PLACE, NOISE_LEVELS = "models", "noise_levels"
-OPTIONAL = (MODELS_PLACE, NOISE_LEVELS)
-"""Names that a model's metadata may have: the pipeline with the weights of its codec and text encoder, and the noise
-levels that it was trained with, `BY_CHUNK`, or one for all frames."""
+MODELS_PLACE, NOISE_LEVELS, SAMPLING = "models", "noise_levels", "sampling"
+OPTIONAL = (MODELS_PLACE, NOISE_LEVELS, SAMPLING)
+"""Names that a model's metadata may have: the pipeline with the weights of its codec and text encoder; the noise levels
+that it was trained with, `BY_CHUNK`, or one for all frames; and, of a model of few steps, its `SolverOptions`."""
 
 BY_CHUNK = "by_chunk"
 
 
 def check_metadata(metadata: Mapping[str, Any], file: Path) -> None:
-    """Raises InputError, naming the file, unless the values of a model's metadata are names."""
+    """Raises InputError, naming the file, unless a model's metadata are names, and perhaps `SolverOptions`."""
     for name, value in metadata.items():
-        if not isinstance(value, str):
+        if name == SAMPLING:
+            try:
+                SolverOptions.from_json(value)
+            except ValueError as error:
+                raise InputError(f"{file}: {name}: {error}; correct it, or remove it") from error
+        elif not isinstance(value, str):
             raise InputError(f"{file}: {name} should be a name, found {value!r}; correct it")
     if (levels := metadata.get(NOISE_LEVELS, BY_CHUNK)) != BY_CHUNK:
         raise InputError(f"{file}: {NOISE_LEVELS} should be {BY_CHUNK!r}, found {levels!r}; correct it, or remove it")
@@ -57,7 +63,7 @@ class StreamedModel(NamedTuple):
     """
 
     config: Any
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
     params: dict[str, StreamedArray]
 
     @property

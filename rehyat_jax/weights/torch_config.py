@@ -27,7 +27,7 @@ CONFIG_FILE, SIDE_CAR = "config.json", "rehyat.json"
 
 def read_torch_config(
     spec: ModelSpec, folder: Path, inferred: dict[str, Inferred], layout: Layout
-) -> tuple[Any, dict[str, str]]:
+) -> tuple[Any, dict[str, Any]]:
     """The configuration of a PyTorch checkpoint, from its files and its tensors' shapes.
 
     Args:
@@ -55,7 +55,7 @@ def read_torch_config(
     return config_from_json(spec.config, fields, str(side_car if extra else config_file), version), metadata
 
 
-def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, str], layout: Layout) -> None:
+def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, Any], layout: Layout) -> None:
     """Writes config.json in upstream's format, if the layout has one, and rehyat.json for fields it cannot hold.
 
     Raises:
@@ -121,7 +121,7 @@ def _read_upstream(spec: ModelSpec, file: Path, inferred: dict[str, Inferred]) -
     return stated
 
 
-def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], int]:
+def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(fields of the configuration, metadata, format version) of rehyat.json."""
     content = read_json_object(file)
     version = check_version(content.pop("format_version", 1), str(file))
