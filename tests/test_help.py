@@ -32,6 +32,7 @@ COMMANDS = [
     ["evaluate"],
     ["evaluate", "vbench-videos"],
     ["demo.report"],
+    ["demo.drift"],
     ["cost_model.tpu_compile"],
     ["benchmarks.gpu_run.process"],
     *([f"benchmarks.{module.name}"] for module in pkgutil.iter_modules(rehyat_jax.benchmarks.__path__)),
