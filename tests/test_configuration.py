@@ -66,6 +66,10 @@ DEFAULTS = {
     "velocity.teacher": "",
     "velocity.teacher_weight": 0.0,
     "velocity.guidance_scale": 1.0,
+    "few_step.steps": 4,
+    "dmd.score_updates": 5,
+    "dmd.score_rate": 1.0,
+    "consistency.warmup_steps": 1000,
     "lora.rank": 0,
     "lora.alpha": 0.0,
     "lora.targets": ("query", "key", "value", "output"),
@@ -96,7 +100,8 @@ EFFECT_OF = {
     CHANGED: "steps accumulation_steps dtype data.path data.corrupt ema_decay flow_shift timestep_sampling "
     "caption_dropout spike_factor optimizer.learning_rate optimizer.muon_learning_rate optimizer.warmup_steps "
     "optimizer.decay optimizer.weight_decay optimizer.clip_norm distill.loss distill.clip_norm "
-    "velocity.teacher velocity.teacher_weight velocity.guidance_scale",
+    "velocity.teacher velocity.teacher_weight velocity.guidance_scale few_step.steps dmd.score_rate "
+    "consistency.warmup_steps",
 }
 
 

@@ -1,6 +1,7 @@
 """Measurements for the demo's report: attention, velocity, samples and the export to PyTorch."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,19 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.training import distill
 from rehyat_jax.training.setup import calibration_batch, initial_model, open_data
 from rehyat_jax.training.step import Batch
+from rehyat_jax.weights import read_model_metadata
+from rehyat_jax.weights.streamed import SAMPLING
 
 BATCH_SIZE = 16
 EVALUATION_SEED = 1000
 
-SOLVER = dict(steps=25, guidance_scale=3.0, flow_shift=5.0, sampler="unipc")
-"""Options of all samples."""
+SOLVER: dict[str, Any] = dict(steps=25, guidance_scale=3.0, flow_shift=5.0, sampler="unipc")
+"""Options of samples of models that have no solver of their own."""
+
+
+def solver_of(checkpoint: str | Path) -> dict[str, Any]:
+    """The options of samples of a model: those of its checkpoint if it is one of few steps, or `SOLVER`."""
+    return SOLVER | read_model_metadata(checkpoint)[1].get(SAMPLING, {})
 
 
 def held_out_batches(count: int) -> list[tuple[Batch, jax.Array]]:
@@ -66,13 +74,16 @@ def velocity_error(
     return float(mean_over_batches(measure, held_out_batches(count), teacher_params)(params)["error"])
 
 
-def sample_captions(model: WanTransformer, count: int, description: str) -> tuple[np.ndarray, list[str]]:
+def sample_captions(
+    model: WanTransformer, count: int, description: str, solver: dict[str, Any] = SOLVER
+) -> tuple[np.ndarray, list[str]]:
     """Samples every caption equally often, half of the videos from each of two noise seeds.
 
     Args:
       model: teacher or student; the noise is the same for both.
       count: total number of videos, a multiple of 40.
       description: label of the progress bar.
+      solver: options of `generate`.
 
     Returns:
       (videos [count, 21, 24, 24, 3] in [0, 1], their captions).
@@ -83,7 +94,7 @@ def sample_captions(model: WanTransformer, count: int, description: str) -> tupl
     videos = []
     for start in tqdm(range(0, count, 2 * len(CAPTIONS)), desc=description, unit="batch"):
         part = slice(start, start + 2 * len(CAPTIONS))
-        videos.append(generate(model, SpaceToDepth(), WordVectors(), captions[part], noise[part], **SOLVER))
+        videos.append(generate(model, SpaceToDepth(), WordVectors(), captions[part], noise[part], **solver))
     return np.concatenate(videos), captions
 
 

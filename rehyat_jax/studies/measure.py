@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -44,20 +44,27 @@ class Metric:
     lower_is_better: bool
 
 
+class Sampled(NamedTuple):
+    """The videos that are sampled: their number, and the options of the solver."""
+
+    videos: int
+    solver: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """One way to measure a model, whose name is its key in `MEASURES`.
 
     Attributes:
       metrics: its figures by name; the first is the most important.
-      run: (student, teacher, number of videos) -> the figures by name, scalars or, for names that end in `BY_BLOCK`,
-        lists.
+      run: (student, teacher, how videos are sampled) -> the figures by name, scalars or, for names that end in
+        `BY_BLOCK`, lists.
       needs_student: whether it compares a student with its teacher. If not, the teacher itself can be measured.
       needs_frozen_teacher: whether all parameters of the student but its feature maps must be the teacher's.
     """
 
     metrics: dict[str, Metric]
-    run: Callable[[WanTransformer, WanTransformer, int], dict[str, Any]]
+    run: Callable[[WanTransformer, WanTransformer, Sampled], dict[str, Any]]
     needs_student: bool = True
     needs_frozen_teacher: bool = False
 
@@ -69,8 +76,8 @@ def noise_levels() -> ml_collections.ConfigDict:
     return config
 
 
-def _attention_error(student: WanTransformer, teacher: WanTransformer, videos: int) -> dict[str, Any]:
-    del teacher, videos
+def _attention_error(student: WanTransformer, teacher: WanTransformer, sampled: Sampled) -> dict[str, Any]:
+    del teacher, sampled
     if not student.config.hybrid_blocks:
         raise InputError("the model has no hybrid blocks whose attention could be measured; measure another one")
     errors = digits.block_errors(student, noise_levels())
@@ -83,14 +90,15 @@ def _attention_error(student: WanTransformer, teacher: WanTransformer, videos: i
     return means | {names[name] + BY_BLOCK: error.tolist() for name, error in errors.items()}
 
 
-def _velocity_error(student: WanTransformer, teacher: WanTransformer, videos: int) -> dict[str, Any]:
-    del videos
+def _velocity_error(student: WanTransformer, teacher: WanTransformer, sampled: Sampled) -> dict[str, Any]:
+    del sampled
     return {"velocity_error": digits.velocity_error(student, teacher, noise_levels())}
 
 
-def _samples(student: WanTransformer, teacher: WanTransformer, videos: int) -> dict[str, Any]:
+def _samples(student: WanTransformer, teacher: WanTransformer, sampled: Sampled) -> dict[str, Any]:
     del teacher
-    return Judge.fit().score(*digits.sample_captions(student, videos, "sampling"))._asdict()
+    videos = digits.sample_captions(student, sampled.videos, "sampling", sampled.solver)
+    return Judge.fit().score(*videos)._asdict()
 
 
 MEASURES = {
@@ -141,7 +149,7 @@ def measure_model(model: Path, teacher: Path, measures: list[str], videos: int) 
     values: dict[str, Any] = {}
     for name in measures:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        values |= MEASURES[name].run(student, softmax, videos)
+        values |= MEASURES[name].run(student, softmax, Sampled(videos, digits.solver_of(model)))
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise InputError(f"{model}: its {name} is {shown(value)}; look at the losses of its training run")
