@@ -5,7 +5,10 @@
 
 `sample` reads the number of steps, the sampler and the guidance scale of 1 from the model.
 
-Hardware: two CPU cores.
+Hardware: one CPU core, 4 GB of memory, 7.3 seconds a step (measured).
+
+Expectation: 4 steps show the asked-for digit in 97.6% of all frames (one seed, 40 videos), as many as the initial model
+with 25 steps and guidance (docs/few_steps.md).
 """
 
 from rehyat_jax.training.config import default_config
