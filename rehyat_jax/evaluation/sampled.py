@@ -18,6 +18,7 @@ from rehyat_jax.generation.codecs import LATENT_SIZES
 from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.text_encoders import read_prompts
+from rehyat_jax.weights.streamed import SAMPLING
 
 SAMPLES, PICTURE = "samples", "samples.png"
 """The folder of kept samples and their picture, in the folder of an evaluation."""
@@ -48,7 +49,8 @@ class Sampler:
         examples = read_examples(source, options.samples, options.sampling.seed)
         sampling = _of_data_size(options.sampling, sides[STUDENT].metadata["codec"], examples.latents.shape[1:])
         pipelines = {
-            name: Pipeline.from_pretrained(options.models, sampling, student=side.path) for name, side in sides.items()
+            name: Pipeline.from_pretrained(options.models, _with_own_solver(sampling, side), student=side.path)
+            for name, side in sides.items()
         }
         judge = _open_judge(options)
         prompts = _prompts(options, judge)
@@ -83,6 +85,13 @@ class Sampler:
         found.about["prompts"] = len(set(self._prompts))
         found.about["feature_space"] = FEATURE_SPACE
         return found
+
+
+def _with_own_solver(sampling: SamplingOptions, side: Side) -> SamplingOptions:
+    """The options of a side's samples. A model of few steps is sampled with its own solver."""
+    if SAMPLING not in side.metadata:
+        return sampling
+    return dataclasses.replace(sampling, steps=None, guidance_scale=None, flow_shift=None, sampler=None)
 
 
 def _of_data_size(sampling: SamplingOptions, codec: str, shape: tuple[int, ...]) -> SamplingOptions:

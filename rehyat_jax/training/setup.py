@@ -31,7 +31,7 @@ from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.identity import weights_identity
 from rehyat_jax.weights.load import load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA
-from rehyat_jax.weights.streamed import MODELS_PLACE
+from rehyat_jax.weights.streamed import MODELS_PLACE, SAMPLING
 
 
 class InitialModel(NamedTuple):
@@ -169,6 +169,11 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     checkpoint, models = None, None
     if STAGES[config.stage].starts_from_model:
         checkpoint = open_checkpoint(config.init_from)
+        if SAMPLING in checkpoint.metadata:
+            raise InputError(
+                f"config.init_from: {config.init_from} is a model of few steps, which knows the noise levels of its "
+                f"steps alone; give the model that it was made from"
+            )
         loaded, codec, text_encoder = checkpoint.config, *(checkpoint.metadata[name] for name in METADATA)
         models = checkpoint.metadata.get(MODELS_PLACE)
     else:

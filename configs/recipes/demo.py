@@ -1,0 +1,35 @@
+"""The demo's recipe: from the digits teacher to a causal student, all blocks hybrid, and to students of 8 and 4 steps.
+
+    python -m rehyat_jax.recipe configs/recipes/demo.py
+
+Beside the student, exact softmax attention that is causal by chunks is finetuned alike: the floor of its velocity
+error.
+
+Hardware: two CPU cores, 4 GB of memory; about two hours a seed, estimated from the seconds of a step.
+"""
+
+from rehyat_jax.recipes.definition import Recipe, Step
+
+
+def get_recipe():
+    few_steps = lambda steps: {"few_step.steps": steps, "steps": 100}
+    causal_softmax = {"forms": ({"blocks": "all", "kind": "causal_softmax"},)}
+    return Recipe(
+        title="The demo's recipe",
+        teacher="assets/demo_teacher",
+        steps=(
+            Step("distill", "configs/demo_distill.py", changes={"hybrid.linear_window": True}),
+            Step("finetune", "configs/demo_finetune.py"),
+            Step("dmd_8", "configs/demo_dmd.py", changes=few_steps(8)),
+            Step("dmd_4", "configs/demo_dmd.py", start="finetune", changes=few_steps(4)),
+            Step("floor", "configs/demo_finetune.py", start="", changes=causal_softmax),
+        ),
+        results={
+            "student": "finetune",
+            "student_8_steps": "dmd_8",
+            "student_4_steps": "dmd_4",
+            "causal_softmax": "floor",
+        },
+        evaluation=("--data", "digits", "--samples", "480", "--batch", "40", "--guidance-scale", "3"),
+        seeds=(0, 1, 2),
+    )
