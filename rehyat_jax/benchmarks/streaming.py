@@ -2,7 +2,7 @@
 
 With --topology: compiles the programs of Wan2.1 1.3B, all blocks causal hybrid, 480x832, bfloat16, one video with
 guidance, for one chip, and prints their peak memory and cycles. No TPU is needed. All parts of a video except the last
-run one program, and equal programs are compiled once.
+run one program, and equal programs are compiled once. The programs of sampling chunk by chunk follow.
 
 Without: samples videos of the tiny preset on this machine's CPU. The arrays of JAX, weights included, are all that a
 device would hold. The rise of resident memory, in a process of its own, includes the latents of the complete video,
@@ -31,6 +31,7 @@ from rehyat_jax.cost_model.static_cycles import StaticProgram
 from rehyat_jax.cost_model.tpu_compile import check_libtpu, compiled_for_tpu
 from rehyat_jax.diffusion.samplers import Coefficients, SolverState, coefficient_table, solver_step
 from rehyat_jax.diffusion.sigma_grid import wan_grid
+from rehyat_jax.generation.chunks import chunk_state, chunk_step
 from rehyat_jax.generation.generate import generate_latents
 from rehyat_jax.generation.guidance import guided_velocity
 from rehyat_jax.generation.noise import host_noise
@@ -49,7 +50,8 @@ def lowered(devices: Sequence[jax.Device], *, frames: int, kind: str) -> jax.sta
     Args:
       devices: the first one is used.
       frames: of the part, or of the complete video.
-      kind: "part", "last part", or "one pass" for the complete video at once.
+      kind: "part", "last part", or "one pass" for the complete video at once; "chunk" for a step of a chunk that is
+        sampled by itself, and "state" for the evaluation that follows its last step.
     """
     config = WAN_PRESETS["t2v-1.3B"].replace(hybrid_blocks="all", hybrid=HybridConfig())
     dtypes = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -78,6 +80,10 @@ def lowered(devices: Sequence[jax.Device], *, frames: int, kind: str) -> jax.sta
         tokens = LATENTS[0] * LATENTS[1] // 4
         states = jax.eval_shape(functools.partial(initial_states, config, 2, tokens, jnp.bfloat16))
         positions = part_positions(0, frames, config.head_dim)
+        if kind == "chunk":
+            return chunk_step.lower(graphdef, *place((params, states, history, step, positions, conditions)))
+        if kind == "state":
+            return chunk_state.lower(graphdef, *place((params, states, history.latents, positions, conditions)))
         arguments = place((params, states, history, step, positions, conditions))
         return part_step.lower(graphdef, kind == "last part", *arguments)
 
@@ -108,6 +114,12 @@ def print_static(topology: str, lengths: Sequence[int]) -> None:
     print(
         f"\n{first} latent frames in one pass: {peak / 1e9:.3f} GB, {cycles / 1e6:,.1f} M cycles; streaming runs at "
         f"{cycles / totals[first]:.1%} of its speed"
+    )
+    chunk_frames = HybridConfig().chunk_frames
+    (peak, cycles), (_, of_state) = (static_figures(topology, chunk_frames, kind) for kind in ("chunk", "state"))
+    print(
+        f"Chunk by chunk: {peak / 1e9:.3f} GB, {cycles / 1e6:,.1f} M cycles for a step of a chunk of {chunk_frames} "
+        f"frames, and {of_state / 1e6:,.1f} M for its state"
     )
 
 
