@@ -29,6 +29,7 @@ COMMANDS = [
     ["surgery"],
     ["selection.measure"],
     ["compare"],
+    ["recipe"],
     ["evaluate"],
     ["evaluate", "vbench-videos"],
     ["demo.report"],
