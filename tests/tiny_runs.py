@@ -1,5 +1,7 @@
 """The smallest transformers, batches and training runs that tests use."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,16 @@ TINY = WanConfig(
 )
 
 
+@functools.cache
+def abstract_model(config, **options):
+    """(graph definition, shapes of the parameters)."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **options)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
 def tiny_model(config=TINY, **options):
     """(graph definition, parameters), with gates, norms and head away from zero so that every path matters."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **options)))
+    graphdef, shapes = abstract_model(config, **options)
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -26,7 +35,7 @@ def tiny_model(config=TINY, **options):
             return noise / np.sqrt(leaf.shape[-2])
         return (path[-1].key == "scale") + 0.1 * noise
 
-    return graphdef, jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(state)))
+    return graphdef, jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 def tiny_batch(batch=2, frames=5, config=TINY):
