@@ -1,6 +1,10 @@
 """The smallest transformers, batches and training runs that tests use."""
 
+import atexit
 import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +64,21 @@ def tiny_config(stage, **changes):
     return config
 
 
-def pretrained(tmp_path, num_layers=2):
-    """A model checkpoint for the digits: the tiny preset with random weights."""
+@functools.cache
+def saved_once(num_layers):
+    """The checkpoint of `pretrained` in a folder that lasts as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="rehyat_jax_teacher_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = WAN_PRESETS["tiny"].replace(num_layers=num_layers, ffn_dim=64, num_heads=1, head_dim=24)
     _, params = tiny_model(config)
-    save_model(tmp_path / "teacher", config, params, codec="space_to_depth", text_encoder="word_vectors")
+    save_model(folder / "teacher", config, params, codec="space_to_depth", text_encoder="word_vectors")
+    return folder / "teacher"
+
+
+def pretrained(tmp_path, num_layers=2):
+    """A model checkpoint for the digits: the tiny preset with random weights."""
+    shutil.rmtree(tmp_path / "teacher", ignore_errors=True)
+    shutil.copytree(saved_once(num_layers), tmp_path / "teacher")
     return str(tmp_path / "teacher")
 
 
