@@ -114,13 +114,15 @@ def single(tmp_path_factory):
 
 def test_a_distillation_on_many_devices_is_that_on_one(single, tmp_path):
     config, expected = single["distill"]
+    config = config.copy_and_resolve_references()
+    config.data.workers = 0  # a worker process takes seconds to start
     run(config, tmp_path / "run", (1, 2, 2, 2))
     assert_same_run(tmp_path / "run", expected)
 
 
 def test_several_updates_of_a_batch_on_many_devices_are_those_on_one(single, tmp_path):
     config = single["distill"][0].copy_and_resolve_references()
-    config.forms = ()
+    config.forms, config.data.workers = (), 0
     config.optimizer.clip_norm, config.optimizer.warmup_steps, config.steps = 0.0, 1, 2
     config.distill.updates_per_batch, config.distill.clip_norm, config.distill.loss = 2, 0.1, "energy_l2"
     for name, sizes in (("one", (1, 1, 1, 1)), ("many", (1, 2, 2, 2))):

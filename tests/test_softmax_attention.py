@@ -122,8 +122,12 @@ def count_kernels(compiled):
     return sum("heads_first" not in name and "tokens_first" not in name for name in calls)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("keys", [21 * TOKENS_PER_FRAME, WAN.text_length], ids=["self", "text"])
+# Attention to the text is the same kernels with shorter blocks of keys, so the chip with the least VMEM stands for all.
+@pytest.mark.parametrize(
+    "topology, keys",
+    [*((topology, 21 * TOKENS_PER_FRAME) for topology in TOPOLOGIES), ("v5e:2x2", WAN.text_length)],
+    ids=[*TOPOLOGIES, "text"],
+)
 def test_on_tpus_wan_attention_is_a_forward_and_a_backward_kernel_and_no_branch(topology, keys):
     compiled = compiled_gradient(topology, 21 * TOKENS_PER_FRAME, keys)
     assert count_kernels(compiled) == 2

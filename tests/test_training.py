@@ -550,35 +550,41 @@ def losses_of(log):
     return [[entry["step"], np.float32(entry["loss"])] for entry in log]
 
 
-def test_distillation_changes_the_feature_maps_alone(tmp_path):
-    config = digits_config(tmp_path, "distill")
-    teacher, (student_wan, student, metadata) = (
-        load_params(config.init_from)[1],
-        load_params(train(config, tmp_path / "run")),
-    )
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """(configuration, resulting model, {step: line of the log}) of a run of stage 1 with evaluators."""
+    folder = tmp_path_factory.mktemp("distilled")
+    changes = {"steps": 40, "checkpoint_every": 20, "optimizer.learning_rate": 1e-2}
+    config = digits_config(folder, "distill", **changes)
+    config.evals = ({"type": "attention_error", "every": 20}, {"type": "flow_loss", "every": 40, "name": "held_out"})
+    model = train(config, folder / "run")
+    return config, model, {line["step"]: line for line in map(json.loads, (folder / "run" / "metrics.jsonl").open())}
+
+
+def test_distillation_changes_the_feature_maps_alone(distilled):
+    config, model, _ = distilled
+    teacher, (student_wan, student, metadata) = load_params(config.init_from)[1], load_params(model)
     assert student_wan.hybrid_blocks == "all" and metadata["codec"] == "space_to_depth"
     del student["feature_maps"]
     jax.tree.map(np.testing.assert_array_equal, student, teacher)
 
 
-def test_distillation_lowers_every_block_s_error(tmp_path):
-    config = digits_config(tmp_path, "distill", steps=40, **{"optimizer.learning_rate": 1e-2})
-    train(config, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    errors = np.array([line["relative_error"] for line in lines])
+def test_distillation_lowers_every_block_s_error(distilled):
+    errors = np.array([line["relative_error"] for line in distilled[2].values()])
+    assert len(errors) == 40
     assert (errors[-10:].mean(0) < 0.9 * errors[0]).all()
 
 
-def test_finetuning_may_keep_some_of_the_distilled_blocks(tmp_path):
-    config = digits_config(tmp_path, "distill")
-    _, distilled, _ = load_params(distilled_path := train(config, tmp_path / "distill"))
-    finetuning = digits_config(tmp_path, "finetune", init_from=str(distilled_path))
-    finetuning.hybrid = config.hybrid
-    finetuning.hybrid.blocks = (1,)
+def test_finetuning_may_keep_some_of_the_distilled_blocks(distilled, tmp_path):
+    config, path, _ = distilled
+    trained = load_params(path)[1]["feature_maps"]
+    finetuning = digits_config(tmp_path, "finetune", init_from=str(path))
+    finetuning.hybrid.blocks, finetuning.hybrid.chunk_frames = (1,), config.hybrid.chunk_frames
+    finetuning.hybrid.feature_map.features = config.hybrid.feature_map.features
     model = on_one_device(initial_model, finetuning)
     assert model.config.hybrid_blocks == (1,) and not model.fresh_feature_maps
     maps = model.params["feature_maps"]
-    jax.tree.map(lambda kept, all_: np.testing.assert_array_equal(kept[0], all_[1]), maps, distilled["feature_maps"])
+    jax.tree.map(lambda kept, all_: np.testing.assert_array_equal(kept[0], all_[1]), maps, trained)
 
     finetuning.hybrid.chunk_frames = 3
     with pytest.raises(InputError, match="chunk_frames=3"):
@@ -689,17 +695,14 @@ def test_shipped_configurations_can_be_run(path):
     assert "python -m rehyat_jax.train --config configs/" + path.name in path.read_text()
 
 
-def test_evaluators_log_their_figures_next_to_the_metrics(tmp_path):
-    config = digits_config(tmp_path, "distill")
-    config.evals = ({"type": "attention_error", "every": 3}, {"type": "flow_loss", "every": 6, "name": "held_out"})
-    train(config, tmp_path / "run")
-    lines = {line["step"]: line for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())}
-    assert [step for step, line in lines.items() if "attention_error/hybrid" in line] == [3, 6]
-    assert [step for step, line in lines.items() if "held_out/loss" in line] == [6]
+def test_evaluators_log_their_figures_next_to_the_metrics(distilled):
+    lines = distilled[2]
+    assert [step for step, line in lines.items() if "attention_error/hybrid" in line] == [20, 40]
+    assert [step for step, line in lines.items() if "held_out/loss" in line] == [40]
     # Per hybrid block, on the same batch and noise: what stage 1 lowers.
-    assert len(lines[6]["attention_error/hybrid"]) == 2
-    assert np.mean(lines[6]["attention_error/hybrid"]) < np.mean(lines[3]["attention_error/hybrid"])
-    assert lines[3]["attention_error/exact"] == lines[6]["attention_error/exact"]
+    assert len(lines[40]["attention_error/hybrid"]) == 2
+    assert np.mean(lines[40]["attention_error/hybrid"]) < np.mean(lines[20]["attention_error/hybrid"])
+    assert lines[20]["attention_error/exact"] == lines[40]["attention_error/exact"]
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,11 @@ def mesh_of(*sizes):
 # Neither 2 rows nor 2 columns of devices divide 5x3 latents, and 4 devices divide neither the batch nor 5 rows.
 @pytest.mark.parametrize("sizes", [(1, 1, 2, 2), (1, 4, 1, 1)], ids=str)
 def test_devices_together_give_the_frames_and_latents_of_one(small, sizes):
-    latents, video = random_latents(2, 3, 5, 3), random_video(9, 20, 12)
+    latents, video = random_latents(2, 4, 5, 3), random_video(9, 20, 12)
     expected = small.decode(latents), small.encode(video)
     with jax.set_mesh(mesh_of(*sizes)):
-        first, state = small.decode_chunk(latents[:, :1])
-        second, _ = small.decode_chunk(latents[:, 1:], state)
+        first, state = small.decode_chunk(latents[:, :2])
+        second, _ = small.decode_chunk(latents[:, 2:], state)  # by the same program
         found = np.concatenate([first, second], axis=1), small.encode(video)
         whole = small.decode(latents, whole=True), small.encode(video, whole=True)
     for ours, theirs in zip((*found, *whole), (*expected, *expected), strict=True):

@@ -1,5 +1,11 @@
 """The smallest transformers, batches and training runs that tests use."""
 
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +21,16 @@ TINY = WanConfig(
 )
 
 
+@functools.cache
+def abstract_model(config, **options):
+    """(graph definition, shapes of the parameters)."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **options)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
 def tiny_model(config=TINY, **options):
     """(graph definition, parameters), with gates, norms and head away from zero so that every path matters."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **options)))
+    graphdef, shapes = abstract_model(config, **options)
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -26,7 +39,7 @@ def tiny_model(config=TINY, **options):
             return noise / np.sqrt(leaf.shape[-2])
         return (path[-1].key == "scale") + 0.1 * noise
 
-    return graphdef, jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(state)))
+    return graphdef, jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 def tiny_batch(batch=2, frames=5, config=TINY):
@@ -51,11 +64,21 @@ def tiny_config(stage, **changes):
     return config
 
 
-def pretrained(tmp_path, num_layers=2):
-    """A model checkpoint for the digits: the tiny preset with random weights."""
+@functools.cache
+def saved_once(num_layers):
+    """The checkpoint of `pretrained` in a folder that lasts as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="rehyat_jax_teacher_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = WAN_PRESETS["tiny"].replace(num_layers=num_layers, ffn_dim=64, num_heads=1, head_dim=24)
     _, params = tiny_model(config)
-    save_model(tmp_path / "teacher", config, params, codec="space_to_depth", text_encoder="word_vectors")
+    save_model(folder / "teacher", config, params, codec="space_to_depth", text_encoder="word_vectors")
+    return folder / "teacher"
+
+
+def pretrained(tmp_path, num_layers=2):
+    """A model checkpoint for the digits: the tiny preset with random weights."""
+    shutil.rmtree(tmp_path / "teacher", ignore_errors=True)
+    shutil.copytree(saved_once(num_layers), tmp_path / "teacher")
     return str(tmp_path / "teacher")
 
 

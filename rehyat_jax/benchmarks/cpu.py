@@ -164,22 +164,23 @@ def save_plot(path: Path, points: list[Measurement]) -> None:
         figure.savefig(temporary, format="png")
 
 
-def keep_compiled_programs(folder: str | None) -> None:
-    """Makes XLA store its compiled programs in `folder` and read them from there; None ends this."""
+def keep_compiled_programs(folder: str | None, least_seconds: float = 0.0) -> None:
+    """Makes XLA store programs that took so long to compile in `folder`, and read them from there; None ends this."""
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0 if folder else 1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     compilation_cache.reset_cache()  # otherwise an earlier setting would stay
 
 
 @contextlib.contextmanager
 def shared_programs() -> Iterator[str]:
     """A temporary folder through which processes share compiled programs, because they compile the same ones."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     with tempfile.TemporaryDirectory(prefix="programs-") as folder:
         keep_compiled_programs(folder)
         try:
             yield folder
         finally:
-            keep_compiled_programs(None)
+            keep_compiled_programs(*before)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.stages import STAGES, lora_config
 from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.identity import weights_identity
-from rehyat_jax.weights.load import load_sharded, open_checkpoint
+from rehyat_jax.weights.load import abstract_module, load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA
 from rehyat_jax.weights.streamed import MODELS_PLACE, SAMPLING
 
@@ -136,11 +136,9 @@ def _with_forms(loaded: WanConfig, config: ml_collections.ConfigDict) -> WanConf
     return loaded.replace(hybrid_blocks="all" if is_whole else tuple(converted), hybrid=tuple(converted.values()))
 
 
-def build_model(wan: WanConfig, config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> WanTransformer:
-    """A transformer with the configured dtype, remat policy, attention implementation and adapters."""
-    return WanTransformer(
-        wan,
-        rngs=rngs,
+def _model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The configured dtype, remat policy, attention implementation and adapters, as `WanTransformer` takes them."""
+    return dict(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         attention_implementation=config.attention_implementation or None,
@@ -152,7 +150,7 @@ def abstract_model(
     wan: WanConfig, config: ml_collections.ConfigDict
 ) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
     """(graph definition, shapes of the parameters, their PartitionSpecs); allocates no parameters."""
-    model_def, abstract = nnx.split(nnx.eval_shape(lambda: build_model(wan, config, nnx.Rngs(0))))
+    model_def, abstract = nnx.split(abstract_module(wan, **_model_options(config)))
     return model_def, nnx.to_pure_dict(abstract), param_specs(abstract)
 
 
@@ -189,7 +187,9 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
     if not with_values:
         params = abstract_arrays(abstract, placed)
         return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)
-    create = lambda: nnx.to_pure_dict(nnx.state(build_model(wan, config, nnx.Rngs(params=key))))
+    create = lambda: nnx.to_pure_dict(
+        nnx.state(WanTransformer(wan, rngs=nnx.Rngs(params=key), **_model_options(config)))
+    )
     if checkpoint is None:
         params = jax.jit(create, out_shardings=placed)()
         return InitialModel(model_def, wan, params, specs, fresh_feature_maps, codec, text_encoder, models)

@@ -101,6 +101,7 @@ def accumulate(grad_fn: GradFn, parts: int) -> GradFn:
     first_of = lambda batches: jax.tree.map(lambda x: x[0], batches)
     if parts == 1:
         return lambda params, context, batches, key: grad_fn(params, context, first_of(batches), key)
+    grad_fn = jax.jit(grad_fn, inline=True)  # traced once, for its shapes and for the scan
 
     def accumulated(params: Params, context: Context, batches: Batch, key: jax.Array) -> tuple[Metrics, Params]:
         zeros = jax.tree.map(

@@ -126,8 +126,9 @@ def load_module(
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params, sep="."))
 
 
+@functools.cache
 def abstract_module(config: Any, **options: Any) -> Any:
-    """The module of a configuration with shapes in place of parameters.
+    """The module of a configuration with shapes in place of parameters; equal calls give the same one, to be split.
 
     Args:
       config: configuration of any model in `weights.models`.
