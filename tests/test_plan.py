@@ -197,6 +197,13 @@ def test_the_choice_of_a_form_counts_by_its_share_of_the_blocks():
     assert {branch.number: share for branch, share in shares.items()} == {0: Fraction(3, 4), 1: Fraction(1, 4)}
 
 
+def test_half_of_the_steps_that_dmd_may_simulate_count():
+    steps = [Branch("cond", number, 2, "while/body/simulated_step/cond") for number in range(2)]
+    operations = [(Operation(str(n), "", "fusion", "", 6, (branch,)), 100 * n) for n, branch in enumerate(steps)]
+    shares = branch_shares(operations, shares_of_forms(SMALL))
+    assert [weighted(operation, shares).executions for operation, _ in operations] == [3, 3]
+
+
 def test_of_a_choice_by_place_the_largest_branch_counts():
     place = [Branch("switch", number, 3, "attention_form/branch_1_fun/shard_map/cond") for number in range(3)]
     block = Branch("cond", 1, 2, "while/attention_form/cond")

@@ -14,6 +14,7 @@ from rehyat_jax.cost_model.static_cycles import ProgramCost, StaticProgram, assu
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError
 from rehyat_jax.models.hybrid import FORM_SWITCH
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.training.dmd import SIMULATED_STEP
 
 STALLS = 1.5
 """Factor of the static cycles, which include no stalls, at the slow end of a step's time. An assumption: nothing here
@@ -176,8 +177,8 @@ def shares_of_forms(wan: WanConfig | None) -> ShareOf:
     """The shares in which the branches of a program's conditionals run.
 
     A block chooses its form once, and the branches of that conditional are the model's forms in their order. Its name
-    scope identifies it. For any other conditional the largest branch counts: inside `shard_map`, devices may choose
-    differently, and the slowest one decides.
+    scope identifies it, as it does the steps that stage "dmd" simulates or leaves out. For any other conditional the
+    largest branch counts: inside `shard_map`, devices may choose differently, and the slowest one decides.
     """
     if wan is None:
         return lambda branch: None
@@ -185,6 +186,8 @@ def shares_of_forms(wan: WanConfig | None) -> ShareOf:
     blocks_of_form = [forms.indices.count(index) for index in range(len(forms.forms))]
 
     def share(branch: Branch) -> Fraction | None:
+        if _IS_SIMULATED_STEP.search(branch.source):
+            return Fraction(1, 2)
         if not _IS_FORM_SWITCH.search(branch.source) or branch.count != len(blocks_of_form):
             return None
         return Fraction(blocks_of_form[branch.number], wan.num_layers)
@@ -192,6 +195,7 @@ def shares_of_forms(wan: WanConfig | None) -> ShareOf:
     return share
 
 
+_IS_SIMULATED_STEP = re.compile(rf"\b{SIMULATED_STEP}\)*/cond$")
 _IS_FORM_SWITCH = re.compile(rf"\b{FORM_SWITCH}\)*/cond$")
 
 

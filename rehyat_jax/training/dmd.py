@@ -32,6 +32,9 @@ from rehyat_jax.training.velocity import make_teacher
 
 GENERATOR, FAKE_SCORE = "generator", "fake_score"
 
+SIMULATED_STEP = "simulated_step"
+"""Name scope of the conditional in `simulate`: half of its executions evaluate the generator, on average."""
+
 SCORED_SIGMAS = (0.02, 0.98)
 """Least and largest noise level at which the scores are compared, as in DMD2."""
 
@@ -89,10 +92,13 @@ def simulate(
         velocity = apply(params, latents, jnp.full(shape[0], timesteps[step]), text)
         return flow.predict_clean(latents, velocity, sigmas[step])
 
-    def advance(step: jax.Array, latents: jax.Array) -> jax.Array:
-        return flow.add_noise(clean(step, latents), noise(step + 1), sigmas[step + 1])
+    def advance(latents: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+        further = lambda: flow.add_noise(clean(step, latents), noise(step + 1), sigmas[step + 1])
+        with jax.named_scope(SIMULATED_STEP):
+            return jax.lax.cond(step < last, further, lambda: latents), None
 
-    latents = jax.lax.fori_loop(0, last, advance, noise(0))
+    # A fixed number of steps, of which the last ones do nothing: `rehyat_jax.plan` knows what such a loop costs.
+    latents, _ = jax.lax.scan(advance, noise(0), jnp.arange(steps - 1))
     return latents, sigmas[last], timesteps[last], clean(last, latents)
 
 
