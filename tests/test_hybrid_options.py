@@ -11,7 +11,13 @@ from attention_oracles import F64, STABILIZERS, TPU_F32, assert_close, attention
 from dense_flash import dense_cudnn
 from test_mesh_attention import mesh_of, padded
 
-from rehyat_jax.attention import InlineFeatures, hybrid_attention, hybrid_attention_weights
+from rehyat_jax.attention import (
+    HybridState,
+    InlineFeatures,
+    hybrid_attention,
+    hybrid_attention_weights,
+    hybrid_key_sums,
+)
 from rehyat_jax.attention.features.inline import identity
 from rehyat_jax.attention.on_mesh import hybrid_attention_on_mesh
 
@@ -132,6 +138,16 @@ def test_a_video_continued_from_its_state_equals_one_call(implementation, name):
     assert_close(jnp.concatenate(outputs, axis=1), complete, F64)
 
 
+def test_a_state_of_zeros_begins_a_video_with_a_linear_window():
+    arrays = make_arrays(3, 2, dtype=np.float32)
+    sizes = dict(tokens_per_frame=2, overlap_frames=1, chunk_frames=3, stabilizer="joint", linear_window=True)
+    start = HybridState.zeros(1, 2, 4, 6, **sizes)
+    call = attention((3, 2, 3, 1), True, "joint", "scan", linear_window=True, return_state=True)
+    output, state = call(*arrays, initial_state=start)
+    np.testing.assert_array_equal(output, call(*arrays)[0])
+    assert jax.tree.structure(state) == jax.tree.structure(start)
+
+
 @pytest.mark.parametrize(
     "implementation, sizes, causal, name",
     [
@@ -178,7 +194,6 @@ def test_devices_together_give_the_definitions_results(implementation, sizes, ca
         ({"anchor_frames": 1.5}, "anchor_frames must be an integer"),
         ({"log_decay": np.zeros(3)}, r"log_decay must be \[heads\] = \[2\], found shape \[3\]"),
         ({"linear_window": True, "log_decay": np.zeros(2)}, "linear_window and log_decay: expected one of them"),
-        ({"linear_window": True, "implementation": "pallas_tpu"}, 'cannot do this: .*implementation="xla"'),
         ({"branch_gate": 0.5}, r"branch_gate must be \[heads\] = \[2\], found shape \[\]"),
     ],
 )
@@ -196,28 +211,39 @@ KERNEL_SIZES = dict(head_dim=64, features=128)
 def kernel_case(form, options, causal, implementation, groups=None, dtype=np.float32, features=128):
     """Output and gradients, also of the gains of queries and keys, of one call or of calls on groups of frames.
 
-    Without features, there is only the window.
+    Without features, there is only the window. `options` that are arrays are differentiated too.
     """
     gains = np.random.default_rng(3).uniform(0.5, 2, (2, 1, form[0] * form[1], 2))
     arrays = make_arrays(*form[:2], dtype=dtype, **KERNEL_SIZES)
     arrays = (*arrays[:3], *(phi[..., :features] for phi in arrays[3:]), *map(jnp.asarray, gains.astype(dtype)))
-    per_head = {name: jnp.asarray(array, dtype) for name, array in options.items()}
+    per_head = {name: jnp.asarray(x, dtype) for name, x in options.items() if isinstance(x, np.ndarray)}
+    fixed = {"stabilizer": "joint", "anchor_frames": (*form, 0)[4]}
+    fixed |= {name: x for name, x in options.items() if name not in per_head}
 
     def attend(query, key, value, phi_query, phi_key, query_gain, key_gain, per_head):
         outputs, state = [], None
         for start, stop in groups or [(0, form[0])]:
             part = slice(start * form[1], stop * form[1])
-            call = attention(form[:4], causal, "joint", implementation, anchor_frames=(*form, 0)[4], **per_head)
+            call = attention(form[:4], causal, implementation=implementation, **fixed, **per_head)
             tokens = (x[:, part] for x in (query, key, value))
-            phis = (
-                InlineFeatures(phi[:, part], (), identity, gain[:, part])
-                for phi, gain in ((phi_query, query_gain), (phi_key, key_gain))
-            )
-            if groups is None or stop == form[0]:
-                outputs.append(call(*tokens, *phis, **({} if groups is None else {"initial_state": state})))
-            else:
-                output, state = call(*tokens, *phis, initial_state=state, return_state=True)
-                outputs.append(output)
+            features = lambda phi, gain, part: InlineFeatures(phi[:, part], (), identity, gain[:, part])
+            phis = features(phi_query, query_gain, part), features(phi_key, key_gain, part)
+            parts = {}
+            if groups is not None:
+                parts = {"initial_state": state, "return_state": stop < form[0]}
+                if not causal:
+                    rest = slice(stop * form[1], None) if stop < form[0] else part
+                    later = hybrid_key_sums(
+                        *(x[:, rest] for x in (key, value)),
+                        features(phi_key, key_gain if stop < form[0] else 0 * key_gain, rest),
+                        tokens_per_frame=form[1],
+                        implementation=implementation,
+                    )
+                    parts["later"] = later
+            output = call(*tokens, *phis, **parts)
+            if parts.get("return_state"):
+                output, state = output
+            outputs.append(output)
         return jnp.concatenate(outputs, axis=1)
 
     cotangent = np.random.default_rng(9).normal(size=arrays[0].shape)
@@ -243,6 +269,12 @@ def kernel_case(form, options, causal, implementation, groups=None, dtype=np.flo
         ((7, 8, 2, 1), {"branch_gate": GATE}, True, [(0, 2), (2, 6), (6, 7)], 128),
         ((7, 9, 3, 1), {}, True, None, 0),
         ((7, 8, 2, 1, 1), {}, True, [(0, 2), (2, 6), (6, 7)], 0),
+        ((7, 9, 3, 1), {"linear_window": True, "stabilizer": "row_max"}, True, None, 128),
+        ((7, 8, 2, 1, 2), {"linear_window": True}, False, None, 128),
+        ((7, 8, 2, 1), {"linear_window": True}, True, [(0, 4), (4, 7)], 128),
+        ((6, 8, 2, 2, 1), {"linear_window": True}, True, [(0, 2), (2, 6)], 128),  # the overlap is a complete chunk
+        ((4, 8, 1, 0), {"linear_window": True, "stabilizer": "row_max"}, False, [(0, 2), (2, 4)], 128),
+        ((5, 8, 2, 1), {"linear_window": True, "branch_gate": GATE}, True, None, 128),
     ],
     ids=[
         "gains",
@@ -255,6 +287,12 @@ def kernel_case(form, options, causal, implementation, groups=None, dtype=np.flo
         "branches in parts",
         "window",
         "window in parts",
+        "linear window",
+        "linear window, anchors, both directions",
+        "linear window in parts",
+        "linear window, anchors, in parts with all of a chunk as overlap",
+        "linear window in parts without overlap, both directions",
+        "linear window, branches",
     ],
 )
 def test_the_tpu_kernels_take_all_options(form, options, causal, groups, features):
@@ -268,26 +306,37 @@ def test_the_tpu_kernels_take_all_options(form, options, causal, groups, feature
     assert_close(found, expected, TPU_F32)
 
 
-def test_the_tpu_kernels_take_anchors_and_decay_on_a_mesh():
+@pytest.mark.parametrize(
+    "causal, options, per_head",
+    [
+        (False, {"anchor_frames": 1}, {"log_decay": LOG_DECAY}),
+        (True, {"linear_window": True}, {}),  # the last device's padding is in the window of its last chunk
+        (False, {"linear_window": True, "anchor_frames": 1}, {}),
+    ],
+    ids=str,
+)
+def test_the_tpu_kernels_take_options_on_a_mesh(causal, options, per_head):
     form = (7, 8, 2, 1)
     arrays = make_arrays(*form[:2], dtype=np.float32, **KERNEL_SIZES)
 
     def attend(*arrays):
-        *tokens, log_decay = arrays
-        options = dict(zip(("tokens_per_frame", "chunk_frames", "overlap_frames"), form[1:], strict=True))
-        options |= dict(num_frames=form[0], log_decay=log_decay, implementation="pallas_tpu", causal=False)
-        options |= dict(anchor_frames=1)
-        output = hybrid_attention_on_mesh(*(padded(array, form, 2) for array in tokens), **options)
+        sizes = dict(zip(("tokens_per_frame", "chunk_frames", "overlap_frames"), form[1:], strict=True))
+        sizes |= dict(num_frames=form[0], implementation="pallas_tpu", causal=causal)
+        given = dict(zip(per_head, arrays[5:], strict=True))
+        tokens = [padded(array, form, 2) for array in arrays[:3]]
+        phis = [1 + padded(phi - 1, form, 2) for phi in arrays[3:5]]  # a map's features of padding are not zero
+        output = hybrid_attention_on_mesh(*tokens, *phis, **sizes, **options, **given)
         return output[:, : form[0] * form[1]]
 
     def dense(*arrays):
-        return attention(form, False, "row_max", log_decay=arrays[-1], anchor_frames=1)(*arrays[:-1])
+        given = dict(zip(per_head, arrays[5:], strict=True))
+        return attention(form, causal, "row_max", **options, **given)(*arrays[:5])
 
     with jax.enable_x64(True):
-        wide = [jnp.asarray(array, jnp.float64) for array in (*arrays, LOG_DECAY)]
+        wide = [jnp.asarray(array, jnp.float64) for array in (*arrays, *per_head.values())]
         expected = results(dense, wide)
     with jax.set_mesh(mesh_of((1, 1, 2, 1))), tpu_kernels_as_xla():
-        found = results(attend, (*arrays, jnp.asarray(LOG_DECAY, jnp.float32)))
+        found = results(attend, (*arrays, *(jnp.asarray(array, jnp.float32) for array in per_head.values())))
     assert_close(found, expected, TPU_F32)
 
 

@@ -243,7 +243,7 @@ def test_the_detector_would_see_a_race(simulated, capfd, monkeypatch):
 MLP, HEDGEHOG = FeatureMapConfig(), FeatureMapConfig(kind="hedgehog")
 
 
-def layer(tokens_per_frame, preset, stabilizer, frames, feature_map):
+def layer(tokens_per_frame, preset, stabilizer, frames, feature_map, linear_window):
     """(query, key, value, maps' parameters) -> output at a published model's width; and such arguments, abstract."""
     config = WAN_PRESETS[preset]
     make = lambda: tuple(
@@ -261,6 +261,7 @@ def layer(tokens_per_frame, preset, stabilizer, frames, feature_map):
             chunk_frames=3,
             overlap_frames=1,
             stabilizer=stabilizer,
+            linear_window=linear_window,
         )
 
     shape = (1, frames * tokens_per_frame, config.num_heads, config.head_dim)
@@ -275,19 +276,19 @@ def gradients(attend, argnums):
 # Tiles of scores depend on the width of matrix units. v5e and v5p have 128 columns and the least VMEM, of which float32
 # takes twice as much. tpu7x has tiles of 16 tokens in memory, which divide 6 frames of 1560 tokens, but no frame.
 @pytest.mark.parametrize(
-    "preset, frames, tokens_per_frame, dtype, stabilizer, feature_map, topology",
+    "preset, frames, tokens_per_frame, dtype, stabilizer, feature_map, linear_window, topology",
     [
-        ("t2v-1.3B", 7, 3600, jnp.float32, "row_max", HEDGEHOG, "v5e:2x2"),
-        ("t2v-14B", 7, 3600, jnp.bfloat16, "joint", MLP, "v5p:2x2x1"),
-        ("t2v-1.3B", 7, 1560, jnp.bfloat16, "row_max", MLP, "v6e:2x2"),
-        ("t2v-1.3B", 6, 1560, jnp.bfloat16, "joint", MLP, "tpu7x:2x2x1"),
+        ("t2v-1.3B", 7, 3600, jnp.float32, "row_max", HEDGEHOG, True, "v5e:2x2"),
+        ("t2v-14B", 7, 3600, jnp.bfloat16, "joint", MLP, False, "v5p:2x2x1"),
+        ("t2v-1.3B", 7, 1560, jnp.bfloat16, "row_max", MLP, False, "v6e:2x2"),
+        ("t2v-1.3B", 6, 1560, jnp.bfloat16, "joint", MLP, False, "tpu7x:2x2x1"),
     ],
     ids=lambda value: getattr(value, "kind", getattr(value, "__name__", None)),
 )
 def test_wan_layers_compile_for_tpus_in_their_default_vmem(
-    topology, preset, frames, tokens_per_frame, dtype, stabilizer, feature_map, for_tpu
+    topology, preset, frames, tokens_per_frame, dtype, stabilizer, feature_map, linear_window, for_tpu
 ):
-    attend, shape, parameters = layer(tokens_per_frame, preset, stabilizer, frames, feature_map)
+    attend, shape, parameters = layer(tokens_per_frame, preset, stabilizer, frames, feature_map, linear_window)
     array = jax.ShapeDtypeStruct(shape, dtype)
     compiled = compiled_for_tpu(
         topology, gradients(attend, (0, 1, 2, 3)), array, array, array, parameters, quickly=True

@@ -70,6 +70,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid, decay": ("hybrid", {"decay": True}),
     "hybrid, gate": ("hybrid", {"feature_map": {"gate": True}}),
     "hybrid, bidirectional": ("hybrid", {"causal": False}),
+    "hybrid, linear window": ("hybrid", {"linear_window": True}),
+    "hybrid, bidirectional, linear window": ("hybrid", {"causal": False, "linear_window": True}),
     "two branches": ("two_branch", {}),
     "window": ("window", {}),
     "window, 1 anchor": ("window", {"anchor_frames": 1}),

@@ -40,6 +40,11 @@ class ChunkGeometry:
         """The token of a chunk at which the next chunk's overlap begins."""
         return (self.chunk_frames - self.overlap_frames) * self.tokens_per_frame
 
+    @property
+    def linear_delay(self) -> int:
+        """Frame i is a linear key, of the past or of the window, from chunk (i + linear_delay) // Tc on."""
+        return 0 if self.linear_window else self.chunk_frames + self.overlap_frames
+
     def key_masks(self, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
         """The softmax keys and the linear keys of every frame, as two boolean arrays [query frame, key frame].
 

@@ -128,6 +128,7 @@ class HybridState:
         tokens_per_frame: int,
         overlap_frames: int,
         anchor_frames: int = 0,
+        linear_window: bool = False,
         chunk_frames: int | None = None,
         stabilizer: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -143,7 +144,7 @@ class HybridState:
         overlap = jnp.zeros((batch, overlap_frames * tokens_per_frame, heads, head_dim), dtype)
         form = None
         if chunk_frames is not None and stabilizer is not None:
-            form = StateForm(tokens_per_frame, chunk_frames, overlap_frames, stabilizer, anchor_frames)
+            form = StateForm(tokens_per_frame, chunk_frames, overlap_frames, stabilizer, anchor_frames, linear_window)
         anchors = jnp.zeros((batch, anchor_frames * tokens_per_frame, heads, head_dim), dtype)
         return cls(
             past=sums,

@@ -29,6 +29,7 @@ from rehyat_jax.attention.hybrid.tpu.arrays import (
 from rehyat_jax.attention.hybrid.tpu.backward import readout_backward, window_backward
 from rehyat_jax.attention.hybrid.tpu.decay import GIVEN, decayed_states
 from rehyat_jax.attention.hybrid.tpu.forward import attend, needs_running_maximum
+from rehyat_jax.attention.hybrid.tpu.linear_window import window_states
 from rehyat_jax.attention.hybrid.tpu.states import (
     Walk,
     chunk_states,
@@ -129,7 +130,7 @@ def _linear_operands(
         }
     if request.later is not None:
         operands["later"] = sum_rows(request.later)
-    if request.num_frames is not None and not causal:
+    if request.num_frames is not None and (not causal or request.geometry.linear_window):
         operands["padding_frames"] = (tiling.geometry.num_frames - request.num_frames)[None]
     return operands
 
@@ -157,7 +158,7 @@ def video_sums(
         return sums_by_xla(phi_key, value, geometry, num_frames)
     tiling = Tiling.choose(geometry, head_dim=value.shape[-1], source_width=phi_key.source.shape[-1], dtype=value.dtype)
     # The video is treated as one chunk before another one; see `_Call.video_walk`.
-    whole = dataclasses.replace(tiling.geometry, chunk_frames=tiling.geometry.num_frames)
+    whole = dataclasses.replace(tiling.geometry, chunk_frames=tiling.geometry.num_frames, linear_window=False)
     call = _Call(
         dataclasses.replace(tiling, geometry=whole),
         value.shape[2],
@@ -181,8 +182,6 @@ def why_not(request: Request) -> str | None:
     query, instead = request.query, 'use implementation="xla"'
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
-    if request.geometry.linear_window:
-        return f"linear_window: {instead}"
     if query.shape[-1] % 64:
         return f"query of head_dim {query.shape[-1]}, only of multiples of 64: {instead}"
     if request.phi_query.shape[-1] % 128:  # none is right: attention to the window alone
@@ -213,15 +212,24 @@ class _Call:
     def overlap_tokens(self) -> int:
         return self.tiling.geometry.overlap_frames * self.tiling.frame
 
+    @property
+    def linear_window(self) -> bool:
+        return self.tiling.geometry.linear_window
+
     def walks(self, *, accumulates: bool = True) -> list[Walk]:
-        """The orders in which keys enter the chunks' states: for the past and, unless causal, for the future."""
+        """The orders in which keys enter the chunks' states: for the past and, unless causal, for the future.
+
+        With linear_window the past includes the window, so that its last state holds all frames.
+        """
         past = Walk(self.tiling, False, self.num_chunks + self.return_state, accumulates)
-        return [past] if self.causal else [past, Walk(self.tiling, True, self.num_chunks, accumulates)]
+        if self.causal or self.linear_window:
+            return [past]
+        return [past, Walk(self.tiling, True, self.num_chunks, accumulates)]
 
     def overlap_walk(self) -> Walk:
         """The walk over only the last overlap, treated as a chunk before another one: state 1 holds it."""
         frames = self.tiling.geometry.overlap_frames
-        geometry = dataclasses.replace(self.tiling.geometry, num_frames=frames, chunk_frames=frames, overlap_frames=0)
+        geometry = ChunkGeometry(frames, self.tiling.frame, chunk_frames=frames, overlap_frames=0)
         return Walk(dataclasses.replace(self.tiling, geometry=geometry), is_future=False, num_states=2)
 
     def video_walk(self) -> Walk:
@@ -230,6 +238,11 @@ class _Call:
         State 1 holds the frames before the last overlap. State 2 holds all frames; without an overlap state 1 does.
         """
         return Walk(self.tiling, is_future=False, num_states=3 if self.tiling.geometry.overlap_frames else 2)
+
+    @property
+    def read_states(self) -> Callable[..., jax.Array]:
+        """(sums of the walk with linear_window, `_given` sums) -> states, a linear function."""
+        return functools.partial(window_states, self.tiling.geometry, self.causal, self.return_state)
 
     def last_overlap(self, features: InlineFeatures, value: jax.Array) -> tuple[InlineFeatures, jax.Array]:
         """phi_key and value of the last overlap_frames."""
@@ -322,6 +335,11 @@ def _chunk_states(
     measured = {"query": query, "key": cut(key, -query.shape[1], None)}
     has_decay = "log_decay" in operands
     past_walk, *future_walks = call.walks(accumulates=not has_decay)
+    if call.linear_window:
+        window_sums, squares = chunk_states(
+            call.key_features(operands), value, past_walk, padding_frames=padding_frames, measured=measured
+        )
+        return call.read_states(window_sums, _given(operands)), (), squares
     # The initial overlap leaves the window when the first chunk is done.
     seen = operands["past"] + operands["overlap"] if "past" in operands and not has_decay else None
     states, squares = chunk_states(call.key_features(operands), value, past_walk, initial=seen, measured=measured)
@@ -392,6 +410,12 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
         _, pullback = jax.vjp(functools.partial(decayed_states, call.tiling), sums, _given(operands))
         d_of_walk, d_given = pullback(d_states)
         gradients |= d_given
+    elif call.linear_window:
+        (walk,) = call.walks()
+        window_sums = jax.ShapeDtypeStruct((walk.num_states, *states.shape[1:]), states.dtype)
+        d_window_sums, d_given = jax.linear_transpose(call.read_states, window_sums, _given(operands))(d_states)
+        d_of_walk = [d_window_sums]
+        gradients |= d_given
     else:
         d_of_walk = [d_states[: walk.num_states] for walk in call.walks()]
         if "past" in operands:
@@ -405,7 +429,7 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
             call.key_features(operands, future=walk.is_future),
             state_value,
             walk,
-            padding_frames=operands.get("padding_frames") if walk.is_future else None,
+            padding_frames=operands.get("padding_frames") if walk.meets_padding else None,
         )
         for d_sums, walk in zip(d_of_walk, call.walks(accumulates="log_decay" not in operands), strict=True)
     ]

@@ -41,8 +41,8 @@ def has_linear_keys(chunk: jax.Array, tiling: Tiling, *, causal: bool, continues
 
 
 def first_chunk_with_past(tiling: Tiling) -> int:
-    """The first chunk whose window excludes an earlier frame of this video."""
-    return tiling.geometry.overlap_frames // tiling.geometry.chunk_frames + 1
+    """The first chunk with a linear key among this video's frames up to the end of its window."""
+    return tiling.geometry.linear_delay // tiling.geometry.chunk_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Walk:
 
     Attributes:
       is_future: True for states of the frames after the window, walked from the last frame; False for states of the
-        frames before it, walked from the first.
-      num_states: number of states: one for every chunk; for the past, optionally one more for the next chunk.
+        frames before it, with linear_window up to its end, walked from the first.
+      num_states: number of states: one for every chunk; for the past, optionally one more for the next chunk. With
+        linear_window it divides the last chunk: one state ends before the last overlap, one with it.
       accumulates: False for states that hold only the frames that no earlier state in this order holds.
     """
 
@@ -69,7 +70,15 @@ class Walk:
         geometry = self.tiling.geometry
         if self.is_future:
             return jax.lax.div(frame, geometry.chunk_frames) - 1
-        return jax.lax.div(frame + geometry.overlap_frames, geometry.chunk_frames) + 1
+        state = jax.lax.div(frame + geometry.linear_delay, geometry.chunk_frames)
+        if geometry.linear_window and self.num_states > geometry.num_chunks:
+            state += (frame >= geometry.num_frames - geometry.overlap_frames).astype(jnp.int32)
+        return state
+
+    @property
+    def meets_padding(self) -> bool:
+        """True if a state may hold the last chunk's frames, some of which may be padding."""
+        return self.is_future or self.tiling.geometry.linear_window
 
     def is_held(self, frame: jax.Array) -> jax.Array:
         state = self.state(frame)
@@ -95,8 +104,8 @@ def chunk_states(
       value: [batch, tokens, heads, head_dim].
       initial: sums that all states hold in addition, float32 [batch, heads, state_rows, features].
       padding_frames: number of frames at the end that no state holds, int32 [1].
-      measured: arrays to measure, like `value`, by name. Not with padding_frames. A "key" that is the features' own
-        source is not read a second time.
+      measured: arrays to measure, like `value`, by name. A "key" that is the features' own source is not read a second
+        time.
 
     Returns:
       States, float32 [num_states, batch, heads, state_rows, features], undefined where they hold no frame; and the
@@ -148,13 +157,15 @@ def chunk_states(
                 first_row = jax.lax.broadcasted_iota(jnp.int32, (state_shape[0] - head_dim, phi.shape[1]), 0) == 0
                 running[head_dim:, :] += jnp.where(first_row, normalizer, 0)
 
-        @pl.when(_is_added(frame, walk, inputs))
+        is_added = _is_added(frame, walk, inputs)
+
+        @pl.when(is_added)
         def _():
             for_tiles(tiling.key_block, FEATURE_ROWS, 2, add)
 
         if measured:
 
-            @pl.when(~walk.is_held(frame))
+            @pl.when(~is_added)
             def _():
                 for_tiles(tiling.key_block, FEATURE_ROWS, 2, measure)
 
