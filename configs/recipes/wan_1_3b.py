@@ -18,7 +18,9 @@ def get_recipe():
         title="A causal student of Wan2.1 1.3B",
         teacher="runs/wan_1_3b/teacher",
         steps=(
-            Step("distill", "configs/wan_1_3b_distill.py", changes={"hybrid.blocks": "all"}),
+            Step(
+                "distill", "configs/wan_1_3b_distill.py", changes={"hybrid.blocks": "all", "hybrid.linear_window": True}
+            ),
             Step("velocity", "configs/wan_1_3b_velocity.py", changes={"hybrid.blocks": None}),
             Step(
                 "finetune",
