@@ -10,7 +10,10 @@ Expectation, planned and not run: 12 to 19 seconds a step (docs/planned_runs.md)
 
 from configs import wan_1_3b_velocity
 
-PLANNED_RUNS = ("--topology v5p:4x4x4",)
+PLANNED_RUNS = (
+    "--topology v5p:4x4x4",
+    "--topology v5p:2x2x1 --config.lora.rank=64 --config.batch_size=4",
+)
 
 
 def get_config():

@@ -10,6 +10,8 @@ Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip.
 
 from rehyat_jax.training.config import default_config
 
+PLANNED_RUNS = ("--topology v5e:4x4 --config.hybrid.blocks=all",)
+
 
 def get_config():
     config = default_config()

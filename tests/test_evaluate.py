@@ -98,6 +98,7 @@ def test_the_mass_of_every_form_is_complete():
         make_form("window", sizes),
         make_form("linear", dict(chunk_frames=2)),
         make_form("strided", dict(stride=3)),
+        make_form("causal_softmax", dict(chunk_frames=2)),
         make_form("two_branch", sizes),
     )
     config = TINY.replace(num_layers=len(forms), hybrid_blocks=tuple(range(len(forms))), hybrid=forms)

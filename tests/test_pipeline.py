@@ -179,9 +179,10 @@ def test_parts_take_turns_in_memory(theirs, monkeypatch):
     seen = {}
     watch = lambda name: seen.setdefault(name, sizes())
     load, hold = ours._load_text_encoder, ours._hold
+    monkeypatch.setattr("rehyat_jax.parallel.memory.WORTH_A_SEARCH", 0)
     monkeypatch.setattr(ours, "_load_text_encoder", lambda progress: (load(progress), watch("text encoder"))[0])
     monkeypatch.setattr(ours, "_hold", lambda part, *more: (hold(part, *more), watch(part))[0])
-    free_dropped_models()  # those of other tests
+    free_dropped_models(0)  # those of other tests
     assert not {embedding, feed_forward, convolution} & sizes()
     ours(PROMPTS)
     assert {embedding, feed_forward, convolution} & seen["text encoder"] == {embedding}

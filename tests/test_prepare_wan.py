@@ -1,6 +1,7 @@
 """Preparing videos with Wan's VAE and umT5: against diffusers, on several devices, stopped and resumed."""
 
 import contextlib
+import gc
 import json
 import shutil
 import types
@@ -116,17 +117,19 @@ def first_run(videos, models, tmp_path_factory):
     held = rehyat_jax.load_text_encoder(models).params["token_embedding"]
     alive = lambda: sum(x.shape == held.shape and x.dtype == held.dtype for x in jax.live_arrays())
     assert alive() >= 1, "live arrays are not seen"
+    gc.collect()  # models of other tests
     before, load = alive(), video_encoder.load_wan_codec
     with pytest.MonkeyPatch.context() as patch, prompts_encoded() as masks:
 
-        def free_and_look():
-            free_dropped_models()
+        def free_and_look(nbytes):
+            free_dropped_models(nbytes)
             loaded.append((len(masks), alive() - before))
 
         def load_and_look(*arguments, **options):
             with mock.patch("rehyat_jax.weights.load.free_dropped_models", free_and_look):
                 return load(*arguments, **options)
 
+        patch.setattr("rehyat_jax.parallel.memory.WORTH_A_SEARCH", 0)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         patch.setattr(video_encoder, "load_wan_codec", load_and_look)
         assert main([str(videos), str(folder), "--models", str(models), *OPTIONS]) == 0

@@ -236,7 +236,7 @@ def test_videos_are_needed_unless_only_a_teacher_is_learned(tmp_path, teacher, t
     data = {"data.source": "prepared", "data.path": trajectories}
     config = velocity_config(tmp_path, teacher, "finetune", **data)
     config.velocity.teacher, config.velocity.teacher_weight = teacher, 0.9
-    with pytest.raises(InputError, match=r"\"distill\" and \"velocity\" can learn, .*teacher_weight = 1"):
+    with pytest.raises(InputError, match=r"\"distill\", \"velocity\", .*\"dmd\" can learn, .*teacher_weight = 1"):
         train(config, tmp_path / "run")
 
 

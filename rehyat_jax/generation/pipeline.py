@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,13 @@ from rehyat_jax.weights.umt5.spec import UMT5
 from rehyat_jax.weights.wan_vae.spec import WAN_VAE
 
 Part = Literal["text encoder", "transformer", "VAE"]
+
+
+class _Held(NamedTuple):
+    """A model in memory, and the bytes of its weights."""
+
+    model: Any
+    nbytes: int
 
 
 class Pipeline:
@@ -92,7 +99,7 @@ class Pipeline:
         self._mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(options.mesh)) if options.mesh else None
         self._check_options()
         self._check_memory()
-        self._held: dict[Part, Any] = {}
+        self._held: dict[Part, _Held] = {}
 
     @classmethod
     def from_pretrained(
@@ -280,9 +287,10 @@ class Pipeline:
 
     def free(self, *parts: Part) -> None:
         """Forgets parts. Their memory is free as soon as the caller has no reference to them either."""
-        for part in parts:
-            self._held.pop(part, None)
-        free_dropped_models()
+        dropped = [self._held.pop(part) for part in parts if part in self._held]
+        nbytes = sum(held.nbytes for held in dropped)
+        del dropped
+        free_dropped_models(nbytes)
 
     def fits_together(self) -> bool:
         """True if the VAE fits next to the transformer, which is in memory.
@@ -465,8 +473,8 @@ class Pipeline:
     def _hold(self, part: Part, nbytes: int, load: Callable[[Callable[[int], object]], Any], progress: bool) -> Any:
         if part not in self._held:
             with self._on(self._mesh), _loading(part, nbytes, progress) as update:
-                self._held[part] = load(update)
-        return self._held[part]
+                self._held[part] = _Held(load(update), nbytes)
+        return self._held[part].model
 
     def _on(self, mesh: Mesh | None) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

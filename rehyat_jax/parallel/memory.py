@@ -8,13 +8,20 @@ import jax
 
 from rehyat_jax.errors import InputError
 
+WORTH_A_SEARCH = 2**28
+"""Bytes of a model from which on a search for garbage is made. It takes up to seconds where much was compiled."""
 
-def free_dropped_models() -> None:
+
+def free_dropped_models(nbytes: int) -> None:
     """Frees the arrays of models that nothing refers to any more.
 
     Flax's `to_pure_dict` leaves a cycle of references to every array. Python's own search for garbage may be late.
+
+    Args:
+      nbytes: bytes of the model that was dropped, or that is to be loaded. Small ones are left to Python.
     """
-    gc.collect()
+    if nbytes >= WORTH_A_SEARCH:
+        gc.collect()
 
 
 def host_bytes() -> int | None:

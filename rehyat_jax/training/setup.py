@@ -281,7 +281,7 @@ def check_data(source: Source, model: InitialModel, config: ml_collections.Confi
     if STAGES[config.stage].trains is not None and not config.lora.rank:
         _check_learns(source, model.config, config.stage)
     if source.kind not in STAGES[config.stage].data_kinds(config):
-        able = " and ".join(f'"{name}"' for name, stage in STAGES.items() if source.kind in stage.data_kinds(config))
+        able = ", ".join(f'"{name}"' for name, stage in STAGES.items() if source.kind in stage.data_kinds(config))
         raise InputError(
             f"config.data.path: {config.data.path} holds {source.kind} of a teacher, from which stages {able} can "
             f'learn, and "finetune" with config.velocity.teacher_weight = 1, but config.stage is {config.stage!r}; '

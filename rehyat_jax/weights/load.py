@@ -108,7 +108,7 @@ def load_module(
     Raises:
       InputError: the values are damaged, or the mesh does not divide a parameter.
     """
-    free_dropped_models()
+    free_dropped_models(model.nbytes)
     graphdef, state = nnx.split(abstract_module(model.config, **options))
     expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
     shapes = lambda arrays: {(name, array.shape) for name, array in arrays.items()}
