@@ -528,7 +528,7 @@ def test_stage_1_learns_from_trajectories(teacher, trajectories, tmp_path, cheap
     assert np.mean(errors[-4:]) < 0.9 * np.mean(errors[:4])
 
     config.stage = "finetune"
-    with pytest.raises(InputError, match='from which stages "distill", "velocity", .* can learn'):
+    with pytest.raises(InputError, match=r'from which stages "distill", "velocity", .* can learn'):
         on_one_device(config, tmp_path / "finetune")
 
 
