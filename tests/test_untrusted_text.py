@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 
 import jax
 import pytest
@@ -90,6 +91,23 @@ def test_ctrl_c_while_python_searches_for_garbage_ends_the_command(capsys):
     assert report_input_errors(search_and_wait) == INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_a_finalizer_of_a_search_ends_the_command():
+    class InCycle:
+        pass
+
+    def search_and_wait():
+        found = InCycle()
+        found.itself = found
+        weakref.finalize(found, signal.raise_signal, signal.SIGINT)
+        del found
+        gc.collect()
+        time.sleep(10)
+        pytest.fail("was not interrupted")
+
+    assert report_input_errors(search_and_wait) == INTERRUPTED
 
 
 @pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "PYTHONUNBUFFERED"])
