@@ -1,7 +1,7 @@
 """A student of four steps from the demo's student of many: distribution matching distillation, guidance included.
 
     python -m rehyat_jax.train --config configs/demo_dmd.py --workdir runs/demo/dmd
-    python -m rehyat_jax.sample --checkpoint runs/demo/dmd/model --prompt "a seven moves left" --out seven.mp4
+    python -m rehyat_jax.sample --checkpoint runs/demo/dmd/model --prompt "a seven moves sideways" --out seven.mp4
 
 `sample` reads the number of steps, the sampler and the guidance scale of 1 from the model.
 
