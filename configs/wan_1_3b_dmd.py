@@ -5,7 +5,7 @@
 
 Only the captions of the videos are used, and their size. Guidance 5 is distilled in.
 
-Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip.
+Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip. docs/planned_runs.md has its planned memory and cost.
 """
 
 from rehyat_jax.training.config import default_config
