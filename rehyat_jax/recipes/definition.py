@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from rehyat_jax.errors import InputError
-from rehyat_jax.training.command_line import call_in_file, read_config_file
+from rehyat_jax.training.command_line import call_in_file, override_options, read_config_file
 from rehyat_jax.training.config import check_config, check_known
 from rehyat_jax.training.stages import STAGES
 
@@ -149,6 +149,4 @@ def _check_order(file: Path, recipe: Recipe, step: Step, config: ml_collections.
 
 def train_options(recipe: Recipe, step: Step, seed: int, init_from: str) -> list[str]:
     """The options of `rehyat_jax.train` for one run, except its workdir."""
-    changes = {**recipe.changes_of(step), "init_from": init_from, "seed": seed}
-    shown = {field: value if isinstance(value, str) else repr(value) for field, value in changes.items()}
-    return [f"--config={step.config}", *(f"--config.{field}={value}" for field, value in shown.items())]
+    return override_options(step.config, {**recipe.changes_of(step), "init_from": init_from, "seed": seed})

@@ -11,7 +11,7 @@ import ml_collections
 from rehyat_jax.errors import InputError
 from rehyat_jax.studies.measure import MEASURES
 from rehyat_jax.studies.untrained import has_parameters_to_train
-from rehyat_jax.training.command_line import call_in_file, read_config_file
+from rehyat_jax.training.command_line import call_in_file, override_options, read_config_file
 from rehyat_jax.training.config import check_config, check_known
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.values import shown_value
@@ -187,5 +187,4 @@ def stage_config(file: Path, study: Study, label: str, stage: TrainingStage) -> 
 def train_options(study: Study, label: str, stage: TrainingStage, seed: int, init_from: Path | str) -> list[str]:
     """The options of `rehyat_jax.train` for one run, except its workdir."""
     changes = {**study.changes_of(label, stage), "init_from": str(init_from), "seed": seed}
-    shown = {field: value if isinstance(value, str) else repr(value) for field, value in changes.items()}
-    return [f"--config={stage.config}", *(f"--config.{field}={value}" for field, value in shown.items())]
+    return override_options(stage.config, changes)

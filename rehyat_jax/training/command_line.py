@@ -3,9 +3,10 @@
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ml_collections
 from absl import flags
@@ -90,6 +91,12 @@ def read_config_file(argument: str) -> ml_collections.ConfigDict:
     name, *arguments = argument.split(":", 1)
     expected = "a function get_config that returns default_config() with changes"
     return call_in_file(name, "get_config", ml_collections.ConfigDict, expected, *arguments)
+
+
+def override_options(file: str, changes: Mapping[str, Any]) -> list[str]:
+    """The options of `rehyat_jax.train` for a configuration file with other values of fields, which are paths."""
+    shown = {field: value if isinstance(value, str) else repr(value) for field, value in changes.items()}
+    return [f"--config={file}", *(f"--config.{field}={value}" for field, value in shown.items())]
 
 
 def call_in_file(name: str, function: str, kind: type[T], expected: str, *arguments: str) -> T:
