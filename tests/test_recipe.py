@@ -136,10 +136,17 @@ def test_a_record_has_means_over_seeds_and_their_range(tmp_path):
     [
         ("dmd finetune", "stage 'finetune' cannot follow stage 'dmd', whose result is a model of few steps"),
         ("finetune distill", "stage 'distill' learns from .* its own model, which stage 'finetune' has changed"),
+        ("velocity distill", "stage 'distill' learns from .* its own model, which stage 'velocity' has changed"),
     ],
 )
 def test_an_order_that_makes_no_sense_is_refused(steps, message, tmp_path):
-    steps = tuple(Step(name, str(tmp_path / f"{name}.py")) for name in steps.split())
+    adapters = {"lora.rank": 2, "stage": "velocity"}
+    steps = tuple(
+        Step(
+            name, str(tmp_path / f"{name.replace('velocity', 'finetune')}.py"), changes=adapters if "v" in name else {}
+        )
+        for name in steps.split()
+    )
     file, _ = tiny_recipe(tmp_path, steps=steps, results={"student": steps[1].name})
     with pytest.raises(InputError, match=message):
         read_recipe(file, {})

@@ -129,17 +129,18 @@ def _check_order(file: Path, recipe: Recipe, step: Step, config: ml_collections.
     """Raises InputError if the stage of a step cannot follow the stages before it."""
     before, start = [], recipe.start_of(step)
     while start is not None:
-        before.append(step_config(file, recipe, start).stage)
+        before.append(step_config(file, recipe, start))
         start = recipe.start_of(start)
     place, stage = f"{file}: step {step.name!r}", STAGES[config.stage]
     if not stage.starts_from_model:
         raise InputError(f"{place}: stage {config.stage!r} makes a teacher; a recipe begins with one")
-    if before and STAGES[before[0]].few_steps:
+    if before and STAGES[before[0].stage].few_steps:
         raise InputError(
-            f"{place}: stage {config.stage!r} cannot follow stage {before[0]!r}, whose result is a model of few steps; "
-            f"start from a step before that"
+            f"{place}: stage {config.stage!r} cannot follow stage {before[0].stage!r}, whose result is a model of few "
+            f"steps; start from a step before that"
         )
-    trained = [name for name in before if STAGES[name].trains is None]
+    # Adapters are merged into the weights.
+    trained = [other.stage for other in before if STAGES[other.stage].trains is None or other.lora.rank]
     if stage.trains is not None and trained and not stage.teacher_path(config):
         raise InputError(
             f"{place}: stage {config.stage!r} learns from the softmax attention of its own model, which stage "
