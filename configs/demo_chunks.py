@@ -11,24 +11,11 @@ Hardware: two CPU cores, as much memory as stage 2. The planned cost is that of 
 been run to its end.
 """
 
-from rehyat_jax.training.config import default_config
+from configs import demo_finetune
 
 
 def get_config():
-    config = default_config()
-    config.stage = "finetune"
+    config = demo_finetune.get_config()
     config.init_from = "runs/demo/finetune/model"
     config.noise_by_chunk = True
-    config.steps = 480
-    config.batch_size = 16
-    config.dtype = "float32"
-    config.optimizer.name = "muon"
-    config.optimizer.muon_learning_rate = 5e-3
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_steps = 10
-    config.optimizer.weight_decay = 0.0
-    config.ema_decay = 0.99
-    config.flow_shift = 5.0
-    config.checkpoint_every = 100
-    config.timestep_sampling = "uniform"
     return config
