@@ -13,6 +13,7 @@ from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrain
 from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.diffusion.samplers import fresh_noise, sample
 from rehyat_jax.diffusion.sigma_grid import wan_grid
+from rehyat_jax.generation.chunks import sample_by_chunk
 from rehyat_jax.generation.generate import generate_latents
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.streaming import stream_latents
@@ -69,6 +70,11 @@ def test_streamed_videos_get_the_same_new_noise():
     options = dict(steps=3, guidance_scale=1.0, flow_shift=3.0, sampler="renoise")
     expected = generate_latents(model, text, text, jnp.asarray(noise), **options)
     np.testing.assert_allclose(stream_latents(model, text, text, noise, part_chunks=1, **options), expected, atol=5e-5)
+    # A chunk alone is a video; the next one has noise of its own.
+    expected = generate_latents(model, text, text, jnp.asarray(noise[:, :2]), **options)
+    by_chunk = sample_by_chunk(model, text, text, noise[:, :4], **options)
+    np.testing.assert_allclose(by_chunk[:, :2], expected, atol=5e-5)
+    assert not np.array_equal(fresh_noise(noise[:, :2], 0), fresh_noise(noise[:, 2:4], 0))
 
 
 # ------------------------------------------------------------------------------------------------------------------ dmd
