@@ -5,7 +5,7 @@
 Beside the student, exact softmax attention that is causal by chunks is finetuned alike: the floor of its velocity
 error.
 
-Hardware: two CPU cores, 4 GB of memory; about two hours a seed, estimated from the seconds of a step.
+Hardware: two CPU cores; about two hours a seed on each, estimated from the seconds of a step.
 """
 
 from rehyat_jax.recipes.definition import Recipe, Step

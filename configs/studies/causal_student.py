@@ -6,7 +6,8 @@ All six blocks of the digits teacher, stage 1 and 200 steps of stage 2; 15 runs.
 by chunks has nothing to learn in stage 1. It is the floor of all causal students: none of them can imitate the teacher
 better, except by other weights. The bidirectional student shows what the feature maps cost without causality.
 
-Hardware: two CPU cores, 3 GB of memory. About 80 minutes, estimated from the processor time of a run.
+Hardware: two CPU cores. About three hours on one of them, estimated from the first five runs: longer than the half
+hour of other studies, because the samples need more of stage 2.
 
 Given up: 280 of the 480 steps of the demo's stage 2.
 """

@@ -37,8 +37,8 @@ class Linear(nnx.Linear):
         """The result [B, N, out], rounded to the compute dtype, times a gate, see `modulation`; float32."""
         if self.lora is not None or gate.ndim == 4 or x.shape[1] < self.in_features * axis_size("context"):
             # With an adapter, kernel and gate are frozen: they have no gradient that could share a product. With few
-            # tokens, or a gate of every frame, a product [in, out] of all that share a gate would be more than is
-            # spared.
+            # tokens, or a gate for every frame, a product [in, out] for all that share a gate would cost more than it
+            # saves.
             return times_gate(self(x).astype(gate.dtype), gate)
         return _gated(self.precision)(*self._operands(x), self.bias[...], gate)
 

@@ -340,8 +340,8 @@ FIELDS = (
         4,
         Integer(1, 1000),
         CHANGED,
-        'Evaluations of a student of stages "consistency" and "dmd" for a video. "dmd" trains it at their noise levels '
-        "alone. `sample` reads the number from the model.",
+        'Number of steps in which the student of stage "consistency" or "dmd" samples a video. Stage "dmd" trains only '
+        "at the noise levels of these steps. The result stores the number, and `sample` uses it.",
     ),
     Field(
         "dmd.score_updates",
