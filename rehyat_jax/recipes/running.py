@@ -5,21 +5,21 @@ All evaluations share the teacher's samples, which depend on no seed of training
 
 import dataclasses
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from rehyat_jax.errors import InputError
-from rehyat_jax.files.json_files import read_json_object
+from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
 from rehyat_jax.files.lock import locked
-from rehyat_jax.files.write import reported_write_errors, written_whole
+from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.recipes.definition import Recipe, step_config, train_options
+from rehyat_jax.studies.definition_file import changed, keep_definition
 from rehyat_jax.studies.processes import Command, Task, run_tasks
 from rehyat_jax.studies.running import default_jobs, process_environment
+from rehyat_jax.weights.load import checkpoint_files
 
-DEFINITION, EVALUATION = "definition.json", "evaluation.json"
+EVALUATION = "evaluation.json"
 
 TEACHER_SAMPLES = "teacher_samples"
 """The folder that all evaluations have as their samples/teacher."""
@@ -46,7 +46,8 @@ def run_recipe(file: Path, recipe: Recipe, workdir: Path, *, jobs: int | None = 
     jobs = jobs or default_jobs()
     environment = process_environment(workdir, jobs)
     with locked(workdir):
-        _check_definition(file, recipe, workdir)
+        holds = f"a recipe that began with another definition than {file}"
+        keep_definition(workdir, _described(file, recipe), changed, holds=holds)
         training = [training_task(file, recipe, workdir, seed) for seed in recipe.seeds]
         if failures := run_tasks(training, jobs, environment):
             return failures
@@ -101,32 +102,10 @@ def _share_samples(workdir: Path, place: Path) -> None:
             link.symlink_to(os.path.relpath(shared, link.parent), target_is_directory=True)
 
 
-def _check_definition(file: Path, recipe: Recipe, workdir: Path) -> None:
-    """Writes the definition of a recipe that begins, or compares it with that of one that has begun.
-
-    Seeds and results may be added.
-    """
-    record, now = workdir / DEFINITION, _described(file, recipe)
-    if record.exists():
-        before = read_json_object(record)
-        differences = [
-            f"  {name}: {before.get(name)} when it began, {now.get(name)} now"
-            for name in dict.fromkeys([*before, *now])
-            if before.get(name) != now.get(name)
-        ]
-        if differences:
-            raise InputError(
-                f"{workdir}: holds a recipe that began with another definition than {file}:\n"
-                + "\n".join(differences)
-                + "\nput the definition back, or give another --workdir"
-            )
-    with reported_write_errors(record), written_whole(record) as temporary:
-        temporary.write_text(json.dumps(now, indent=1) + "\n")
-
-
 def _described(file: Path, recipe: Recipe) -> Mapping[str, str]:
-    """What decides the results of each step, in short."""
-    about = {"teacher": recipe.teacher, "evaluation": " ".join(recipe.evaluation)}
+    """What decides the results, in short. Seeds, steps and results may be added."""
+    folder, files = checkpoint_files(recipe.teacher)
+    about = {"the teacher": fingerprint(files, folder, blocks=BLOCKS), "evaluation": " ".join(recipe.evaluation)}
     for step in recipe.steps:
         start = recipe.start_of(step)
         content = step_config(file, recipe, step).to_json() + str(None if start is None else start.name)

@@ -16,17 +16,13 @@ from flax.traverse_util import flatten_dict
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
 from rehyat_jax.files.json_files import read_json_object
-from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.selection.candidates import Candidate, candidate_config
 from rehyat_jax.selection.config_file import write_config
+from rehyat_jax.studies.definition_file import changed, keep_definition
 from rehyat_jax.studies.processes import Command, Task, run_tasks
 from rehyat_jax.studies.running import default_jobs, process_environment
 from rehyat_jax.training.fields import BY_PATH, SAME
-from rehyat_jax.training.values import shown_value
 from rehyat_jax.weights.load import checkpoint_files
-
-DEFINITION = "definition.json"
-"""The file of what all candidates of a workdir have in common."""
 
 FIGURES = "errors.json"
 """The file that `rehyat_jax.selection.measure` writes."""
@@ -45,22 +41,8 @@ def check_definition(config: ml_collections.ConfigDict, data: str, examples: int
     Raises:
       InputError: something differs; the message has a table of it. Or a file cannot be read or written.
     """
-    file, now = workdir / DEFINITION, _definition(config, data, examples)
-    if file.exists():
-        saved = read_json_object(file)
-        rows = [
-            f"  {name}: {shown_value(saved[name])} when it began, {shown_value(value)} now"
-            for name, value in now.items()
-            if name in saved and saved[name] != value
-        ]
-        if rows:
-            raise InputError(
-                f"{workdir}: holds candidates that were measured with another definition:\n"
-                + "\n".join(rows)
-                + "\nput the values back, or give another --workdir"
-            )
-    with reported_write_errors(file), written_whole(file) as temporary:
-        temporary.write_text(json.dumps(now, indent=1) + "\n")
+    now = _definition(config, data, examples)
+    keep_definition(workdir, now, changed, holds="candidates that were measured with another definition")
 
 
 def _definition(config: ml_collections.ConfigDict, data: str, examples: int) -> dict[str, Any]:

@@ -4,27 +4,20 @@ Variants and seeds may be added: the runs that were made stay valid. Nothing tha
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from rehyat_jax.errors import InputError
 from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
-from rehyat_jax.files.json_files import read_json_object
-from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.studies.definition import Study, stage_config
+from rehyat_jax.studies.definition_file import Difference, keep_definition
 from rehyat_jax.training.fields import BY_PATH, SAME
-from rehyat_jax.training.values import shown_value
 from rehyat_jax.weights.load import checkpoint_files
-
-DEFINITION = "definition.json"
 
 CHECKED_ELSEWHERE = ("seed", "init_from")
 """Fields that `seeds` and `teacher` determine."""
-
-LARGEST_TABLE = 20
-"""Number of differences that a message shows."""
 
 
 def check_definition(file: Path, study: Study, workdir: Path) -> None:
@@ -39,20 +32,12 @@ def check_definition(file: Path, study: Study, workdir: Path) -> None:
       InputError: the study has begun with another definition; the message has a table of the differences. Or a file
         cannot be read or written.
     """
-    record, now = workdir / DEFINITION, describe(file, study)
-    if record.exists():
-        try:
-            rows = differences(read_json_object(record), now)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise InputError(f"{record}: is damaged ({error!r}); restore it, or give another --workdir") from error
-        if rows:
-            table = "\n".join(f"  {name}: {before} when it began, {after} now" for name, before, after in rows)
-            raise InputError(
-                f"{workdir}: holds a study that began with another definition than {file}:\n{table}\n"
-                f"put the definition back, or give another --workdir"
-            )
-    with reported_write_errors(record), written_whole(record) as temporary:
-        temporary.write_text(json.dumps(now, indent=1) + "\n")
+    keep_definition(
+        workdir,
+        describe(file, study),
+        differences,
+        holds=f"a study that began with another definition than {file}",
+    )
 
 
 def describe(file: Path, study: Study) -> dict[str, Any]:
@@ -81,12 +66,9 @@ def _fields(file: Path, study: Study, label: str, stage: Any) -> dict[str, Any]:
     return {name: fields[name] for name in fields if name not in CHECKED_ELSEWHERE and BY_PATH[name].effect != SAME}
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value when the study began, value now) of everything that changed; additions are not changes.
-
-    A field that only one version of the code knows is no change. At most `LARGEST_TABLE` rows.
-    """
-    rows = []
+def differences(saved: dict[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Everything that changed. Additions are no changes, nor is a field that only one version of the code knows."""
+    rows: list[Difference] = []
     for name in ("measures", "videos", "teacher"):
         if saved.get(name) != now[name]:
             rows.append((name, saved.get(name), now[name]))
@@ -106,4 +88,4 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, s
                 for field in before[stage]
                 if field in after[stage] and before[stage][field] != after[stage][field]
             ]
-    return [(name, shown_value(before), shown_value(after)) for name, before, after in rows[:LARGEST_TABLE]]
+    return rows
