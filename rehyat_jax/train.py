@@ -158,9 +158,9 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     sharded, params, context = assemble(model.model_def, params, model.specs, context, config)
     step, initial_state, state_shardings = sharded
     if is_new:
-        state = initial_state(params)
+        state = initial_state(params, context)
     else:
-        state = checkpoints.restore(abstract_arrays(jax.eval_shape(initial_state, params), state_shardings))
+        state = checkpoints.restore(abstract_arrays(jax.eval_shape(initial_state, params, context), state_shardings))
     del params
     model = model._replace(params={})
     if is_main:

@@ -17,6 +17,7 @@ from rehyat_jax.generation.chunks import sample_by_chunk
 from rehyat_jax.generation.generate import generate_latents
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.streaming import stream_latents
+from rehyat_jax.models.lora import LoraConfig
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import consistency, dmd, finetune
@@ -80,12 +81,14 @@ def test_streamed_videos_get_the_same_new_noise():
 # ------------------------------------------------------------------------------------------------------------------ dmd
 
 
-def test_the_generators_gradient_is_the_difference_of_the_scores():
+@pytest.mark.parametrize("teacher", ["", "softmax"])
+def test_the_generators_gradient_is_the_difference_of_the_scores(teacher):
     scale = 3.0  # without guidance: the next test
     model_def, generator = tiny_model(STUDENT)
     fake, real = (jax.tree.map(lambda leaf, factor=factor: factor * leaf, generator) for factor in (1.1, 0.9))
-    config = tiny_config("dmd", **{"velocity.guidance_scale": scale, "timestep_sampling": "uniform"})
-    apply, key = apply_model(model_def), jax.random.key(4)
+    changes = {"velocity.teacher": teacher, "velocity.guidance_scale": scale, "timestep_sampling": "uniform"}
+    config, apply, key = tiny_config("dmd", **changes), apply_model(model_def), jax.random.key(4)
+    score = apply_softmax if teacher else apply
     batch = {**tiny_batch(), "noisy": tiny_batch()["latents"], "sigma": np.full(2, 0.8), "timestep": np.full(2, 800.0)}
     context = {"null_text": NULL_TEXT, "teacher": real, dmd.FAKE_SCORE: fake}
     grad_fn = jax.jit(dmd.make_generator_grad_fn(model_def, config, STAGES["dmd"].join))
@@ -98,7 +101,7 @@ def test_the_generators_gradient_is_the_difference_of_the_scores():
     sigma = (config.flow_shift * sigma / (1 + (config.flow_shift - 1) * sigma)).clip(0.02, 0.98)
     of = sigma.reshape(2, 1, 1, 1, 1)
     noisy = (1 - of) * clean + of * jax.random.normal(noise_key, clean.shape)
-    predict = lambda params, text: noisy - of * apply(params, noisy, 1000 * sigma, text)
+    predict = lambda params, text: noisy - of * score(params, noisy, 1000 * sigma, text)
     null = jnp.stack([NULL_TEXT] * 2)
     of_real = predict(real, null) + scale * (predict(real, batch["text"]) - predict(real, null))
     difference = predict(fake, batch["text"]) - of_real
@@ -106,6 +109,31 @@ def test_the_generators_gradient_is_the_difference_of_the_scores():
     expected = pull(difference / clean.size)[0]
     np.testing.assert_allclose(metrics["score_difference"], jnp.abs(difference).mean(), rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected)
+
+
+def apply_softmax(params, *inputs):
+    """The student with softmax attention in all blocks, in which feature maps have no part."""
+    model_def, _ = tiny_model(STUDENT.replace(hybrid_blocks=()))
+    return apply_model(model_def)({name: tree for name, tree in params.items() if name != "feature_maps"}, *inputs)
+
+
+def test_the_fake_score_of_a_softmax_teacher_starts_as_this_teacher():
+    """Of all weights, and of adapters on a frozen base. The student and its base have other weights."""
+    stage, config = STAGES["dmd"], tiny_config("dmd", **{"velocity.teacher": "softmax"})
+    batch = tiny_batch()
+    inputs = (batch["latents"], jnp.full(2, 800.0), batch["text"])
+    teacher = jax.tree.map(lambda leaf: 0.9 * leaf, tiny_model(STUDENT.replace(hybrid_blocks=()))[1])
+    expected = apply_softmax(teacher, *inputs)
+    for lora in (None, LoraConfig(2, 2.0, ("query",))):
+        model_def, params = tiny_model(STUDENT, lora=lora)
+        params = jax.tree_util.tree_map_with_path(lambda path, leaf: 0 * leaf if path[-1].key == "b" else leaf, params)
+        trained, frozen = stage.split(params)
+        context = {"teacher": teacher, **({"frozen": frozen} if frozen else {})}
+        start = stage.start(trained, context, config)
+        jax.tree.map(np.testing.assert_array_equal, start[dmd.GENERATOR], trained)
+        score, of_score = dmd.make_score(model_def, config)
+        found = score(stage.join(start[dmd.FAKE_SCORE], of_score(context).get("frozen", {})), *inputs)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_made():
@@ -239,8 +267,12 @@ def test_a_stopped_run_resumes_bit_for_bit_and_others_stay_frozen(stage, changes
 
 
 def test_a_run_on_many_devices_is_that_on_one(tmp_path, student):
-    """Of stage "dmd": "consistency" has one network, and `test_forward_mode` differentiates on meshes."""
-    config = few_step_config(tmp_path, student, "dmd", steps=3, accumulation_steps=2)
+    """Of stage "dmd": "consistency" has one network, and `test_forward_mode` differentiates on meshes.
+
+    With a softmax model as its scores, so that the networks have different forms of attention.
+    """
+    changes = {"velocity.teacher": pretrained(tmp_path), "steps": 3, "accumulation_steps": 2}
+    config = few_step_config(tmp_path, student, "dmd", **changes)
     train(config, tmp_path / "one")
     config.mesh.fsdp, config.mesh.context = 2, 2
     train(config, tmp_path / "many", 4)

@@ -32,7 +32,7 @@ def measure(config: ml_collections.ConfigDict, folder: Path, saves: int) -> dict
     model = initial_model(config)
     context = {"null_text": on_all_devices(source.null_text)}
     (step, initial_state, _), params, context = assemble(model.model_def, model.params, model.specs, context, config)
-    state = initial_state(params)
+    state = initial_state(params, context)
     del model, params
     checkpoints = RunCheckpoints(folder, Keep(2))
     times = {kind: [] for kind in ("a step alone", "save() in the loop", "the step after it", "until it is on disk")}

@@ -70,7 +70,7 @@ def abstract_step(config: ml_collections.ConfigDict, wan: WanConfig, latents: Se
     if STAGES[config.stage].teacher_path(config):
         context["teacher"], _ = abstract_teacher(wan, config)
     (step, initial_state, state_shardings), params, context = assemble(model_def, params, specs, context, config)
-    state = abstract_arrays(jax.eval_shape(initial_state, params), state_shardings)
+    state = abstract_arrays(jax.eval_shape(initial_state, params, context), state_shardings)
     shapes = {"latents": (*latents, wan.in_channels), "text": text}
     steps = (config.accumulation_steps, examples)
     batch = {name: array((*steps, *shape), BATCHES) for name, shape in shapes.items()}

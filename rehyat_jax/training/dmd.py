@@ -1,10 +1,13 @@
 """Distribution matching distillation to a few steps (DMD2, arXiv 2405.14867, without its GAN).
 
-Three networks of one architecture start from the same model:
+Three networks:
 
 - the generator, the student, makes clean latents of noise in a few evaluations;
 - the real score, frozen, predicts the velocity of the model that it is distilled from, after guidance;
-- the fake score learns the velocity of what the generator makes, by flow matching.
+- the fake score learns the velocity of what the generator makes, by flow matching. It starts as the real score.
+
+All start from the initial model. With `velocity.teacher`, both scores are that softmax model, as in CausVid (arXiv
+2412.07772): they read the complete video where a causal generator reads the past.
 
 The generator's gradient, with respect to the clean latents x that it makes, is the difference of the clean latents that
 the two scores predict from a noisy x. It moves the generator's videos to where the real score finds them more likely
@@ -23,6 +26,8 @@ from flax import nnx
 
 from rehyat_jax.diffusion import flow
 from rehyat_jax.diffusion.sigma_grid import wan_grid
+from rehyat_jax.models.lora import adapted_layers, joined
+from rehyat_jax.models.student import softmax_velocity
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import finetune
 from rehyat_jax.training.noising import NoisyBatch
@@ -64,6 +69,37 @@ def joint_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
     return optax.GradientTransformation(
         lambda params: {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}, update
     )
+
+
+def start(trained: Params, context: Context, config: ml_collections.ConfigDict) -> dict[str, Params]:
+    """The parameters in training at first, from the trained part of the initial model.
+
+    Without adapters, the fake score of a softmax teacher has the teacher's weights, context["teacher"], as far as that
+    has them: feature maps stay in its tree, but nothing reads them.
+    """
+    score = trained
+    if config.velocity.teacher and not any(adapted_layers(trained)):
+        weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), context.get("teacher", {}))
+        score = joined(trained, weights)
+    return {GENERATOR: trained, FAKE_SCORE: score}
+
+
+def make_score(
+    model_def: nnx.GraphDef, config: ml_collections.ConfigDict
+) -> tuple[Apply, Callable[[Context], Context]]:
+    """The network of the fake score.
+
+    Returns:
+      The network, and a function from a step's context to the one in which `Join` finds the frozen parameters of the
+      fake score: adapters are added to the teacher's weights.
+    """
+    if not config.velocity.teacher:
+        return apply_model(model_def), lambda context: context
+
+    def apply(params: Any, *inputs: jax.Array) -> jax.Array:
+        return softmax_velocity(nnx.merge(model_def, params), inputs)
+
+    return apply, lambda context: {**context, "frozen": joined(context.get("frozen", {}), context["teacher"])}
 
 
 def simulate(
@@ -108,7 +144,7 @@ def make_generator_grad_fn(
     """Gradients of the generator's loss.
 
     Args:
-      model_def: graph definition of all three networks.
+      model_def: graph definition of the student.
       config: velocity.teacher and velocity.guidance_scale describe the real score; flow_shift and timestep_sampling the
         noise levels at which the scores are compared.
       join: see `Join`.
@@ -118,6 +154,7 @@ def make_generator_grad_fn(
       fake score. The batch has "text" and, from `simulate`, "noisy", "sigma" [B] and "timestep" [B].
     """
     apply = apply_model(model_def)
+    fake_score, of_score = make_score(model_def, config)
     real_score = make_teacher(model_def, config, is_softmax=bool(config.velocity.teacher))
 
     def loss_fn(trained: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -134,7 +171,8 @@ def make_generator_grad_fn(
         latents = flow.add_noise(jax.lax.stop_gradient(clean), noise, sigma)
         noisy = NoisyBatch(latents, flow.sigma_to_timestep(sigma), text, None)
         real = flow.predict_clean(latents, real_score(params, context, noisy), sigma)
-        fake = apply(join(context[FAKE_SCORE], frozen), noisy.latents, noisy.timestep, text)
+        fake = join(context[FAKE_SCORE], of_score(context).get("frozen", {}))
+        fake = fake_score(fake, noisy.latents, noisy.timestep, text)
         fake = flow.predict_clean(latents, fake, sigma)
 
         # DMD (arXiv 2311.18828), equation 8: differences at all noise levels have the same size.
@@ -159,18 +197,19 @@ def make_update(
     absolute value of that gradient) and "fake_loss" (the flow-matching loss of the fake score).
 
     Args:
-      model_def: graph definition of all three networks.
+      model_def: graph definition of the student.
       config: the groups few_step and dmd; see also `make_generator_grad_fn`.
       optimizer: `joint_optimizer`, whose parts are used one by one.
       join: see `Join`.
     """
     del optimizer
     optimizers, apply = make_optimizers(config), apply_model(model_def)
+    fake_score, of_score = make_score(model_def, config)
     options = dict(steps=config.few_step.steps, flow_shift=config.flow_shift)
     generator_grads = accumulate(make_generator_grad_fn(model_def, config, join), config.accumulation_steps)
     undropped = config.copy_and_resolve_references()
     undropped.caption_dropout = 0.0
-    score_loss = finetune.make_loss(apply, undropped)
+    score_loss = finetune.make_loss(fake_score, undropped)
     score_grads = accumulate(finetune.make_grad_fn(score_loss, join), config.accumulation_steps)
 
     def updated(name: str, grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
@@ -197,14 +236,14 @@ def make_update(
         generator, generator_state = updated(GENERATOR, grads, generator, opt_state[GENERATOR])
 
         def learn(carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], tuple[jax.Array, jax.Array]]:
-            found, grads = score_grads(carry[0], context, videos, key)
+            found, grads = score_grads(carry[0], of_score(context), videos, key)
             return updated(FAKE_SCORE, grads, *carry), (found["loss"], optax.tree.norm(grads, squared=True))
 
         keys = jax.random.split(score_key, config.dmd.score_updates)
-        (score, score_state), (fake_loss, of_score) = jax.lax.scan(learn, (score, opt_state[FAKE_SCORE]), keys)
+        (score, score_state), (fake_loss, score_squares) = jax.lax.scan(learn, (score, opt_state[FAKE_SCORE]), keys)
         return Proposal(
             {**metrics, "fake_loss": fake_loss.mean()},
-            jnp.sqrt(sum(squares) + of_score.max()),
+            jnp.sqrt(sum(squares) + score_squares.max()),
             {GENERATOR: generator, FAKE_SCORE: score},
             {GENERATOR: generator_state, FAKE_SCORE: score_state},
         )

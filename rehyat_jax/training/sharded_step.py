@@ -18,12 +18,12 @@ class ShardedStep(NamedTuple):
 
     Attributes:
       step: (state, context, batches [accumulation_steps, B, ...]) -> (state, metrics); the state is donated.
-      initial_state: parameters -> the state before the first step; the parameters are donated.
+      initial_state: (parameters, context) -> the state before the first step; the parameters are donated.
       state_shardings: the shardings of a state.
     """
 
     step: Callable[..., Any]
-    initial_state: Callable[[Params], State]
+    initial_state: Callable[[Params, Context], State]
     state_shardings: State
 
 
@@ -35,7 +35,7 @@ def make_sharded_step(
     context: Context,
     config: ml_collections.ConfigDict,
     *,
-    start: Callable[[Params], Params] = all_of,
+    start: Callable[[Params, Context], Params] = lambda params, context: params,
     averaged: Callable[[Params], Params] = all_of,
 ) -> ShardedStep:
     """`make_step` with explicit shardings on the mesh in use.
@@ -46,11 +46,14 @@ def make_sharded_step(
       params, context: the trained and the constant arrays, perhaps abstract; context's arrays carry their shardings.
       specs: PartitionSpecs of params.
       config: seed, ema_decay and spike_factor are read.
-      start: params -> the parameters in training, which may have them several times.
+      start: (params, context) -> the parameters in training, which may have them several times.
       averaged: the parameters in training -> those whose moving average is kept.
     """
-    init = lambda params: init_state(start(params), optimizer, keep_ema=config.ema_decay > 0, averaged=averaged)
-    state_shardings = shardings(state_specs(jax.eval_shape(init, params), start(specs), averaged))
+
+    def init(params: Params, context: Context) -> State:
+        return init_state(start(params, context), optimizer, keep_ema=config.ema_decay > 0, averaged=averaged)
+
+    state_shardings = shardings(state_specs(jax.eval_shape(init, params, context), start(specs, {}), averaged))
     options = dict(ema_decay=config.ema_decay, spike_factor=config.spike_factor, averaged=averaged)
     step = make_step(update_fn, seed=config.seed, **options)
     context_shardings = jax.tree.map(lambda leaf: leaf.sharding, context)
@@ -62,6 +65,6 @@ def make_sharded_step(
             donate_argnums=0,
             compiler_options=compiler_options(),
         ),
-        jax.jit(init, out_shardings=state_shardings, donate_argnums=0),
+        jax.jit(init, in_shardings=(None, context_shardings), out_shardings=state_shardings, donate_argnums=0),
         state_shardings,
     )

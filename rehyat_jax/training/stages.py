@@ -36,8 +36,9 @@ class Stage:
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
       updates_per_step: configuration -> updates of the optimizer in a step.
       make_optimizer: configuration -> the optimizer; None for `optimizer.make_optimizer`.
-      networks: names of the networks that are trained, all from one model; the first one is the result. The trained
-        parameters are then a dictionary by name. () for the model alone.
+      start: (trained part of the initial model, context, configuration) -> the parameters in training, if these are
+        several networks: a dictionary by name. None for the model alone.
+      result: name of the network that is the result.
       teacher_weight: configuration -> weight of the teacher's velocity in the loss, see `finetune.make_loss`.
       own_teacher: whether the teacher, without `velocity.teacher`, is the initial model in its own forms. With LoRA,
         its feature maps are then frozen too.
@@ -54,7 +55,8 @@ class Stage:
     recomputes: bool = True
     updates_per_step: Callable[[ml_collections.ConfigDict], int] = lambda config: 1
     make_optimizer: Callable[[ml_collections.ConfigDict], optax.GradientTransformation] | None = None
-    networks: tuple[str, ...] = ()
+    start: Callable[[Params, Context, ml_collections.ConfigDict], Params] | None = None
+    result: str = ""
     teacher_weight: Callable[[ml_collections.ConfigDict], float] = lambda config: 0.0
     own_teacher: bool = False
     few_steps: bool = False
@@ -88,17 +90,13 @@ class Stage:
             return params, {}
         return params[self.trains], {name: tree for name, tree in params.items() if name != self.trains}
 
-    def of_networks(self, trained: Params) -> Params:
-        """The parameters in training at first, from the trained part of the model."""
-        return dict.fromkeys(self.networks, trained) if self.networks else trained
-
     def sampling(self, config: ml_collections.ConfigDict) -> SolverOptions | None:
         """The solver that the result is made for, which has learned guidance; None for that of any model."""
         return SolverOptions(config.few_step.steps, 1.0, config.flow_shift, "renoise") if self.few_steps else None
 
     def of_result(self, trained: Params) -> Params:
         """The trained part of the network that is the result. A moving average is kept of this part alone."""
-        return trained[self.networks[0]] if self.networks else trained
+        return trained[self.result] if self.result else trained
 
     def join(self, trained: Params, frozen: dict[str, Any]) -> dict[str, Any]:
         """Inverse of `split`: the parameters of a network."""
@@ -160,13 +158,16 @@ def _update_to_few_steps(make_update: Callable[..., UpdateFn]) -> Callable[..., 
 
 
 def _flops_of_dmd(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
-    of_update = _flops_of_update(model, latents, config)
+    score = model.replace(hybrid_blocks=()) if config.velocity.teacher else model
+    of_student, of_score = (_flops_of_update(network, latents, config) for network in (model, score))
     # On average, the simulation evaluates the generator (steps + 1) / 2 times.
-    simulated = (config.few_step.steps + 1) / 2
-    forward = simulated + 1 + _teacher_passes(config)
-    updates = 1 + config.dmd.score_updates
-    of_model = updates * of_update.model + int(forward * _forward_flops(model, latents))
-    return StepFlops(of_model, updates * of_update.recomputed)
+    simulated = int((config.few_step.steps + 1) / 2 * _forward_flops(model, latents))
+    scores = (1 + _teacher_passes(config)) * _forward_flops(score, latents)
+    updates = config.dmd.score_updates
+    return StepFlops(
+        of_student.model + updates * of_score.model + simulated + scores,
+        of_student.recomputed + updates * of_score.recomputed,
+    )
 
 
 def _flops_of_consistency(
@@ -221,7 +222,8 @@ STAGES = {
         _flops_of_dmd,
         takes_lora=True,
         make_optimizer=dmd.joint_optimizer,
-        networks=(dmd.GENERATOR, dmd.FAKE_SCORE),
+        start=dmd.start,
+        result=dmd.GENERATOR,
         teacher_weight=lambda config: 1.0,
         own_teacher=True,
         few_steps=True,
@@ -271,6 +273,11 @@ def assemble(
     else:
         optimizer = make_optimizer(config, stage.updates_per_step(config))
     update_fn = stage.make_update(model_def, config, optimizer)
-    parts = dict(start=stage.of_networks, averaged=stage.of_result)
-    sharded = make_sharded_step(update_fn, optimizer, trained, trained_specs, context, config, **parts)
+
+    def start(trained: Params, context: Context) -> Params:
+        return trained if stage.start is None else stage.start(trained, context, config)
+
+    sharded = make_sharded_step(
+        update_fn, optimizer, trained, trained_specs, context, config, start=start, averaged=stage.of_result
+    )
     return Assembly(sharded, trained, context)
