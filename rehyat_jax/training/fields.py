@@ -316,7 +316,7 @@ FIELDS = (
         "",
         Text(),
         CHANGED,
-        'Softmax model whose velocity is learned, or the real score of stage "dmd". Without it, the teacher is '
+        'Softmax model whose velocity is learned, or both scores of stage "dmd". Without it, the teacher is '
         'init_from with softmax attention in all blocks, for which stage "finetune" needs `lora.rank`; in stages '
         '"consistency" and "dmd" it is init_from in its own forms.',
     ),
