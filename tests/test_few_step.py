@@ -20,7 +20,7 @@ from rehyat_jax.generation.streaming import stream_latents
 from rehyat_jax.models.lora import LoraConfig
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.train import train as train_on
-from rehyat_jax.training import consistency, dmd, finetune
+from rehyat_jax.training import consistency, dmd, finetune, rollout
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.stages import STAGES
@@ -150,10 +150,12 @@ def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_ma
     def expected():
         apply, (simulate_key, generator_key, score_key) = apply_model(model_def), jax.random.split(key, 3)
         options = dict(steps=2, flow_shift=config.flow_shift)
-        noisy, sigma, timestep, clean = dmd.simulate(
-            apply, params, batch["latents"].shape, batch["text"], jax.random.split(simulate_key, 1)[0], **options
-        )
-        inputs = {**batch, "noisy": noisy, "sigma": jnp.full(2, sigma), "timestep": jnp.full(2, timestep)}
+        step_key, noise_key = jax.random.split(jax.random.split(simulate_key, 1)[0])
+        step, grid = jax.random.randint(step_key, (), 0, 2), wan_grid(2, config.flow_shift)
+        simulate = rollout.whole_videos(model_def, **options).simulate
+        noisy, clean = simulate(params, batch["latents"].shape, batch["text"], noise_key, step)
+        sigma, timestep = (jnp.full(2, jnp.asarray(values, jnp.float32)[step]) for values in grid)
+        inputs = {**batch, "noisy": noisy, "sigma": sigma, "timestep": timestep}
         grad_fn = dmd.make_generator_grad_fn(model_def, config, join)
         _, grads = grad_fn(params, {**context, dmd.FAKE_SCORE: params}, inputs, generator_key)
         updates, _ = optimizers[dmd.GENERATOR].update(grads, optimizers[dmd.GENERATOR].init(params), params)
@@ -179,19 +181,61 @@ def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_ma
 def test_the_simulation_meets_the_inputs_of_the_sampler():
     """A generator that always makes the same video: its inputs are mixtures of this video and normal noise."""
     video, shape, grid = 3.0, (2, 3, 8, 8, 4), wan_grid(4, 5.0)
-    perfect = lambda _, latents, timestep, text: (latents - video) / (level(timestep).reshape(-1, 1, 1, 1, 1))
+    perfect = lambda latents, timestep: (latents - video) / (level(timestep).reshape(-1, 1, 1, 1, 1))
     level = lambda timestep: jnp.asarray(grid.sigmas)[jnp.argmin(abs(grid.timesteps - timestep[:, None]), axis=1)]
-    simulate = jax.jit(lambda key: dmd.simulate(perfect, None, shape, None, key, steps=4, flow_shift=5.0))
-    met = set()
-    for seed in range(12):
-        noisy, sigma, timestep, clean = simulate(jax.random.key(seed))
-        step = int(np.argmin(abs(grid.timesteps - timestep)))
-        met.add(step)
-        np.testing.assert_allclose([sigma, timestep], [grid.sigmas[step], grid.timesteps[step]], rtol=1e-6)
+    solve = jax.jit(lambda key, step: rollout.solve(perfect, shape, key, step, steps=4, flow_shift=5.0))
+    for step, sigma in enumerate(grid.sigmas[:4]):
+        noisy, clean = solve(jax.random.key(step), step)
         np.testing.assert_allclose(clean, video, rtol=1e-4)
         noise = (noisy - (1 - sigma) * video * (step > 0)) / (sigma if step else 1)
         assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-    assert met == {0, 1, 2, 3}
+
+
+def test_chunk_by_chunk_a_student_reads_its_own_finished_chunks():
+    """Beside the complete model on finished chunks at timestep 0 and the current one. The last chunk is incomplete."""
+    model_def, params = tiny_model(STUDENT)
+    text, shape, key, steps = jnp.asarray(tiny_batch()["text"]), (2, 5, 4, 6, 4), jax.random.key(3), 2
+    grid, complete = wan_grid(steps, 3.0), jax.jit(apply_model(model_def))
+    chunks = [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+    def velocity_after(finished, latents, timestep):
+        timesteps = jnp.concatenate([jnp.zeros(finished.shape[:2]), jnp.full(latents.shape[:2], timestep)], axis=1)
+        velocity = complete(params, jnp.concatenate([finished, latents], axis=1), timesteps, text)
+        return velocity[:, finished.shape[1] :]
+
+    finished, noisy = jnp.zeros((2, 0, 4, 6, 4)), []
+    for number, frames in enumerate(chunks):
+        noise = lambda step, number=number, size=frames.stop - frames.start: jax.random.normal(
+            jax.random.fold_in(jax.random.fold_in(key, number), step), (2, size, 4, 6, 4)
+        )
+        latents = noise(0)
+        for step in range(steps):
+            noisy_chunk, sigma = latents, grid.sigmas[step]
+            clean = latents - sigma * velocity_after(finished, latents, grid.timesteps[step])
+            if step + 1 < steps:
+                latents = (1 - grid.sigmas[step + 1]) * clean + grid.sigmas[step + 1] * noise(step + 1)
+        finished = jnp.concatenate([finished, clean], axis=1)
+        noisy.append(noisy_chunk)
+    made = rollout.chunk_by_chunk(model_def, steps=steps, flow_shift=3.0)
+    found = jax.jit(lambda step: made.simulate(params, shape, text, key, step))(steps - 1)
+    for array, expected in zip(found, (jnp.concatenate(noisy, axis=1), finished), strict=True):
+        np.testing.assert_allclose(array, expected, atol=1e-4)
+
+    timestep = jnp.full(2, grid.timesteps[-1], jnp.float32)
+    batch = {"noisy": found[0], "finished": finished, "timestep": timestep, "text": text}
+    of = lambda params, finished: made.velocity(params, {**batch, "finished": finished})
+    velocity, pull = jax.vjp(of, params, finished)
+    np.testing.assert_allclose(found[0] - grid.sigmas[steps - 1] * velocity, finished, atol=1e-4)
+    grads, of_finished = pull(velocity)
+    assert not np.any(of_finished), "the states pass no gradient"
+    # One chunk has no states: the gradient is that of the complete model.
+    alone = {name: value[:, :2] if value.ndim == 5 else value for name, value in batch.items()}
+    of_chunk, of_video = (
+        jax.grad(lambda params, run=run: jnp.square(run.velocity(params, alone)).mean())(params)
+        for run in (made, rollout.whole_videos(model_def, steps=steps, flow_shift=3.0))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), of_chunk, of_video)
+    assert np.any(grads["feature_maps"]["query"]["log_scale"])
 
 
 # ---------------------------------------------------------------------------------------------------------- consistency

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import TINY, digits_config, tiny_batch, tiny_config
+from tiny_runs import TINY, digits_config, pretrained, tiny_batch, tiny_config
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.diffusion import flow
 from rehyat_jax.errors import InputError
+from rehyat_jax.generation.options import SamplingOptions
+from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.train import train
 from rehyat_jax.training import finetune
 from rehyat_jax.training.config import check_config
@@ -85,13 +87,14 @@ def test_the_loss_is_over_the_frames_that_are_not_clean():
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        ("distill", {"hybrid.blocks": "all"}, r'noise_by_chunk is True, but only stages "pretrain" and "finetune"'),
+        ("distill", {"hybrid.blocks": "all"}, r'noise_by_chunk is True, but only stages "pretrain", "finetune", "dmd"'),
         ("velocity", {}, r"config.stage is 'velocity', which learns from a softmax model"),
         (
             "finetune",
             {"velocity.teacher_weight": 0.5},
             r"teacher_weight must be 0 with .*noise_by_chunk = True, found 0.5",
         ),
+        ("dmd", {"mesh.context": 2}, r"mesh.context must be 1 with .*noise_by_chunk = True in stage 'dmd', found 2"),
     ],
 )
 def test_stages_with_a_teacher_of_one_level_are_refused(stage, changes, message):
@@ -113,7 +116,7 @@ def test_models_that_are_not_causal_in_every_block_are_refused(hybrid, blocks, f
         student_config(TINY.replace(hybrid_blocks=blocks, hybrid=hybrid), config)
 
 
-def test_a_model_says_that_it_was_trained_by_chunk(tmp_path):
+def test_a_model_says_that_it_was_trained_by_chunk_and_is_made_one_of_few_steps(tmp_path):
     changes = {"hybrid.blocks": "all", "hybrid.feature_map.features": 16, "steps": 3, "batch_size": 2}
     config = digits_config(tmp_path, "finetune", noise_by_chunk=True, **changes)
     path = train(config, tmp_path / "run", jax.devices()[:1])
@@ -125,6 +128,17 @@ def test_a_model_says_that_it_was_trained_by_chunk(tmp_path):
     convert_to_torch(path, tmp_path / "torch", "diffusers")
     convert_from_torch(tmp_path / "torch", tmp_path / "back")
     assert read_model_metadata(tmp_path / "back")[1] == metadata
+
+    # A student of few steps that is made by chunk samples in this order, unless another one is asked for.
+    few = {"steps": 3, "batch_size": 2, "few_step.steps": 2, "dmd.score_updates": 1}
+    few = digits_config(tmp_path, "dmd", noise_by_chunk=True, init_from=str(path), **few)
+    made = train(few, tmp_path / "few", jax.devices()[:1])
+    assert read_model_metadata(made)[1].items() >= metadata.items()
+    own, streamed = (Pipeline.from_pretrained(None, SamplingOptions(stream=it), student=made) for it in (False, True))
+    assert (own.options.order, streamed.options.order) == ("chunks", "video")
+    few.init_from = pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"config.init_from: .* knows one noise level for all frames"):
+        train(few, tmp_path / "other", jax.devices()[:1])
 
     description = json.loads((path / "model.json").read_text())
     (path / "model.json").write_text(json.dumps(description | {"noise_levels": "by_frame"}))

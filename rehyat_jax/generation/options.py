@@ -42,7 +42,8 @@ class SamplingOptions:
       vae_tile: side in pixels of the tiles in which Wan's VAE codes larger frames, a multiple of 32; None for whole
         frames. See `rehyat_jax.models.wan_vae.vae.WanVae.decode`.
       stream: keep only a part of the video on the device; see `rehyat_jax.generation.streaming`.
-      order: "chunks" finishes a chunk before the next one begins, see `rehyat_jax.generation.chunks`.
+      order: "chunks" finishes a chunk before the next one begins, see `rehyat_jax.generation.chunks`. None is "chunks"
+        for a model of few steps that was trained so, unless `stream` is True.
       longest: of videos in parts, see `rehyat_jax.models.wan.streaming.part_positions`; None for no limit.
       mesh: sizes of mesh axes; empty for one device.
     """
@@ -61,7 +62,7 @@ class SamplingOptions:
     vae_dtype: str | None = None
     vae_tile: int | None = None
     stream: bool = False
-    order: Order = "video"
+    order: Order | None = None
     longest: int | None = None
     mesh: tuple[tuple[str, int], ...] = ()
 

@@ -29,7 +29,7 @@ from rehyat_jax.generation.needs import (
 )
 from rehyat_jax.generation.noise import host_noise
 from rehyat_jax.generation.opening import get_codec, get_text_encoder, given_models
-from rehyat_jax.generation.options import DEFAULT_SHIFT, WAN, SamplingOptions
+from rehyat_jax.generation.options import DEFAULT_SHIFT, WAN, Order, SamplingOptions
 from rehyat_jax.generation.pipeline_folder import check_pipeline, find_part, scheduler_shift
 from rehyat_jax.generation.streaming import PART_CHUNKS, stream_latents
 from rehyat_jax.generation.text_encoders import TextEncoder
@@ -87,11 +87,14 @@ class Pipeline:
         shift = None if models is None else scheduler_shift(models.folder)
         asked = options.frames, options.height, options.width
         size = [given or default for given, default in zip(asked, sizes.default_size, strict=True)]
+        by_chunk = SAMPLING in model.metadata and NOISE_LEVELS in model.metadata and not options.stream
+        order: Order = "chunks" if by_chunk else "video"
         solver = WAN | {"flow_shift": shift or DEFAULT_SHIFT} | model.metadata.get(SAMPLING, {})
         self.options = dataclasses.replace(
             options,
             **dict(zip(("frames", "height", "width"), size, strict=True)),
             **{name: value for name, value in solver.items() if getattr(options, name) is None},
+            order=options.order or order,
             dtype=options.dtype or sizes.default_dtype,
             vae_dtype=options.vae_dtype or default_dtype(),
         )

@@ -14,7 +14,7 @@ from rehyat_jax.cost_model.static_cycles import ProgramCost, StaticProgram, assu
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError
 from rehyat_jax.models.hybrid import FORM_SWITCH
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.training.dmd import SIMULATED_STEP
+from rehyat_jax.training.rollout import SIMULATED_STEP
 
 STALLS = 1.5
 """Factor of the static cycles, which include no stalls, at the slow end of a step's time. An assumption: nothing here

@@ -109,13 +109,19 @@ def _check_noise(config: ml_collections.ConfigDict) -> None:
         return
     stage = STAGES[config.stage]
     if not stage.noises_by_chunk:
-        able = " and ".join(f'"{name}"' for name, stage in STAGES.items() if stage.noises_by_chunk)
+        able = ", ".join(f'"{name}"' for name, stage in STAGES.items() if stage.noises_by_chunk)
         raise InputError(
             f"config.noise_by_chunk is True, but only stages {able} draw a noise level for every chunk, and "
             f"config.stage is {config.stage!r}, which learns from a softmax model that knows one level for all frames; "
             f"set it to False, or choose another stage"
         )
-    if weight := stage.teacher_weight(config):
+    if stage.few_steps:
+        if config.mesh.context != 1:
+            raise InputError(
+                f"config.mesh.context must be 1 with config.noise_by_chunk = True in stage {config.stage!r}, found "
+                f"{config.mesh.context}: a student makes one chunk after another; shard along the other axes"
+            )
+    elif weight := stage.teacher_weight(config):
         raise InputError(
             f"config.velocity.teacher_weight must be 0 with config.noise_by_chunk = True, found {weight}: the teacher "
             f"knows one noise level for all frames; learn from the videos alone"

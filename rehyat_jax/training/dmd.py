@@ -11,8 +11,7 @@ All start from the initial model. With `velocity.teacher`, both scores are that 
 
 The generator's gradient, with respect to the clean latents x that it makes, is the difference of the clean latents that
 the two scores predict from a noisy x. It moves the generator's videos to where the real score finds them more likely
-than the fake score does. The loss needs no videos. Training simulates sampling: the generator's inputs are those that
-it meets in the sampler "renoise".
+than the fake score does. The loss needs no videos. Training simulates sampling, `rehyat_jax.training.rollout`.
 """
 
 from collections.abc import Callable
@@ -32,13 +31,11 @@ from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import finetune
 from rehyat_jax.training.noising import NoisyBatch
 from rehyat_jax.training.optimizer import make_optimizer
+from rehyat_jax.training.rollout import Rollout, chunk_by_chunk, whole_videos
 from rehyat_jax.training.step import Batch, Context, Metrics, Params, Proposal, UpdateFn, accumulate
 from rehyat_jax.training.velocity import make_teacher
 
 GENERATOR, FAKE_SCORE = "generator", "fake_score"
-
-SIMULATED_STEP = "simulated_step"
-"""Name scope of the conditional in `simulate`: half of its executions evaluate the generator, on average."""
 
 SCORED_SIGMAS = (0.02, 0.98)
 """Least and largest noise level at which the scores are compared, as in DMD2."""
@@ -102,40 +99,10 @@ def make_score(
     return apply, lambda context: {**context, "frozen": joined(context.get("frozen", {}), context["teacher"])}
 
 
-def simulate(
-    apply: Apply, params: Any, shape: tuple[int, ...], text: jax.Array, key: jax.Array, *, steps: int, flow_shift: float
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Samples with "renoise" up to a random step, without gradients.
-
-    Args:
-      apply: the generator.
-      params: its parameters.
-      shape: [B, T, H, W, C] of the latents.
-      text: [B, L, text_dim].
-      key: decides noise and step.
-      steps, flow_shift: of the sampler; see `wan_grid`.
-
-    Returns:
-      (noisy latents before the step, its sigma [], its timestep [], the clean latents that it predicts).
-    """
-    grid = wan_grid(steps, flow_shift)
-    sigmas, timesteps = (jnp.asarray(values, jnp.float32) for values in grid)
-    step_key, noise_key = jax.random.split(key)
-    last = jax.random.randint(step_key, (), 0, steps)
-    noise = lambda step: jax.random.normal(jax.random.fold_in(noise_key, step), shape)
-
-    def clean(step: jax.Array, latents: jax.Array) -> jax.Array:
-        velocity = apply(params, latents, jnp.full(shape[0], timesteps[step]), text)
-        return flow.predict_clean(latents, velocity, sigmas[step])
-
-    def advance(latents: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
-        further = lambda: flow.add_noise(clean(step, latents), noise(step + 1), sigmas[step + 1])
-        with jax.named_scope(SIMULATED_STEP):
-            return jax.lax.cond(step < last, further, lambda: latents), None
-
-    # A fixed number of steps, of which the last ones do nothing: `rehyat_jax.plan` knows what such a loop costs.
-    latents, _ = jax.lax.scan(advance, noise(0), jnp.arange(steps - 1))
-    return latents, sigmas[last], timesteps[last], clean(last, latents)
+def make_rollout(model_def: nnx.GraphDef, config: ml_collections.ConfigDict) -> Rollout:
+    """How the generator makes videos: few_step.steps, flow_shift and noise_by_chunk are read."""
+    make = chunk_by_chunk if config.noise_by_chunk else whole_videos
+    return make(model_def, steps=config.few_step.steps, flow_shift=config.flow_shift)
 
 
 def make_generator_grad_fn(
@@ -146,22 +113,21 @@ def make_generator_grad_fn(
     Args:
       model_def: graph definition of the student.
       config: velocity.teacher and velocity.guidance_scale describe the real score; flow_shift and timestep_sampling the
-        noise levels at which the scores are compared.
+        noise levels at which the scores are compared; see also `make_rollout`.
       join: see `Join`.
 
     Returns:
       A function of (trained parameters, context, batch, key). context[FAKE_SCORE] has the trained parameters of the
-      fake score. The batch has "text" and, from `simulate`, "noisy", "sigma" [B] and "timestep" [B].
+      fake score. The batch is that of `Rollout.velocity`, with "sigma" [B].
     """
-    apply = apply_model(model_def)
+    rollout = make_rollout(model_def, config)
     fake_score, of_score = make_score(model_def, config)
     real_score = make_teacher(model_def, config, is_softmax=bool(config.velocity.teacher))
 
     def loss_fn(trained: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         frozen, text = context.get("frozen", {}), batch["text"]
         params = join(trained, frozen)
-        velocity = apply(params, batch["noisy"], batch["timestep"], text)
-        clean = flow.predict_clean(batch["noisy"], velocity, batch["sigma"])
+        clean = flow.predict_clean(batch["noisy"], rollout.velocity(params, batch), batch["sigma"])
 
         sigma_key, noise_key = jax.random.split(key)
         sigma = flow.sample_sigmas(
@@ -203,9 +169,10 @@ def make_update(
       join: see `Join`.
     """
     del optimizer
-    optimizers, apply = make_optimizers(config), apply_model(model_def)
+    optimizers, rollout = make_optimizers(config), make_rollout(model_def, config)
     fake_score, of_score = make_score(model_def, config)
-    options = dict(steps=config.few_step.steps, flow_shift=config.flow_shift)
+    grid = wan_grid(config.few_step.steps, config.flow_shift)
+    sigmas, timesteps = (jnp.asarray(values, jnp.float32) for values in grid)
     generator_grads = accumulate(make_generator_grad_fn(model_def, config, join), config.accumulation_steps)
     undropped = config.copy_and_resolve_references()
     undropped.caption_dropout = 0.0
@@ -224,10 +191,11 @@ def make_update(
         def made(part: tuple[Batch, jax.Array]) -> tuple[Batch, Batch]:
             batch, key = part
             shape, text = batch["latents"].shape, batch["text"]
-            noisy, sigma, timestep, clean = simulate(apply, of_generator, shape, text, key, **options)
-            of_example = lambda scalar: jnp.full(shape[0], scalar)
-            inputs = {"noisy": noisy, "sigma": of_example(sigma), "timestep": of_example(timestep), "text": text}
-            return inputs, {"latents": clean, "text": text}
+            step_key, noise_key = jax.random.split(key)
+            step = jax.random.randint(step_key, (), 0, config.few_step.steps)
+            noisy, clean = rollout.simulate(of_generator, shape, text, noise_key, step)
+            level = {name: jnp.full(shape[0], of[step]) for name, of in (("sigma", sigmas), ("timestep", timesteps))}
+            return {"noisy": noisy, "finished": clean, "text": text, **level}, {"latents": clean, "text": text}
 
         keys = jax.random.split(simulate_key, config.accumulation_steps)
         inputs, videos = jax.lax.stop_gradient(jax.lax.map(made, (batches, keys)))

@@ -415,7 +415,8 @@ FIELDS = (
         Boolean(),
         REFUSED,
         "True: every chunk of a video has its own noise level, as `sample --order chunks` needs. It is for stages "
-        '"pretrain" and "finetune" without a teacher, and for causal hybrid attention in every block.',
+        '"pretrain" and "finetune" without a teacher, and for causal hybrid attention in every block. In stage "dmd", '
+        "the student makes its videos in that order.",
     ),
     Field("caption_dropout", 0.1, Real(0, 1), CHANGED, "Share of the captions that are replaced by the empty caption."),
     Field("mesh.data", 1, _DEVICES, ROUNDED, "Devices along the batch, each with all parameters. -1 takes the rest."),

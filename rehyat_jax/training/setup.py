@@ -31,7 +31,7 @@ from rehyat_jax.training.trouble import next_batch
 from rehyat_jax.weights.identity import weights_identity
 from rehyat_jax.weights.load import abstract_module, load_sharded, open_checkpoint
 from rehyat_jax.weights.model_checkpoint import METADATA
-from rehyat_jax.weights.streamed import MODELS_PLACE, SAMPLING
+from rehyat_jax.weights.streamed import MODELS_PLACE, NOISE_LEVELS, SAMPLING
 
 
 class InitialModel(NamedTuple):
@@ -171,6 +171,11 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
             raise InputError(
                 f"config.init_from: {config.init_from} is a model of few steps, which knows the noise levels of its "
                 f"steps alone; give the model that it was made from"
+            )
+        if STAGES[config.stage].few_steps and config.noise_by_chunk and NOISE_LEVELS not in checkpoint.metadata:
+            raise InputError(
+                f"config.init_from: {config.init_from} knows one noise level for all frames, but with "
+                f"config.noise_by_chunk = True it makes videos chunk by chunk; finetune it with that field first"
             )
         loaded, codec, text_encoder = checkpoint.config, *(checkpoint.metadata[name] for name in METADATA)
         models = checkpoint.metadata.get(MODELS_PLACE)

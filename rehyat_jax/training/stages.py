@@ -31,7 +31,7 @@ class Stage:
       trains: the part of the parameter tree in training, "feature_maps"; None for all of it. The rest is frozen: the
         teacher. A model without this part has nothing to train. With LoRA, see `split`.
       takes_lora: whether it can train adapters, `config.lora`.
-      noises_by_chunk: whether it can draw a noise level for every chunk, `config.noise_by_chunk`.
+      noises_by_chunk: whether it can train for sampling chunk by chunk, `config.noise_by_chunk`.
       converts: whether the configuration must name the blocks to convert.
       recomputes: whether gradients pass through the blocks, so that `config.remat` matters.
       updates_per_step: configuration -> updates of the optimizer in a step.
@@ -163,9 +163,13 @@ def _flops_of_dmd(model: WanConfig, latents: tuple[int, int, int], config: ml_co
     # On average, the simulation evaluates the generator (steps + 1) / 2 times.
     simulated = int((config.few_step.steps + 1) / 2 * _forward_flops(model, latents))
     scores = (1 + _teacher_passes(config)) * _forward_flops(score, latents)
+    # Chunk by chunk, the generator also reads the finished chunks, in the simulation and for its gradient.
+    chunk = model.block_forms.chunk_frames * model.patch_size[0]
+    before_last = (latents[0] - 1) // chunk * chunk if config.noise_by_chunk else 0
+    states = 2 * _forward_flops(model, (before_last, *latents[1:])) if before_last else 0
     updates = config.dmd.score_updates
     return StepFlops(
-        of_student.model + updates * of_score.model + simulated + scores,
+        of_student.model + updates * of_score.model + simulated + states + scores,
         of_student.recomputed + updates * of_score.recomputed,
     )
 
@@ -223,6 +227,7 @@ STAGES = {
         takes_lora=True,
         make_optimizer=dmd.joint_optimizer,
         start=dmd.start,
+        noises_by_chunk=True,
         result=dmd.GENERATOR,
         teacher_weight=lambda config: 1.0,
         own_teacher=True,
