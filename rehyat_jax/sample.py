@@ -145,10 +145,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="sample part by part: videos of any length in the same device memory, if all blocks are hybrid",
     )
-    orders = (
-        "chunks: all steps for one chunk after another, if the model was trained so; video: every step for all frames"
-    )
-    option("--order", choices=get_args(Order), help=orders + " (default: that of a model of few steps, or video)")
+    orders = "video: every step for all frames; chunks: all steps for one chunk after another (default: as in training)"
+    option("--order", choices=get_args(Order), help=orders)
     help_text = "video to continue, with --stream or --order chunks; --frames is the number of frames to add"
     option("--continue", type=Path, dest="continued", metavar="FILE", help=help_text)
     longest = "latent frames; positions of a video in parts stay below it (default: they grow with the video)"

@@ -75,7 +75,8 @@ def run_in_this_process(tasks, jobs, environment):
 
 def test_a_recipe_trains_evaluates_and_reports_and_another_one_is_refused(tmp_path, monkeypatch, capsys):
     steps = tuple(Step(name, str(tmp_path / f"{name}.py"), changes=FEW if name == "dmd" else {}) for name in STAGES)
-    tiny_recipe(tmp_path, steps=(steps[0], steps[2]), results={"student": "dmd"}, seeds=(1,))
+    results = {"student": "dmd", "before": "distill"}
+    tiny_recipe(tmp_path, steps=(steps[0], steps[2]), results=results, without_samples=("before",), seeds=(1,))
     monkeypatch.setattr(running, "run_tasks", run_in_this_process)
     command = [str(tmp_path / "recipe.py"), "--workdir", str(tmp_path / "run"), "--config.caption_dropout=0.2"]
     assert recipe.main(command) == 0
@@ -85,7 +86,8 @@ def test_a_recipe_trains_evaluates_and_reports_and_another_one_is_refused(tmp_pa
         assert low <= record[name]["frame_accuracy"] <= high
     assert record["samples"] == 4 and record["velocity_error"] > 0 and record["boundary_ratio_student"] > 0
     page = (tmp_path / "run" / "recipe.md").read_text()
-    assert "| digit, every frame |" in page and (tmp_path / "run" / "recipe.png").exists()
+    assert "| digit, every frame |" in page and f"before {record['velocity_error_before']:.4f}." in page
+    assert "frame_accuracy" not in record["before"] and (tmp_path / "run" / "recipe.png").exists()
     # The few-step student keeps its own solver, and the teacher's samples are where all evaluations find them.
     about = json.loads((tmp_path / "run" / "seed_1" / "evaluation" / "student" / "evaluation.json").read_text())[
         "about"
@@ -96,7 +98,7 @@ def test_a_recipe_trains_evaluates_and_reports_and_another_one_is_refused(tmp_pa
     tiny_recipe(tmp_path, steps=(steps[0], steps[2]), results={"student": "dmd"}, evaluation=("--samples", "6"))
     capsys.readouterr()
     assert recipe.main(command) == 2
-    assert "evaluation: --samples 4" in capsys.readouterr().err
+    assert "evaluation: '--samples 4" in capsys.readouterr().err
 
 
 def test_a_record_has_means_over_seeds_and_their_range(tmp_path):
@@ -158,6 +160,7 @@ def test_an_order_that_makes_no_sense_is_refused(steps, message, tmp_path):
         ({"results": {"last": "dmd"}}, "results: expected 'student'"),
         ({"results": {"student": "x"}}, "results: expected 'student', of steps"),
         ({"seeds": (0, 0)}, "seeds: expected seeds"),
+        ({"without_samples": ("student",)}, "without_samples: expected some of"),
     ],
 )
 def test_wrong_definitions_are_named(changes, message, tmp_path):

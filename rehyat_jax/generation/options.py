@@ -43,7 +43,7 @@ class SamplingOptions:
         frames. See `rehyat_jax.models.wan_vae.vae.WanVae.decode`.
       stream: keep only a part of the video on the device; see `rehyat_jax.generation.streaming`.
       order: "chunks" finishes a chunk before the next one begins, see `rehyat_jax.generation.chunks`. None is "chunks"
-        for a model of few steps that was trained so, unless `stream` is True.
+        for a model that was trained with a noise level for every chunk, unless `stream` is True.
       longest: of videos in parts, see `rehyat_jax.models.wan.streaming.part_positions`; None for no limit.
       mesh: sizes of mesh axes; empty for one device.
     """

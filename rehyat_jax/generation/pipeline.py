@@ -87,8 +87,7 @@ class Pipeline:
         shift = None if models is None else scheduler_shift(models.folder)
         asked = options.frames, options.height, options.width
         size = [given or default for given, default in zip(asked, sizes.default_size, strict=True)]
-        by_chunk = SAMPLING in model.metadata and NOISE_LEVELS in model.metadata and not options.stream
-        order: Order = "chunks" if by_chunk else "video"
+        order: Order = "chunks" if NOISE_LEVELS in model.metadata and not options.stream else "video"
         solver = WAN | {"flow_shift": shift or DEFAULT_SHIFT} | model.metadata.get(SAMPLING, {})
         self.options = dataclasses.replace(
             options,

@@ -49,6 +49,7 @@ class Recipe:
       steps: the training runs in their order.
       results: name of an evaluated model -> name of the step that makes it. `STUDENT` must be one of them.
       evaluation: options of `rehyat_jax.evaluate`, without models and place.
+      without_samples: results that are evaluated on the data alone.
       seeds: seeds of the training runs.
 
     Raises:
@@ -60,6 +61,7 @@ class Recipe:
     steps: tuple[Step, ...]
     results: Mapping[str, str]
     evaluation: tuple[str, ...] = ()
+    without_samples: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,8 @@ class Recipe:
         _expect(
             STUDENT in self.results and not unknown, "results", f"{STUDENT!r}, of steps {names}", dict(self.results)
         )
+        known = set(self.results) - {STUDENT}
+        _expect(known >= set(self.without_samples), "without_samples", f"some of {sorted(known)}", self.without_samples)
         different = len(set(self.seeds)) == len(self.seeds) > 0
         _expect(different and all(type(seed) is int and seed >= 0 for seed in self.seeds), "seeds", "seeds", self.seeds)
 

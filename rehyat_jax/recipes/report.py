@@ -87,13 +87,14 @@ def write_report(recipe: Recipe, workdir: Path, record: dict[str, Any]) -> Path:
 
 def markdown(recipe: Recipe, record: dict[str, Any], *, pictured: bool) -> str:
     """The page of a record."""
-    models = [TEACHER, *recipe.results]
+    models = [TEACHER, *(name for name in recipe.results if name not in recipe.without_samples)]
     rows = [
         f"| {title} | {' | '.join(_shown(record[name], key) for name in models)} |"
         for key, title in OF_SIDES.items()
         if any(key in record[name] for name in models)
     ]
-    errors = [record[_error_key(name)] for name in recipe.results]
+    errors = [record[_error_key(name)] for name in models[1:]]
+    others = [f"{name.replace('_', ' ')} {record[_error_key(name)]:.4f}" for name in recipe.without_samples]
     minutes = [sum(seconds.values()) / 60 for seconds in record["seconds"].values()]
     lines = [
         f"# {record['title']}",
@@ -106,6 +107,7 @@ def markdown(recipe: Recipe, record: dict[str, Any], *, pictured: bool) -> str:
         *rows,
         f"| velocity error | | {' | '.join(f'{error:.4f}' for error in errors)} |",
         "",
+        *([f"Velocity error of others: {', '.join(others)}.", ""] if others else []),
         *(["![Samples from the same noise](recipe.png)", ""] if pictured else []),
         "Training took " + ", ".join(f"{value:.0f}" for value in minutes) + " minutes a seed, in these steps:",
         "",
@@ -176,7 +178,7 @@ def _save_strip(recipe: Recipe, workdir: Path) -> bool:
     if data not in JUDGES or not _option(recipe.evaluation, "--samples"):
         return False
     folders = {TEACHER: workdir / TEACHER_SAMPLES}
-    for name in recipe.results:
+    for name in (name for name in recipe.results if name not in recipe.without_samples):
         folders[name] = seed_folder(workdir, recipe.seeds[0]) / "evaluation" / name / "samples" / STUDENT
     codec, rows = SpaceToDepth(), {}
     for number in range(SHOWN_VIDEOS):

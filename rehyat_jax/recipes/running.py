@@ -88,7 +88,8 @@ def evaluation_task(recipe: Recipe, workdir: Path, seed: int) -> Task:
         place = folder / "evaluation" / name
         _share_samples(workdir, place)
         models = ["--teacher", recipe.teacher, "--student", str(folder / step / "model")]
-        argv = (sys.executable, "-m", "rehyat_jax.evaluate", *models, "--out", str(place), *recipe.evaluation)
+        options = [*recipe.evaluation, *(["--samples", "0"] if name in recipe.without_samples else [])]
+        argv = (sys.executable, "-m", "rehyat_jax.evaluate", *models, "--out", str(place), *options)
         commands.append(Command(f"evaluate {name}", argv, place / EVALUATION, folder / f"evaluate_{name}.log"))
     return Task(f"seed {seed}", tuple(commands), folder / "evaluation_seconds.json")
 
