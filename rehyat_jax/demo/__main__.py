@@ -119,13 +119,18 @@ def sampled(model: Path, file: Path) -> np.ndarray:
     return videos
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and runs the demo; returns the exit code, 1 if the report misses an expectation."""
+def make_parser() -> CommandParser:
+    """The parser of the command line."""
     parser = CommandParser("demo", __doc__, "--quick")
     parser.add_argument("--quick", action="store_true", help="few updates, no measurements")
     workdir = f"folder for everything (default: {WORKDIR}, or {QUICK_WORKDIR} with --quick)"
     parser.add_argument("--workdir", type=Path, metavar="DIR", help=workdir)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and runs the demo; returns the exit code, 1 if the report misses an expectation."""
+    arguments = make_parser().parse_args(argv)
     missed: list[str] = []
 
     def run() -> None:
