@@ -32,6 +32,8 @@ COMMANDS = [
     ["recipe"],
     ["evaluate"],
     ["evaluate", "vbench-videos"],
+    ["demo"],
+    ["completion"],
     ["demo.report"],
     ["demo.drift"],
     ["cost_model.tpu_compile"],
