@@ -1,6 +1,7 @@
 """Installs a wheel into an empty environment and runs its quick demo: python tests/wheel_check.py WHEEL.
 
-It prints the seconds of every part. The first video, downloads aside, must be there within three minutes.
+It prints the seconds of every part. The first video, downloads aside, must be there within three minutes. Commands that
+need other extras must name them.
 """
 
 import argparse
@@ -15,6 +16,13 @@ LIMIT_SECONDS = 180
 """From the beginning of the installation to the first video of the demo's teacher."""
 
 EXTRAS = "cpu,demo"
+
+NEEDS_MORE = {
+    "demo": "torch",
+    "completion bash": "completion",
+    "plan --config configs/wan_1_3b_distill.py --topology v5e:4x4": "tpu",
+}
+"""Arguments of `rehyat` -> the extra that they need in addition."""
 
 
 def main() -> int:
@@ -44,6 +52,12 @@ def main() -> int:
         run("rehyat demo --quick", folder / "venv" / "bin" / "rehyat", "demo", "--quick")
         first_video = (folder / "runs" / "demo_quick" / "teacher.mp4").stat().st_mtime - installing
         (folder / "runs" / "demo_quick" / "student.mp4").stat()
+        for arguments, extra in NEEDS_MORE.items():
+            command = [folder / "venv" / "bin" / "rehyat", *arguments.split()]
+            refused = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+            found = refused.stderr.strip().splitlines() or [""]
+            print(f"rehyat {arguments}: {found[-1]}", flush=True)
+            assert refused.returncode == 2 and found[-1].endswith(f"pip install 'rehyat-jax[{extra}]'"), refused
     for part, took in seconds.items():
         print(f"{took:7.1f} s  {part}")
     print(f"{first_video:7.1f} s  from the beginning of the installation to the first video (limit: {LIMIT_SECONDS})")
