@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return _run(name, arguments)
     if name and not name.startswith("-"):
         print(
-            f"error: rehyat has no command {shown(name)!r}; did you mean {closest(name, COMMANDS)[0]!r}?",
+            f"error: rehyat has no command '{shown(name)}'; did you mean '{closest(name, COMMANDS)[0]}'?",
             file=sys.stderr,
         )
         return 2

@@ -169,6 +169,7 @@ def test_the_demo_trains_what_its_configurations_say(tmp_path, monkeypatch, caps
     exported = []
     monkeypatch.setattr(demo, "convert_to_torch", lambda *arguments, **_: exported.append(arguments))
     monkeypatch.setattr(demo, "report_misses", lambda runs: ["a claim"])
+    monkeypatch.setattr(demo, "check_installed", lambda *_: None)
     assert demo.main(["--workdir", str(runs)]) == 1
     assert (runs / "teacher" / "model.json").exists()
     assert {name: (config.init_from, config.hybrid.causal, config.steps) for name, config in trained.items()} == {
