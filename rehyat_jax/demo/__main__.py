@@ -5,7 +5,7 @@ distils feature maps for all blocks (once causal, once bidirectional) and finetu
 student to PyTorch and measures it: DIR gets `report.md`, pictures and videos, as well as all models. This takes about
 14 minutes on two CPU cores and needs the extras `demo` and `torch`.
 
---quick shows the same way in about two minutes, with few updates and without the measurements. It first writes
+--quick shows the same way within a few minutes, with few updates and without the measurements. It first writes
 `teacher.mp4`, videos of the teacher, and at the end `student.mp4`. It needs only the extra `demo`.
 
 The same command resumes a stopped demo. configs/demo_distill.py and configs/demo_finetune.py describe the training.
