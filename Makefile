@@ -1,6 +1,9 @@
 # make demo: from a softmax video transformer to a ReHyAt model and back to PyTorch, on two cores.
 # make check: what to run before a commit: format, lint, layers, types, and the tests that take seconds.
-# make test: the complete test suite. All of them install what they need into .venv.
+# make test: the complete test suite.
+# make dist: the source archive and the wheel of a release, in dist/.
+# make wheel-check: install that wheel into an empty environment, and run the quick demo there.
+# All of them install what they need into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +11,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install demo test check fault-test fuzz lint clean-demo
+.PHONY: install demo test check fault-test fuzz lint clean-demo dist wheel-check
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -49,13 +52,15 @@ lint: install
 	$(BIN)/mypy
 
 demo: install
-	$(BIN)/python -m rehyat_jax.convert from-torch --force assets/demo_teacher $(RUNS)/teacher
-	$(BIN)/python -m rehyat_jax.train --config configs/demo_distill.py --workdir $(RUNS)/distill
-	$(BIN)/python -m rehyat_jax.train --config configs/demo_distill.py --workdir $(RUNS)/distill_bidirectional \
-	    --config.hybrid.causal=False
-	$(BIN)/python -m rehyat_jax.train --config configs/demo_finetune.py --workdir $(RUNS)/finetune
-	$(BIN)/python -m rehyat_jax.convert to-torch --force --layout diffusers $(RUNS)/finetune/model $(RUNS)/student_pytorch
-	$(BIN)/python -m rehyat_jax.demo.report --runs $(RUNS)
+	$(BIN)/rehyat demo --workdir $(RUNS)
+
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build
+
+# It downloads packages, and prints how long the rest takes.
+wheel-check: dist
+	$(PYTHON) tests/wheel_check.py dist/*.whl
 
 # The demo resumes where it was stopped; this starts it over.
 clean-demo:

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -18,6 +19,7 @@ import jax
 
 from rehyat_jax.ctrl_c import kept_ctrl_c
 from rehyat_jax.errors import InputError, RunEndedError
+from rehyat_jax.extras import missing_extra
 from rehyat_jax.files.shown import shown
 from rehyat_jax.files.write import REMEDIES
 
@@ -31,6 +33,15 @@ MESSAGE_WIDTH, MESSAGE_LINES = 2000, 100
 """Largest size of an error on the terminal; names and values in it may be those of a hostile file."""
 
 
+started_by_rehyat = False
+"""True in a process of the command `rehyat`, which runs a module as `python -m` does."""
+
+
+def as_called(text: str) -> str:
+    """A text with commands as this process was called: `rehyat train` or `python -m rehyat_jax.train`."""
+    return re.sub(r"python -m rehyat_jax\.(\w+)(?![\w.])", r"rehyat \1", text) if started_by_rehyat else text
+
+
 class CommandParser(argparse.ArgumentParser):
     """The parser of a command line; it exits with code 2 on a wrong one.
 
@@ -42,10 +53,10 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, module: str, description: str | None, example: str, prog: str | None = None):
-        command = f"python -m rehyat_jax.{module}"
+        command = as_called(f"python -m rehyat_jax.{module}")
         super().__init__(
             prog=command,
-            description=description,
+            description=as_called(description or ""),
             epilog=f"example:\n  {command} {example}".rstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -58,7 +69,7 @@ def printed_help(argv: list[str], text: str | None) -> bool:
     """True if a command line asks for help; prints the text, for commands without a `CommandParser`."""
     if not {"-h", "--help"}.intersection(argv):
         return False
-    print(text)
+    print(as_called(text or ""))
     return True
 
 
@@ -151,6 +162,8 @@ def _as_input_error(error: Exception) -> InputError | None:
     """The report of a fault of the user's input or machine; None for any other error."""
     if isinstance(error, InputError):
         return error
+    if isinstance(error, ImportError):
+        return missing_extra(error)
     if isinstance(error, MemoryError) or (
         isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     ):

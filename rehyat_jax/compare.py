@@ -14,12 +14,17 @@ from rehyat_jax.files.write import check_place
 from rehyat_jax.studies.run_comparison import check_different, comparison, read_run, write_comparison
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and compares; returns the exit code, 2 if the user's input is wrong."""
+def make_parser() -> CommandParser:
+    """The parser of the command line."""
     parser = CommandParser("compare", __doc__, "runs/demo/distill runs/demo/distill_bidirectional --out compared.md")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="workdirs of training runs, two or more")
     parser.add_argument("--out", type=Path, metavar="PAGE.md", help="page to write, with a picture of the same name")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and compares; returns the exit code, 2 if the user's input is wrong."""
+    arguments = make_parser().parse_args(argv)
 
     def run() -> None:
         page = arguments.out

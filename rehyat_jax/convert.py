@@ -20,8 +20,8 @@ from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
 from rehyat_jax.weights.table import LAYOUTS
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; argparse itself exits with code 2 on a wrong one."""
+def make_parser() -> CommandParser:
+    """The parser of the command line, with a subparser for each direction."""
     parser = CommandParser("convert", __doc__, "from-torch assets/demo_teacher runs/teacher")
     commands = parser.add_subparsers(dest="command", required=True)
     add = lambda name, text, example: commands.add_parser(
@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--models", help="pipeline with the VAE and text encoder, which `sample` will use: folder or Hub name"
     )
     to_torch.add_argument("--layout", choices=LAYOUTS, required=True, help="whose tensor names and config.json")
-    return parser.parse_args(argv)
+    return parser
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -55,7 +55,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and converts; returns the exit code, 2 if the user's input is wrong."""
-    arguments = parse_arguments(argv)
+    arguments = make_parser().parse_args(argv)
     return report_input_errors(lambda: convert(arguments))
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import install_command
 
 WAIT_SECONDS = 300
 """Seconds that processes wait for each other: nodes of one job start minutes apart. It equals JAX's default."""
@@ -26,10 +27,10 @@ class Launcher(NamedTuple):
 
 OPEN_MPI = Launcher("Open MPI", "start the processes with Open MPI 4's mpirun")
 SLURM = Launcher("Slurm", "start the processes with srun")
-CLOUD_TPU = Launcher("Cloud TPU", 'install libtpu on every worker: pip install -e ".[tpu]"')
+CLOUD_TPU = Launcher("Cloud TPU", f"install libtpu on every worker: {install_command('tpu')}")
 KUBERNETES = Launcher(
     "Kubernetes",
-    'pip install "jax[k8s]" and let the service account read pods, services and jobs; for a Job of one pod alone, '
+    f"{install_command('k8s')} and let the service account read pods, services and jobs; for a Job of one pod alone, "
     "--coordinator localhost:1234 --num_processes 1 --process_id 0",
 )
 

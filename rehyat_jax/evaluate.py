@@ -61,7 +61,7 @@ def options_of(arguments: argparse.Namespace) -> EvaluationOptions:
     return EvaluationOptions(**values, durations=tuple(arguments.durations), sampling=sampling)
 
 
-def parser() -> CommandParser:
+def make_parser() -> CommandParser:
     """The parser of the command line, without `vbench-videos`."""
     example = "--teacher runs/demo/teacher --student runs/demo/finetune/model --out runs/demo/evaluation --samples 40"
     made = CommandParser("evaluate", __doc__, example)
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         from rehyat_jax.evaluation.vbench import command
 
         return command.main(argv[1:])
-    arguments = parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     return report_input_errors(lambda: evaluate(arguments, argv))
 
 

@@ -36,9 +36,8 @@ def video_size(text: str) -> Size:
     return frames, height, width
 
 
-def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
-    """(command, its arguments); argparse exits with code 2 on a wrong command line."""
-    command = argv[0] if argv and argv[0] in (LATENTS, TRAJECTORIES) else ""
+def make_parser(command: str = "") -> CommandParser:
+    """The parser of a command: "" for videos, `LATENTS` or `TRAJECTORIES`."""
     example = {
         "": "videos prepared --size 81x480x832",
         LATENTS: "latents prepared --codec wan_vae --text-encoder umt5",
@@ -91,6 +90,13 @@ def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
             help="of videos to make; each goes where it loses least (default: the codec's)",
         )
         option("--workers", type=count, default=min(16, os.cpu_count() or 1), help="videos decoded at a time" + default)
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
+    """(command, its arguments); argparse exits with code 2 on a wrong command line."""
+    command = argv[0] if argv and argv[0] in (LATENTS, TRAJECTORIES) else ""
+    parser = make_parser(command)
     arguments = parser.parse_args(argv[1:] if command else argv)
     if arguments.host >= arguments.num_hosts:
         parser.error(f"--host: expected 0 to {arguments.num_hosts - 1}, found {arguments.host}")

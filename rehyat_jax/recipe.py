@@ -33,14 +33,19 @@ FAILED = 3
 _FIELD = re.compile(r"--config\.([\w.]+)=(.*)", re.DOTALL)
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """(options, fields of the configuration). argparse itself exits with code 2 on a wrong command line."""
+def make_parser() -> CommandParser:
+    """The parser of the options, without fields of the configuration."""
     parser = CommandParser("recipe", __doc__, "configs/recipes/demo.py")
     parser.add_argument("file", metavar="FILE", type=Path, help="the recipe's file")
     parser.add_argument("--workdir", type=Path, help="directory of the recipe; runs/recipes/NAME by default")
     parser.add_argument("--jobs", type=int, help="processes at a time; on CPUs as many as cores and memory allow")
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(options, fields of the configuration). argparse itself exits with code 2 on a wrong command line."""
     fields = [match for argument in argv if (match := _FIELD.fullmatch(argument))]
-    options = parser.parse_args([argument for argument in argv if not _FIELD.fullmatch(argument)])
+    options = make_parser().parse_args([argument for argument in argv if not _FIELD.fullmatch(argument)])
     return options, {match[1]: _value(match[2]) for match in fields}
 
 

@@ -121,8 +121,8 @@ def _check_suffix(out: Path) -> None:
         raise InputError(f"--out {out}: expected a file name that ends in .mp4, found {out.name!r}")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; argparse itself exits with code 2 on a wrong one."""
+def make_parser() -> CommandParser:
+    """The parser of the command line."""
     example = "--models Wan2.1-T2V-1.3B-Diffusers --prompt 'A cat runs on the beach.' --out cat.mp4"
     parser = CommandParser("sample", __doc__, example)
     option = parser.add_argument
@@ -152,6 +152,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     longest = "latent frames; positions of a video in parts stay below it (default: they grow with the video)"
     option("--longest", type=number(int, 1, 10**9), metavar="N", help=longest)
     SamplingOptions.add_to(parser)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line; argparse itself exits with code 2 on a wrong one."""
+    parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.show is None:
         if arguments.models is None and arguments.checkpoint is None:

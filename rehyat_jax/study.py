@@ -31,15 +31,15 @@ FAILED = 3
 """The exit code if a run failed. 1 is that of a bug."""
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; argparse itself exits with code 2 on a wrong one."""
+def make_parser() -> CommandParser:
+    """The parser of the command line."""
     parser = CommandParser("study", __doc__, "configs/studies/stabilizer.py")
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="the study's file; records for --render")
     parser.add_argument("--workdir", type=Path, help="directory of the study; runs/studies/NAME by default")
     parser.add_argument("--jobs", type=int, help="processes at a time; on CPUs as many as cores and memory allow")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="variants to run; all by default")
     parser.add_argument("--render", type=Path, metavar="PAGE.md", help="write a page from study.json files")
-    return parser.parse_args(argv)
+    return parser
 
 
 def study(arguments: argparse.Namespace) -> dict[str, str]:
@@ -61,7 +61,7 @@ def study(arguments: argparse.Namespace) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and runs or renders; returns the exit code, see above."""
-    arguments, failures = parse_arguments(argv), {}
+    arguments, failures = make_parser().parse_args(argv), {}
 
     def run() -> None:
         if arguments.render is not None:

@@ -193,7 +193,7 @@ def test_latents_are_as_large_as_noise():
 
 def test_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"rehyat_jax\[demo\]"):
+    with pytest.raises(InputError, match=r"rehyat-jax\[demo\]"):
         load_scans("train")
 
 

@@ -108,4 +108,4 @@ def test_without_the_cuda_plugin_the_error_says_what_to_do(monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_target.topologies, "get_topology_desc", missing)
     assert gpu_compile.main([]) == 2
-    assert "expected JAX's CUDA plugin, found none; run `pip install" in capsys.readouterr().err
+    assert "expected JAX's CUDA plugin, found none; run pip install" in capsys.readouterr().err

@@ -32,6 +32,8 @@ COMMANDS = [
     ["recipe"],
     ["evaluate"],
     ["evaluate", "vbench-videos"],
+    ["demo"],
+    ["completion"],
     ["demo.report"],
     ["demo.drift"],
     ["cost_model.tpu_compile"],
@@ -45,7 +47,8 @@ COMMANDS = [
 def test_help_has_a_description_the_options_and_an_example(command, option, capsys, monkeypatch):
     module, *subcommand = command
     monkeypatch.setattr(sys, "argv", [module, *subcommand, option])
-    monkeypatch.delitem(sys.modules, f"rehyat_jax.{module}", raising=False)
+    for name in (f"rehyat_jax.{module}", f"rehyat_jax.{module}.__main__"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(SystemExit) as end:
         runpy.run_module(f"rehyat_jax.{module}", run_name="__main__")
         raise SystemExit(0)  # a module that ends by itself

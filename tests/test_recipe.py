@@ -32,7 +32,7 @@ def test_the_commands_of_a_recipe_train_what_its_definition_says(file, tmp_path)
         assert config.to_dict() == expected.to_dict() and config.log_every == 7
         assert TEACHER not in command.argv
     for command in running.evaluation_task(found, tmp_path, seed=2).commands:
-        made = evaluate.parser().parse_args(list(command.argv[3:]))
+        made = evaluate.make_parser().parse_args(list(command.argv[3:]))
         assert str(made.teacher) == found.teacher and str(made.student) in models.values()
 
 

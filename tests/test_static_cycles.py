@@ -269,6 +269,6 @@ def test_missing_compiler_and_unknown_topology_are_told_in_one_line(monkeypatch,
     assert "v9:2x2: expected one that begins with v5e, v5p, v6e, tpu7x" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert tpu_static.main([]) == 2
-    assert "pip install libtpu" in capsys.readouterr().err
-    with pytest.raises(InputError, match="pip install libtpu"):
+    assert "pip install 'rehyat-jax[tpu]'" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"rehyat-jax\[tpu\]"):
         compiled("too_large", "v5e:2x2")

@@ -1,5 +1,6 @@
 """Attention Surgery: the choice of forms is optimal, budgets are checked, and `train` takes the result."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -19,7 +20,6 @@ from rehyat_jax.attention.forms.linear import LinearForm
 from rehyat_jax.attention.forms.softmax import SOFTMAX, SoftmaxForm
 from rehyat_jax.attention.forms.strided import StridedForm
 from rehyat_jax.attention.forms.window import WindowForm
-from rehyat_jax.cost_model import tpu_compile
 from rehyat_jax.errors import InputError
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.selection import choose, costs
@@ -253,8 +253,8 @@ def test_an_unknown_chip_and_a_missing_compiler_are_errors(monkeypatch):
         costs.check_cost("cycles", "v9:2x2")
     with pytest.raises(InputError, match="found GPUs"):
         costs.check_cost("cycles", "h100:8")
-    monkeypatch.setattr(tpu_compile.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install libtpu"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"rehyat-jax\[tpu\]"):
         costs.check_cost("memory", "v5e:2x2")
     costs.check_cost("flops", "v9:2x2")
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import torch
 from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 
@@ -39,6 +38,7 @@ from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.benchmarks.peak_memory import measuring_process, peak_bytes
 from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import check_installed
 from rehyat_jax.files.write import written_whole
 
 DIRECTIONS = (FORWARD, BACKWARD)
@@ -189,6 +189,9 @@ def run(arguments: argparse.Namespace) -> None:
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
     shapes = [Shape(frames=frames, **sizes) for frames in sorted(set(arguments.frames))]
+    check_installed("the comparison with PyTorch", "torch", "diffusers")
+    import torch
+
     environment = f"{describe_environment()}, torch {torch.__version__} ({torch.get_num_threads()} threads)"
 
     points = []

@@ -12,13 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import nnx
-from torch.nn.functional import scaled_dot_product_attention
 
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, HybridState, hybrid_attention
 from rehyat_jax.cli import not_a_command
-from rehyat_jax.pytorch import rehyat_torch
 
 CHUNK_FRAMES, OVERLAP_FRAMES = 3, 1
 FORWARD, BACKWARD = "forward", "forward and backward"
@@ -130,8 +127,10 @@ def _jax_hybrid_streamed(shape: Shape, direction: str) -> Run | None:
     return run
 
 
-def _torch_run(attend: Callable, parameters: list[torch.Tensor], shape: Shape, direction: str) -> Run:
-    """attend(query, key, value) -> y."""
+def _torch_run(attend: Callable, parameters: list[Any], shape: Shape, direction: str) -> Run:
+    """attend(query, key, value) -> y, with the gradients of the parameters, which are tensors."""
+    import torch
+
     *inputs, cotangent = map(torch.from_numpy, _random_inputs(shape))
     if direction == FORWARD:
 
@@ -146,6 +145,8 @@ def _torch_run(attend: Callable, parameters: list[torch.Tensor], shape: Shape, d
 
 
 def _torch_hybrid(shape: Shape, direction: str) -> Run:
+    from rehyat_jax.pytorch import rehyat_torch
+
     phi_query, phi_key = (rehyat_torch.FeatureMap(shape.heads, shape.head_dim) for _ in range(2))
 
     def attend(query, key, value):
@@ -155,6 +156,8 @@ def _torch_hybrid(shape: Shape, direction: str) -> Run:
 
 
 def _torch_full(shape: Shape, direction: str) -> Run:
+    from torch.nn.functional import scaled_dot_product_attention
+
     attend = lambda *arrays: scaled_dot_product_attention(*(x.transpose(1, 2) for x in arrays)).transpose(1, 2)
     return _torch_run(attend, [], shape, direction)
 

@@ -31,6 +31,7 @@ from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import install_command
 from rehyat_jax.files.write import written_whole
 
 HEAD_DIM, FEATURES, CHUNK_FRAMES, OVERLAP_FRAMES = 128, 256, 3, 1
@@ -405,7 +406,7 @@ def find_device(platform: str) -> jax.Device:
     except RuntimeError as error:
         raise InputError(
             f"--device {platform}: expected an NVIDIA GPU that JAX can use, found {jax.devices()}; run this on a "
-            f'machine that has one, with `pip install "jax[cuda13]"` and JAX_PLATFORMS unset'
+            f"machine that has one, with {install_command('cuda')} and JAX_PLATFORMS unset"
         ) from error
 
 

@@ -4,6 +4,7 @@ import jax
 from jax.experimental import topologies
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import install_command
 
 # XLA's GpuTargetConfigProto of an H100 SXM.
 _H100 = """
@@ -48,5 +49,5 @@ def gpu_devices(gpu: str, count: int) -> list[jax.Device]:
         return topologies.get_topology_desc("", "cuda", target_config=TARGETS[gpu], topology=f"1x1x{count}").devices
     except NotImplementedError as error:
         raise InputError(
-            'expected JAX\'s CUDA plugin, found none; run `pip install "jax[cuda13]"` (no GPU is needed)'
+            f"expected JAX's CUDA plugin, found none; run {install_command('cuda')} (no GPU is needed)"
         ) from error

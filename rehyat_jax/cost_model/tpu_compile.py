@@ -9,7 +9,6 @@ is loaded, so a process of its own compiles every program:
 import argparse
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -27,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rehyat_jax.cost_model.tpu_bundles import LISTINGS, generation_of
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import check_installed
 
 NO_TPU = {
     "JAX_PLATFORMS": "cpu",
@@ -70,11 +70,7 @@ class CompiledProgram:
 
 def check_libtpu() -> None:
     """Raises InputError if the TPU compiler is missing."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            "libtpu: expected the TPU compiler to be installed, found no such package; run `pip install libtpu` "
-            "(no TPU is needed)"
-        )
+    check_installed("compiling for TPUs, which needs no TPU,", "libtpu")
 
 
 def topology_devices(topology: str) -> list[jax.Device]:

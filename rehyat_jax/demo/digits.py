@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import check_installed
 from rehyat_jax.generation.codecs import SpaceToDepth
 from rehyat_jax.generation.text_encoders import WordVectors
 
@@ -73,12 +74,9 @@ def load_scans(split: Literal["train", "judge"]) -> Scans:
 
 def _scans_file() -> Path:
     """The file that `sklearn.datasets.load_digits` reads. Importing that takes seconds."""
+    check_installed("the data of the moving digits", "sklearn")
     package = importlib.util.find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise InputError(
-            "the moving digits are scikit-learn's scans, and scikit-learn is not installed; "
-            "install the demo extra: pip install 'rehyat_jax[demo]'"
-        )
+    assert package is not None and package.origin is not None
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not file.is_file():
         raise InputError(

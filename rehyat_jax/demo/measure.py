@@ -81,7 +81,7 @@ def sample_captions(
 
     Args:
       model: teacher or student; the noise is the same for both.
-      count: total number of videos, a multiple of 40.
+      count: total number of videos, a multiple of 20.
       description: label of the progress bar.
       solver: options of `generate`.
 

@@ -1,13 +1,20 @@
-"""Curves and bars for the demo's report."""
+"""Curves, bars and samples for the demo's report."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from matplotlib.figure import Figure
 
+from rehyat_jax.demo.digits import CAPTIONS, NUM_FRAMES
+from rehyat_jax.files.mp4 import write_video
+from rehyat_jax.files.pictures import save_frames
 from rehyat_jax.files.write import written_whole
+
+SHOWN_CAPTIONS = (1, 6, 14, 15)
+"""Indices of the captions whose videos are pictured."""
 
 
 def read_metric(workdir: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +43,18 @@ def save_block_errors(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]]
         axes.set(title=title, xlabel="block", ylabel="relative L1 error")
         axes.legend(fontsize=7)
     _save(figure, path)
+
+
+def save_sheet(path: Path, videos: np.ndarray) -> None:
+    """Writes an MP4 of the first video of every caption, in four rows of five; `videos` [N, T, H, W, 3] in [0, 1]."""
+    sheet = rearrange(videos[: len(CAPTIONS)], "(r c) t h w rgb -> t (r h) (c w) rgb", r=4)
+    write_video(path, sheet, fps=8, scale=6)
+
+
+def save_samples(path: Path, videos: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
+    """Writes a PNG that compares models: videos [N, 21, H, W, 3] in [0, 1] of the same captions, by model."""
+    rows = {f"{captions[i]}\n{name}": videos[name][i] for i in SHOWN_CAPTIONS for name in videos}
+    save_frames(path, rows, frames=range(0, NUM_FRAMES, 2))
 
 
 def _save(figure: Figure, path: Path) -> None:

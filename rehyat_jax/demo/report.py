@@ -9,15 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from einops import rearrange
-
 from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.demo import measure
 from rehyat_jax.demo.digits import NUM_FRAMES
 from rehyat_jax.demo.judge import Judge
 from rehyat_jax.demo.long_video import SEGMENTS, Segment, by_position, sample_long
-from rehyat_jax.demo.plots import save_block_errors, save_losses
-from rehyat_jax.files.mp4 import write_video
+from rehyat_jax.demo.plots import SHOWN_CAPTIONS, save_block_errors, save_losses, save_samples, save_sheet
 from rehyat_jax.files.pictures import save_frames
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.generation.streaming import PART_CHUNKS
@@ -69,12 +66,8 @@ def report(runs: Path) -> dict[str, float]:
         videos[name], captions = measure.sample_captions(model, NUM_VIDEOS, f"sampling the {name}")
         score = judge.score(videos[name], captions)
         metrics |= {f"{field}_{name}": value for field, value in score._asdict().items()}
-        # Every caption once, in four rows of five.
-        sheet = rearrange(videos[name][:20], "(r c) t h w rgb -> t (r h) (c w) rgb", r=4)
-        write_video(runs / f"{name}.mp4", sheet, fps=8, scale=6)
-    shown = (1, 6, 14, 15)
-    rows = {f"{captions[i]}\n{name}": videos[name][i] for i in shown for name in ("teacher", "student")}
-    save_frames(pictures / "samples.png", rows, frames=range(0, 21, 2))
+        save_sheet(runs / f"{name}.mp4", videos[name])
+    save_samples(pictures / "samples.png", videos, captions)
     save_losses(
         pictures / "losses.png",
         {
@@ -90,9 +83,8 @@ def report(runs: Path) -> dict[str, float]:
     chunk_frames = student.config.block_forms.chunk_frames
     for index, segment in enumerate(by_position(judge, videos["long"], captions, chunk_frames)):
         metrics |= {f"long_{field}_{index}": value for field, value in segment._asdict().items()}
-    sheet = rearrange(videos["long"], "(r c) t h w rgb -> t (r h) (c w) rgb", r=4)
-    write_video(runs / "long.mp4", sheet, fps=8, scale=6)
-    rows = {captions[i]: videos["long"][i] for i in shown}
+    save_sheet(runs / "long.mp4", videos["long"])
+    rows = {captions[i]: videos["long"][i] for i in SHOWN_CAPTIONS}
     save_frames(pictures / "long_video.png", rows, frames=range(4, SEGMENTS * NUM_FRAMES, 10))
 
     # -------------------------------------------------------------------------------------------------------- export
@@ -219,21 +211,24 @@ def markdown(metrics: dict[str, float]) -> str:
     )
 
 
+def report_misses(runs: Path) -> list[str]:
+    """Writes the report as `report` does, and prints every expected result; returns the claims that do not hold."""
+    missed = []
+    for claim, figure, bound, holds in expectations(report(runs)):
+        print(f"{'ok  ' if holds else 'MISS'} {claim}: {figure:.4g} ({bound})")
+        missed.extend([] if holds else [claim])
+    print(f"see {runs / 'report.md'}")
+    return missed
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and reports; returns the exit code, 1 if an expectation is missed."""
     parser = CommandParser("demo.report", __doc__, "--runs runs/demo")
     parser.add_argument("--runs", type=Path, required=True, help="folder with the demo's runs")
     arguments = parser.parse_args(argv)
 
-    missed = []
-
-    def run() -> None:
-        for claim, figure, bound, holds in expectations(report(arguments.runs)):
-            print(f"{'ok  ' if holds else 'MISS'} {claim}: {figure:.4g} ({bound})")
-            missed.extend([] if holds else [claim])
-        print(f"see {arguments.runs / 'report.md'}")
-
-    return report_input_errors(run) or int(bool(missed))
+    missed: list[str] = []
+    return report_input_errors(lambda: missed.extend(report_misses(arguments.runs))) or int(bool(missed))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object
+from rehyat_jax.files.packaged import importable_configs
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.planning.planner import Plan
 from rehyat_jax.planning.report import gib
@@ -106,7 +107,8 @@ def planned_runs(configs: Path = Path("configs")) -> list[str]:
       InputError: no configuration there lists planned runs.
     """
     files = sorted(configs.glob("*.py"))
-    runs = [f"--config {file} {run}" for file in files for run in runpy.run_path(str(file)).get("PLANNED_RUNS", ())]
+    with importable_configs(configs):
+        runs = [f"--config {file} {run}" for file in files for run in runpy.run_path(str(file)).get("PLANNED_RUNS", ())]
     if not runs:
         raise InputError(f"{configs}: no configuration there has PLANNED_RUNS; run --table in the repository's root")
     return runs

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import install_command
 from rehyat_jax.files.shown import shown
 from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.parallel.sharding import host_shardings
@@ -231,8 +232,8 @@ def _opened(directory: str) -> epath.Path:
         reason = (str(error).splitlines() or [""])[0][:300]
         raise InputError(
             f"config.checkpoint_dir: expected a directory, or gs://BUCKET/FOLDER with gcsfs installed, found "
-            f"{directory}, which cannot be written ({type(error).__name__}: {reason}); install what is missing, or "
-            f"choose another place"
+            f"{directory}, which cannot be written ({type(error).__name__}: {reason}); install what is missing "
+            f"({install_command('gcs')}), or choose another place"
         ) from error
     return path
 

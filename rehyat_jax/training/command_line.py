@@ -1,5 +1,6 @@
 """The configuration of a command line: `--config FILE`, and `--config.field=value` for single fields."""
 
+import os
 import re
 import sys
 import traceback
@@ -12,7 +13,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from rehyat_jax.cli import as_called
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.packaged import closest_config, here_or_packaged, importable_configs
 from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.files.shown import shown
 from rehyat_jax.training.config import check_config, check_known
@@ -64,7 +67,8 @@ def parsed_config(values: flags.FlagValues, argv: list[str], *required: flags.Fl
     for flag in (config_flag, *required):
         if flag.value is None:
             usage = " ".join(f"--{needed.name} {needed.name.upper()}" for needed in (config_flag, *required))
-            raise InputError(f"--{flag.name} is required: python -m rehyat_jax.{Path(argv[0]).stem} {usage}")
+            command = as_called(f"python -m rehyat_jax.{Path(argv[0]).stem}")
+            raise InputError(f"--{flag.name} is required: {command} {usage}")
     check_config(config_flag.value)
     return config_flag.value
 
@@ -100,10 +104,10 @@ def override_options(file: str, changes: Mapping[str, Any]) -> list[str]:
 
 
 def call_in_file(name: str, function: str, kind: type[T], expected: str, *arguments: str) -> T:
-    """Runs a file of `configs/` and returns the result of one of its functions.
+    """Runs a configuration file and returns the result of one of its functions.
 
     Args:
-      name: path of the file.
+      name: path of the file. One in `configs/` that does not exist here is that of the package.
       function: name of the function, called with `arguments`.
       kind: type of its result.
       expected: the function and its result in words, for the error.
@@ -111,16 +115,18 @@ def call_in_file(name: str, function: str, kind: type[T], expected: str, *argume
     Raises:
       InputError: the file cannot be read, or it fails, or its result has another type. The message has the line.
     """
-    content = _content(Path(name))
+    file = here_or_packaged(name)
+    content = _content(file)
     module = ModuleType("config_file")
-    module.__file__ = name
+    module.__file__ = str(file)
     sys.modules[module.__name__] = module  # dataclasses in the file look for it there
     try:
-        exec(compile(content, name, "exec"), module.__dict__)
-        result = getattr(module, function)(*arguments) if hasattr(module, function) else None
+        with importable_configs(file.parent):
+            exec(compile(content, str(file), "exec"), module.__dict__)
+            result = getattr(module, function)(*arguments) if hasattr(module, function) else None
     except (Exception, SystemExit) as error:
         kind_of_error, message = type(error).__name__, error.msg if isinstance(error, SyntaxError) else error
-        place = _place(error, Path(name))
+        place = _place(error, file)
         raise InputError(f"{place}: {kind_of_error}: {_message(message)}; correct the file") from error
     if not isinstance(result, kind):
         found = shown_value(result) if hasattr(module, function) else "no such function"
@@ -130,6 +136,8 @@ def call_in_file(name: str, function: str, kind: type[T], expected: str, *argume
 
 def _content(file: Path) -> bytes:
     """The bytes of a configuration file. Raises InputError unless it is a regular file of a program's size."""
+    if not os.path.lexists(file) and (nearest := closest_config(file)):
+        raise InputError(f"{file}: does not exist here or in the package; did you mean {nearest}?")
     check_regular_file(file, largest_bytes=LARGEST_FILE)
     try:
         return file.read_bytes()

@@ -14,7 +14,8 @@ PAGE = Path("docs/configuration.md")
 HEADER = """# Every field of a configuration
 
 A configuration file (`--config FILE`) is a Python program with a function `get_config()`. It returns the defaults with
-the changes of one experiment; `configs/` has examples. `--config.FIELD=VALUE` sets a single field:
+the changes of one experiment; `configs/` has examples. They come with the package: `--config configs/NAME.py` reads
+the package's file if the working directory has none of that name. `--config.FIELD=VALUE` sets a single field:
 
     python -m rehyat_jax.train --config configs/demo_distill.py --workdir DIR --config.optimizer.learning_rate=1e-3
 

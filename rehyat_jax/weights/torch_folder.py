@@ -8,6 +8,7 @@ import numpy as np
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object, write_json
+from rehyat_jax.files.packaged import here_or_packaged
 from rehyat_jax.files.regular import check_regular_file
 from rehyat_jax.weights.safetensors_file import GGUF_REMEDY, StoredTensor, create_file, pickle_remedy, read_header
 
@@ -23,6 +24,7 @@ def find_tensors(source: Path, part: str = "transformer") -> tuple[Path, dict[st
 
     Args:
       source: a safetensors file, an index of shards, a folder with either, or a pipeline's folder with a folder `part`.
+        `assets/demo_teacher` is also found in the package.
       part: the model's folder in a diffusers pipeline.
 
     Returns:
@@ -32,6 +34,7 @@ def find_tensors(source: Path, part: str = "transformer") -> tuple[Path, dict[st
       InputError: the checkpoint does not exist, a shard is missing, the index is wrong, or a file is damaged or a
         pickle.
     """
+    source = here_or_packaged(source)
     file = _file_in_folder(source, part) if source.is_dir() else source
     if not file.exists():
         raise InputError(f"{file}: does not exist; give a safetensors file or a folder with one")

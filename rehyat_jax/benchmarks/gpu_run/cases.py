@@ -1,24 +1,19 @@
 """The train steps that are measured and planned: the configurations in `configs/`, with one video on one device."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS, Sizes
+from rehyat_jax.files import packaged
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
+from rehyat_jax.training.command_line import read_config_file
 from rehyat_jax.training.setup import student_config
-
-CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def read_config(name: str) -> ml_collections.ConfigDict:
-    """The configuration that a file in `configs/` describes."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, CONFIGS / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    """The configuration that a file in `configs/` of the package describes."""
+    return read_config_file(str(packaged.FOLDER / packaged.CONFIGS / name))
 
 
 def train_cases() -> dict[str, dict[str, Any]]:

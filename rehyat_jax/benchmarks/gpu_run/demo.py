@@ -7,15 +7,16 @@ from pathlib import Path
 
 import ml_collections
 
-from rehyat_jax.benchmarks.gpu_run.cases import CONFIGS, read_config
+from rehyat_jax.benchmarks.gpu_run.cases import read_config
 from rehyat_jax.benchmarks.gpu_run.sections import Row, Sizes
 from rehyat_jax.demo import measure
 from rehyat_jax.demo.report import expectations, report
+from rehyat_jax.files import packaged
 from rehyat_jax.train import train
 from rehyat_jax.weights import load_wan
 from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
 
-TEACHER = CONFIGS.parent / "assets" / "demo_teacher"
+TEACHER = packaged.FOLDER / packaged.ASSETS / "demo_teacher"
 
 
 def rows(sizes: Sizes) -> Iterator[Row]:

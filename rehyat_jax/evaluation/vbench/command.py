@@ -111,8 +111,8 @@ def make(arguments: argparse.Namespace) -> None:
     print_message(f"wrote {manifest}: {len(plan.jobs)} videos", result=True)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; argparse itself exits with code 2 on a wrong one."""
+def make_parser() -> CommandParser:
+    """The parser of the command line."""
     example = (
         "--info VBench_full_info.json --models wan --out vbench_videos/teacher \\\n"
         '      --negative-prompt "$(cat negative.txt)" --prompts all_dimension.txt \\\n'
@@ -138,6 +138,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     wans = "what to move away from: `sample_neg_prompt` of wan/configs/shared_config.py in Wan's repository"
     option("--negative-prompt", required=True, help=wans)
     SamplingOptions.add_to(parser, PROTOCOL, without=("negative_prompt", "seed"))
+    return parser
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line; argparse itself exits with code 2 on a wrong one."""
+    parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.models is None and arguments.checkpoint is None:
         parser.error("one of the arguments --models --checkpoint is required")
