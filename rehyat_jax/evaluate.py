@@ -15,6 +15,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.data.sources import JUDGES
@@ -23,7 +24,7 @@ from rehyat_jax.evaluation.options import EvaluationOptions
 from rehyat_jax.evaluation.plots import save_plots
 from rehyat_jax.evaluation.report import SINGLE, markdown, shown
 from rehyat_jax.files.write import check_place, reported_write_errors, written_whole
-from rehyat_jax.generation.options import SamplingOptions, number
+from rehyat_jax.generation.options import Order, SamplingOptions, number
 
 VBENCH = "vbench-videos"
 JSON_FILE, REPORT = "evaluation.json", "evaluation.md"
@@ -82,6 +83,7 @@ def make_parser() -> CommandParser:
     option("--durations", type=number(int, 1, 10_000), nargs="+", default=defaults.durations, help=durations)
     option("--topology", metavar="NAME", help="slice of TPUs for static cycles and memory, v5e:2x2 (default: none)")
     SamplingOptions.add_to(made)
+    option("--order", choices=get_args(Order), help="of the student's samples, see `sample` (default: as in training)")
     made.set_defaults(batch=8)
     return made
 

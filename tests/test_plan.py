@@ -454,6 +454,12 @@ def test_beyond_two_compilations_a_remedy_says_that_it_is_arithmetic():
     assert remedy.changes == {"remat": "block", "accumulation_steps": 4, "mesh.data": 1} and not remedy.verified
 
 
+@pytest.mark.parametrize("stage", ["distill", "velocity", "finetune", "consistency", "dmd"])
+def test_every_stage_can_be_placed_on_devices_that_are_not_here(stage):
+    """No array can be made on them, so a step must make none before it is traced."""
+    assert placement(small_request(stage=stage)).arguments["parameters"] > 0
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_arithmetic_of_an_unchanged_run_is_its_own_peak(steps):
     request = small_request(batch_size=16, accumulation_steps=steps, **{"mesh.data": 2})

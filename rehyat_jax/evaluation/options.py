@@ -24,7 +24,8 @@ class EvaluationOptions:
       models: pipeline with the VAE and the text encoder, see `Pipeline.from_pretrained`; only for samples.
       durations: lengths of videos for the cost, as multiples of the data's.
       topology: TPUs to compile for, see `evaluation.cost`; None does not compile.
-      sampling: options of sampling. Its seed, batch, dtype, mesh and flow_shift hold for all measurements.
+      sampling: options of sampling. Its seed, batch, dtype, mesh and flow_shift hold for all measurements. Its order is
+        the student's.
     """
 
     data: str = "digits"

@@ -48,8 +48,9 @@ class Sampler:
         # As many real videos as samples.
         examples = read_examples(source, options.samples, options.sampling.seed)
         sampling = _of_data_size(options.sampling, sides[STUDENT].metadata["codec"], examples.latents.shape[1:])
+        of_side = {name: sampling if name == STUDENT else dataclasses.replace(sampling, order=None) for name in sides}
         pipelines = {
-            name: Pipeline.from_pretrained(options.models, _with_own_solver(sampling, side), student=side.path)
+            name: Pipeline.from_pretrained(options.models, _with_own_solver(of_side[name], side), student=side.path)
             for name, side in sides.items()
         }
         judge = _open_judge(options)

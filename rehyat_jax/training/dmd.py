@@ -172,7 +172,6 @@ def make_update(
     optimizers, rollout = make_optimizers(config), make_rollout(model_def, config)
     fake_score, of_score = make_score(model_def, config)
     grid = wan_grid(config.few_step.steps, config.flow_shift)
-    sigmas, timesteps = (jnp.asarray(values, jnp.float32) for values in grid)
     generator_grads = accumulate(make_generator_grad_fn(model_def, config, join), config.accumulation_steps)
     undropped = config.copy_and_resolve_references()
     undropped.caption_dropout = 0.0
@@ -194,7 +193,8 @@ def make_update(
             step_key, noise_key = jax.random.split(key)
             step = jax.random.randint(step_key, (), 0, config.few_step.steps)
             noisy, clean = rollout.simulate(of_generator, shape, text, noise_key, step)
-            level = {name: jnp.full(shape[0], of[step]) for name, of in (("sigma", sigmas), ("timestep", timesteps))}
+            sigma, timestep = (jnp.full(shape[0], jnp.asarray(of, jnp.float32)[step]) for of in grid)
+            level = {"sigma": sigma, "timestep": timestep}
             return {"noisy": noisy, "finished": clean, "text": text, **level}, {"latents": clean, "text": text}
 
         keys = jax.random.split(simulate_key, config.accumulation_steps)
