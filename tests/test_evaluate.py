@@ -336,6 +336,7 @@ def test_a_model_equals_itself(pair):
         (["--samples", "2"], "--prompts"),
         (["--samples", "2", "--judge", "digits", "--size", "8x8"], "--size 8x8"),
         (["--samples", "2", "--judge", "digits", "--prompts", "{prompts}"], "'a cat'"),
+        (["--samples", "2", "--prompts", "{prompts}", "--order", "chunks"], "student: --order chunks: expected causal"),
         (["--topology", "v9:2x2"], "v9:2x2"),
         (["--topology", "h100:8"], "h100:8"),
     ],
