@@ -7,7 +7,9 @@ Put other prepared videos into data/held_out and prompts into data/prompts.txt f
 
 Hardware: TPU v5e-16 (`v5e:4x4`).
 
-Expectation, not run: stages 1 and 2 as in docs/planned_runs.md.
+The students make a video chunk by chunk.
+
+Expectation, not run: each stage as in docs/planned_runs.md.
 """
 
 from rehyat_jax.recipes.definition import TEACHER, Recipe, Step
@@ -27,9 +29,10 @@ def get_recipe():
                 "configs/wan_1_3b_finetune.py",
                 changes={"hybrid.blocks": None, "velocity.teacher": TEACHER, "velocity.teacher_weight": 0.5},
             ),
-            Step("dmd", "configs/wan_1_3b_dmd.py"),
+            Step("chunks", "configs/wan_1_3b_finetune.py", changes={"hybrid.blocks": None, "noise_by_chunk": True}),
+            Step("dmd", "configs/wan_1_3b_dmd.py", changes={"noise_by_chunk": True}),
         ),
-        results={"student": "finetune", "student_4_steps": "dmd"},
+        results={"student": "chunks", "student_4_steps": "dmd"},
         evaluation=(
             *("--data", "data/held_out", "--samples", "64", "--prompts", "data/prompts.txt"),
             *("--models", "wan", "--mesh", "fsdp=16", "--batch", "16"),

@@ -135,7 +135,8 @@ def over_chunks(
 
     def advance(states: Any, chunk_inputs: tuple[jax.Array, Any, PartPositions]) -> tuple[Any, Any]:
         number, inputs, positions = chunk_inputs
-        results, finished = chunk(states, number, inputs, positions)
+        # For gradients, the device holds what one chunk needs at a time.
+        results, finished = jax.checkpoint(chunk, prevent_cse=False)(states, number, inputs, positions)
         arguments = jax.lax.stop_gradient((params, states, finished))
         return apply_part(model_def)(*arguments, jnp.zeros(batch), text, positions)[1], results
 
