@@ -1,5 +1,6 @@
 """Students of few steps: the sampler "renoise", and the stages "dmd" and "consistency"."""
 
+import functools
 import json
 
 import jax
@@ -91,21 +92,25 @@ def test_the_generators_gradient_is_the_difference_of_the_scores():
     grad_fn = jax.jit(dmd.make_generator_grad_fn(model_def, config, STAGES["dmd"].join))
     metrics, grads = grad_fn(generator, context, batch, key)
 
-    make = lambda params: batch["noisy"] - 0.8 * apply(params, batch["noisy"], batch["timestep"], batch["text"])
-    clean, pull = jax.vjp(make, generator)
-    sigma_key, noise_key = jax.random.split(key)
-    sigma = jax.random.uniform(sigma_key, (2,))
-    sigma = (config.flow_shift * sigma / (1 + (config.flow_shift - 1) * sigma)).clip(0.02, 0.98)
-    of = sigma.reshape(2, 1, 1, 1, 1)
-    noisy = (1 - of) * clean + of * jax.random.normal(noise_key, clean.shape)
-    predict = lambda params, text: noisy - of * apply(params, noisy, 1000 * sigma, text)
-    null = jnp.stack([NULL_TEXT] * 2)
-    of_real = predict(real, null) + scale * (predict(real, batch["text"]) - predict(real, null))
-    difference = predict(fake, batch["text"]) - of_real
-    difference /= jnp.abs(clean - of_real).mean((1, 2, 3, 4), keepdims=True)
-    expected = pull(difference / clean.size)[0]
-    np.testing.assert_allclose(metrics["score_difference"], jnp.abs(difference).mean(), rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected)
+    @jax.jit
+    def expected(generator, fake, real):
+        make = lambda params: batch["noisy"] - 0.8 * apply(params, batch["noisy"], batch["timestep"], batch["text"])
+        clean, pull = jax.vjp(make, generator)
+        sigma_key, noise_key = jax.random.split(key)
+        sigma = jax.random.uniform(sigma_key, (2,))
+        sigma = (config.flow_shift * sigma / (1 + (config.flow_shift - 1) * sigma)).clip(0.02, 0.98)
+        of = sigma.reshape(2, 1, 1, 1, 1)
+        noisy = (1 - of) * clean + of * jax.random.normal(noise_key, clean.shape)
+        predict = lambda params, text: noisy - of * apply(params, noisy, 1000 * sigma, text)
+        null = jnp.stack([NULL_TEXT] * 2)
+        of_real = predict(real, null) + scale * (predict(real, batch["text"]) - predict(real, null))
+        difference = predict(fake, batch["text"]) - of_real
+        difference /= jnp.abs(clean - of_real).mean((1, 2, 3, 4), keepdims=True)
+        return jnp.abs(difference).mean(), pull(difference / clean.size)[0]
+
+    size, expected_grads = expected(generator, fake, real)
+    np.testing.assert_allclose(metrics["score_difference"], size, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
 
 
 def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_made():
@@ -169,18 +174,16 @@ def test_the_simulation_meets_the_inputs_of_the_sampler():
 # ---------------------------------------------------------------------------------------------------------- consistency
 
 
-@pytest.mark.parametrize("step, scale", [(0, 1.0), (2, 3.0), (9, 1.0)])
-def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(step, scale):
-    model_def, params = tiny_model(STUDENT)
-    teacher = jax.tree.map(lambda leaf: 0.9 * leaf, params)
+@functools.cache
+def consistency_grad_fn(scale):
     config = tiny_config("consistency", **{"velocity.guidance_scale": scale, "consistency.warmup_steps": 4})
-    apply, key, batch = apply_model(model_def), jax.random.key(5), tiny_batch()
-    context = {"null_text": NULL_TEXT, "teacher": teacher, "step": jnp.int32(step)}
-    grad_fn = jax.jit(consistency.make_grad_fn(model_def, config, STAGES["consistency"].join))
-    metrics, grads = grad_fn(params, context, batch, key)
+    return config, jax.jit(consistency.make_grad_fn(tiny_model(STUDENT)[0], config, STAGES["consistency"].join))
 
-    noisy = noise_batch(batch, NULL_TEXT, key, config)
-    null = jnp.stack([NULL_TEXT] * 2)
+
+@jax.jit
+def consistency_by_central_differences(params, teacher, noisy, scale, share):
+    """(mean size of the tangent, gradient)."""
+    apply, null = apply_model(tiny_model(STUDENT)[0]), jnp.stack([NULL_TEXT] * 2)
     predict = lambda text: apply(teacher, noisy.latents, noisy.timestep, text)
     along = predict(null) + scale * (predict(noisy.text) - predict(null))
 
@@ -191,11 +194,24 @@ def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(ste
     distance = 1e-4
     change = (velocity(distance) - velocity(-distance)) / (2 * distance)
     sigma = (noisy.timestep / 1000).reshape(2, 1, 1, 1, 1)
-    tangent = along - velocity(0.0) - min(1, step / 4) * sigma * change
+    tangent = along - velocity(0.0) - share * sigma * change
     size = jnp.sqrt(jnp.square(tangent).mean((1, 2, 3, 4), keepdims=True))
     pull = jax.vjp(lambda params: apply(params, noisy.latents, noisy.timestep, noisy.text), params)[1]
-    expected = pull(-2 * tangent / (size + 0.1) / tangent.size)[0]
-    np.testing.assert_allclose(metrics["tangent"], size.mean(), rtol=1e-2)
+    return size.mean(), pull(-2 * tangent / (size + 0.1) / tangent.size)[0]
+
+
+@pytest.mark.parametrize("step, scale", [(0, 1.0), (2, 3.0), (9, 1.0)])
+def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(step, scale):
+    _, params = tiny_model(STUDENT)
+    teacher = jax.tree.map(lambda leaf: 0.9 * leaf, params)
+    config, grad_fn = consistency_grad_fn(scale)
+    key, batch = jax.random.key(5), tiny_batch()
+    context = {"null_text": NULL_TEXT, "teacher": teacher, "step": jnp.int32(step)}
+    metrics, grads = grad_fn(params, context, batch, key)
+
+    noisy = noise_batch(batch, NULL_TEXT, key, config)
+    size, expected = consistency_by_central_differences(params, teacher, noisy, scale, min(1.0, step / 4))
+    np.testing.assert_allclose(metrics["tangent"], size, rtol=1e-2)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     # Central differences in float32.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2 * scale), grads, expected)

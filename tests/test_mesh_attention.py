@@ -29,6 +29,8 @@ from rehyat_jax.attention.on_mesh import (
 )
 from rehyat_jax.parallel.mesh import AXES, make_mesh
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 MESHES = [(1, 1, 8, 1), (2, 1, 2, 2)]
 # (frames, tokens_per_frame, chunk_frames, overlap_frames): chunks that divide and that don't, the last one ragged.
 FORMS = [(7, 3, 3, 1), (24, 2, 3, 2), (10, 3, 2, 2), (5, 2, 2, 0), (8, 2, 1, 1)]

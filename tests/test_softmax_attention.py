@@ -15,6 +15,8 @@ from rehyat_jax.attention.softmax import splash
 from rehyat_jax.attention.softmax.heads_first import heads_first, tokens_first
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 # Rounding of sums of some thousands of terms; 16-bit queries, weights and outputs are each rounded by up to 2^-9.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 

@@ -14,6 +14,8 @@ from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.weights import load_params
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 # Upstream's sinusoids of the timestep are float32: at t = 737 an angle is good to 3e-5, and unit outputs follow.
 OUTPUT_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 1e-4
