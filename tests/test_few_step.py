@@ -123,9 +123,10 @@ def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_ma
     update = jax.jit(dmd.make_update(model_def, config, dmd.joint_optimizer(config), join))
     found = update(state, dmd.joint_optimizer(config).init(state), context, one_at_a_time(batch), key)
 
+    apply, (simulate_key, generator_key, score_key) = apply_model(model_def), jax.random.split(key, 3)
+
     @jax.jit
-    def expected():
-        apply, (simulate_key, generator_key, score_key) = apply_model(model_def), jax.random.split(key, 3)
+    def expected_generator():
         options = dict(steps=2, flow_shift=config.flow_shift)
         noisy, sigma, timestep, clean = dmd.simulate(
             apply, params, batch["latents"].shape, batch["text"], jax.random.split(simulate_key, 1)[0], **options
@@ -134,20 +135,22 @@ def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_ma
         grad_fn = dmd.make_generator_grad_fn(model_def, config, join)
         _, grads = grad_fn(params, {**context, dmd.FAKE_SCORE: params}, inputs, generator_key)
         updates, _ = optimizers[dmd.GENERATOR].update(grads, optimizers[dmd.GENERATOR].init(params), params)
-        generator = optax.apply_updates(params, updates)
-        score, score_state, losses = params, optimizers[dmd.FAKE_SCORE].init(params), []
-        loss_fn = finetune.make_loss(apply, config)
-        for fake_key in jax.random.split(score_key, 2):
-            videos = {"latents": clean, "text": batch["text"]}
-            loss = lambda score, key=fake_key, videos=videos: loss_fn(score, context, videos, key)
-            grads, metrics = jax.grad(loss, has_aux=True)(score)
-            updates, score_state = optimizers[dmd.FAKE_SCORE].update(grads, score_state, score)
-            score = optax.apply_updates(score, updates)
-            losses.append(metrics["loss"])
-        return {dmd.GENERATOR: generator, dmd.FAKE_SCORE: score}, jnp.mean(jnp.array(losses))
+        return optax.apply_updates(params, updates), clean
 
-    networks, fake_loss = expected()
-    np.testing.assert_allclose(found.metrics["fake_loss"], fake_loss, rtol=1e-5)
+    @jax.jit
+    def learned(score, score_state, clean, key):
+        videos, loss_fn = {"latents": clean, "text": batch["text"]}, finetune.make_loss(apply, config)
+        grads, metrics = jax.grad(lambda score: loss_fn(score, context, videos, key), has_aux=True)(score)
+        updates, score_state = optimizers[dmd.FAKE_SCORE].update(grads, score_state, score)
+        return optax.apply_updates(score, updates), score_state, metrics["loss"]
+
+    generator, clean = expected_generator()
+    score, score_state, losses = params, optimizers[dmd.FAKE_SCORE].init(params), []
+    for fake_key in jax.random.split(score_key, 2):
+        score, score_state, loss = learned(score, score_state, clean, fake_key)
+        losses.append(loss)
+    networks = {dmd.GENERATOR: generator, dmd.FAKE_SCORE: score}
+    np.testing.assert_allclose(found.metrics["fake_loss"], np.mean(losses), rtol=1e-5)
     # AdamW's first updates have the size of the learning rate, 1e-4, whatever the gradient.
     compare = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6)
     jax.tree.map(compare, jax.tree.map(jnp.subtract, found.params, state), jax.tree.map(jnp.subtract, networks, state))
