@@ -37,9 +37,21 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Not in the environment, from which processes that tests start would have them too.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module")
+def programs_compiled_once():
+    """Compiles without the cache of compiled programs: storing one costs a tenth of compiling it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def pytest_collection_finish():

@@ -36,6 +36,8 @@ from rehyat_jax.attention import HybridState
 from rehyat_jax.attention.hybrid.gpu.fused_window import WindowKernels
 from rehyat_jax.attention.hybrid.gpu.hopper import hopper_window_forward
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 # Weights, states, cotangents and results are each rounded to 8 bits: a few times 2**-9.
 BF16 = 2**-6
 

@@ -56,7 +56,7 @@ from rehyat_jax.weights.model_checkpoint import save_model
 
 
 def test_a_run_that_is_killed_and_stopped_again_and_again_ends_as_if_nothing_had_happened(tmp_path):
-    config = digits_config(tmp_path, "finetune", steps=40, checkpoint_every=4, keep_every=4)
+    config = digits_config(tmp_path, "finetune", steps=40, checkpoint_every=4, keep_every=4, batch_size=1)
     whole, run = FaultRun(tmp_path, config, "whole"), FaultRun(tmp_path, config)
     assert whole.start().end() == 0, whole.log.read_text()
 

@@ -1,5 +1,6 @@
 """Students of few steps: the sampler "renoise", and the stages "dmd" and "consistency"."""
 
+import functools
 import json
 
 import jax
@@ -94,21 +95,25 @@ def test_the_generators_gradient_is_the_difference_of_the_scores(teacher):
     grad_fn = jax.jit(dmd.make_generator_grad_fn(model_def, config, STAGES["dmd"].join))
     metrics, grads = grad_fn(generator, context, batch, key)
 
-    make = lambda params: batch["noisy"] - 0.8 * apply(params, batch["noisy"], batch["timestep"], batch["text"])
-    clean, pull = jax.vjp(make, generator)
-    sigma_key, noise_key = jax.random.split(key)
-    sigma = jax.random.uniform(sigma_key, (2,))
-    sigma = (config.flow_shift * sigma / (1 + (config.flow_shift - 1) * sigma)).clip(0.02, 0.98)
-    of = sigma.reshape(2, 1, 1, 1, 1)
-    noisy = (1 - of) * clean + of * jax.random.normal(noise_key, clean.shape)
-    predict = lambda params, text: noisy - of * score(params, noisy, 1000 * sigma, text)
-    null = jnp.stack([NULL_TEXT] * 2)
-    of_real = predict(real, null) + scale * (predict(real, batch["text"]) - predict(real, null))
-    difference = predict(fake, batch["text"]) - of_real
-    difference /= jnp.abs(clean - of_real).mean((1, 2, 3, 4), keepdims=True)
-    expected = pull(difference / clean.size)[0]
-    np.testing.assert_allclose(metrics["score_difference"], jnp.abs(difference).mean(), rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected)
+    @jax.jit
+    def expected(generator, fake, real):
+        make = lambda params: batch["noisy"] - 0.8 * apply(params, batch["noisy"], batch["timestep"], batch["text"])
+        clean, pull = jax.vjp(make, generator)
+        sigma_key, noise_key = jax.random.split(key)
+        sigma = jax.random.uniform(sigma_key, (2,))
+        sigma = (config.flow_shift * sigma / (1 + (config.flow_shift - 1) * sigma)).clip(0.02, 0.98)
+        of = sigma.reshape(2, 1, 1, 1, 1)
+        noisy = (1 - of) * clean + of * jax.random.normal(noise_key, clean.shape)
+        predict = lambda params, text: noisy - of * score(params, noisy, 1000 * sigma, text)
+        null = jnp.stack([NULL_TEXT] * 2)
+        of_real = predict(real, null) + scale * (predict(real, batch["text"]) - predict(real, null))
+        difference = predict(fake, batch["text"]) - of_real
+        difference /= jnp.abs(clean - of_real).mean((1, 2, 3, 4), keepdims=True)
+        return jnp.abs(difference).mean(), pull(difference / clean.size)[0]
+
+    size, expected_grads = expected(generator, fake, real)
+    np.testing.assert_allclose(metrics["score_difference"], size, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
 
 
 def apply_softmax(params, *inputs):
@@ -123,7 +128,7 @@ def test_the_fake_score_of_a_softmax_teacher_starts_as_this_teacher():
     batch = tiny_batch()
     inputs = (batch["latents"], jnp.full(2, 800.0), batch["text"])
     teacher = jax.tree.map(lambda leaf: 0.9 * leaf, tiny_model(STUDENT.replace(hybrid_blocks=()))[1])
-    expected = apply_softmax(teacher, *inputs)
+    expected = jax.jit(apply_softmax)(teacher, *inputs)
     for lora in (None, LoraConfig(2, 2.0, ("query",))):
         model_def, params = tiny_model(STUDENT, lora=lora)
         params = jax.tree_util.tree_map_with_path(lambda path, leaf: 0 * leaf if path[-1].key == "b" else leaf, params)
@@ -132,7 +137,7 @@ def test_the_fake_score_of_a_softmax_teacher_starts_as_this_teacher():
         start = stage.start(trained, context, config)
         jax.tree.map(np.testing.assert_array_equal, start[dmd.GENERATOR], trained)
         score, of_score = dmd.make_score(model_def, config)
-        found = score(stage.join(start[dmd.FAKE_SCORE], of_score(context).get("frozen", {})), *inputs)
+        found = jax.jit(score)(stage.join(start[dmd.FAKE_SCORE], of_score(context).get("frozen", {})), *inputs)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -146,9 +151,10 @@ def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_ma
     update = jax.jit(dmd.make_update(model_def, config, dmd.joint_optimizer(config), join))
     found = update(state, dmd.joint_optimizer(config).init(state), context, one_at_a_time(batch), key)
 
+    apply, (simulate_key, generator_key, score_key) = apply_model(model_def), jax.random.split(key, 3)
+
     @jax.jit
-    def expected():
-        apply, (simulate_key, generator_key, score_key) = apply_model(model_def), jax.random.split(key, 3)
+    def expected_generator():
         options = dict(steps=2, flow_shift=config.flow_shift)
         step_key, noise_key = jax.random.split(jax.random.split(simulate_key, 1)[0])
         step, grid = jax.random.randint(step_key, (), 0, 2), wan_grid(2, config.flow_shift)
@@ -159,20 +165,22 @@ def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_ma
         grad_fn = dmd.make_generator_grad_fn(model_def, config, join)
         _, grads = grad_fn(params, {**context, dmd.FAKE_SCORE: params}, inputs, generator_key)
         updates, _ = optimizers[dmd.GENERATOR].update(grads, optimizers[dmd.GENERATOR].init(params), params)
-        generator = optax.apply_updates(params, updates)
-        score, score_state, losses = params, optimizers[dmd.FAKE_SCORE].init(params), []
-        loss_fn = finetune.make_loss(apply, config)
-        for fake_key in jax.random.split(score_key, 2):
-            videos = {"latents": clean, "text": batch["text"]}
-            loss = lambda score, key=fake_key, videos=videos: loss_fn(score, context, videos, key)
-            grads, metrics = jax.grad(loss, has_aux=True)(score)
-            updates, score_state = optimizers[dmd.FAKE_SCORE].update(grads, score_state, score)
-            score = optax.apply_updates(score, updates)
-            losses.append(metrics["loss"])
-        return {dmd.GENERATOR: generator, dmd.FAKE_SCORE: score}, jnp.mean(jnp.array(losses))
+        return optax.apply_updates(params, updates), clean
 
-    networks, fake_loss = expected()
-    np.testing.assert_allclose(found.metrics["fake_loss"], fake_loss, rtol=1e-5)
+    @jax.jit
+    def learned(score, score_state, clean, key):
+        videos, loss_fn = {"latents": clean, "text": batch["text"]}, finetune.make_loss(apply, config)
+        grads, metrics = jax.grad(lambda score: loss_fn(score, context, videos, key), has_aux=True)(score)
+        updates, score_state = optimizers[dmd.FAKE_SCORE].update(grads, score_state, score)
+        return optax.apply_updates(score, updates), score_state, metrics["loss"]
+
+    generator, clean = expected_generator()
+    score, score_state, losses = params, optimizers[dmd.FAKE_SCORE].init(params), []
+    for fake_key in jax.random.split(score_key, 2):
+        score, score_state, loss = learned(score, score_state, clean, fake_key)
+        losses.append(loss)
+    networks = {dmd.GENERATOR: generator, dmd.FAKE_SCORE: score}
+    np.testing.assert_allclose(found.metrics["fake_loss"], np.mean(losses), rtol=1e-5)
     # AdamW's first updates have the size of the learning rate, 1e-4, whatever the gradient.
     compare = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6)
     jax.tree.map(compare, jax.tree.map(jnp.subtract, found.params, state), jax.tree.map(jnp.subtract, networks, state))
@@ -241,18 +249,16 @@ def test_chunk_by_chunk_a_student_reads_its_own_finished_chunks():
 # ---------------------------------------------------------------------------------------------------------- consistency
 
 
-@pytest.mark.parametrize("step, scale", [(0, 1.0), (2, 3.0), (9, 1.0)])
-def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(step, scale):
-    model_def, params = tiny_model(STUDENT)
-    teacher = jax.tree.map(lambda leaf: 0.9 * leaf, params)
+@functools.cache
+def consistency_grad_fn(scale):
     config = tiny_config("consistency", **{"velocity.guidance_scale": scale, "consistency.warmup_steps": 4})
-    apply, key, batch = apply_model(model_def), jax.random.key(5), tiny_batch()
-    context = {"null_text": NULL_TEXT, "teacher": teacher, "step": jnp.int32(step)}
-    grad_fn = jax.jit(consistency.make_grad_fn(model_def, config, STAGES["consistency"].join))
-    metrics, grads = grad_fn(params, context, batch, key)
+    return config, jax.jit(consistency.make_grad_fn(tiny_model(STUDENT)[0], config, STAGES["consistency"].join))
 
-    noisy = noise_batch(batch, NULL_TEXT, key, config)
-    null = jnp.stack([NULL_TEXT] * 2)
+
+@jax.jit
+def consistency_by_central_differences(params, teacher, noisy, scale, share):
+    """(mean size of the tangent, gradient)."""
+    apply, null = apply_model(tiny_model(STUDENT)[0]), jnp.stack([NULL_TEXT] * 2)
     predict = lambda text: apply(teacher, noisy.latents, noisy.timestep, text)
     along = predict(null) + scale * (predict(noisy.text) - predict(null))
 
@@ -263,11 +269,24 @@ def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(ste
     distance = 1e-4
     change = (velocity(distance) - velocity(-distance)) / (2 * distance)
     sigma = (noisy.timestep / 1000).reshape(2, 1, 1, 1, 1)
-    tangent = along - velocity(0.0) - min(1, step / 4) * sigma * change
+    tangent = along - velocity(0.0) - share * sigma * change
     size = jnp.sqrt(jnp.square(tangent).mean((1, 2, 3, 4), keepdims=True))
     pull = jax.vjp(lambda params: apply(params, noisy.latents, noisy.timestep, noisy.text), params)[1]
-    expected = pull(-2 * tangent / (size + 0.1) / tangent.size)[0]
-    np.testing.assert_allclose(metrics["tangent"], size.mean(), rtol=1e-2)
+    return size.mean(), pull(-2 * tangent / (size + 0.1) / tangent.size)[0]
+
+
+@pytest.mark.parametrize("step, scale", [(0, 1.0), (2, 3.0), (9, 1.0)])
+def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(step, scale):
+    _, params = tiny_model(STUDENT)
+    teacher = jax.tree.map(lambda leaf: 0.9 * leaf, params)
+    config, grad_fn = consistency_grad_fn(scale)
+    key, batch = jax.random.key(5), tiny_batch()
+    context = {"null_text": NULL_TEXT, "teacher": teacher, "step": jnp.int32(step)}
+    metrics, grads = grad_fn(params, context, batch, key)
+
+    noisy = noise_batch(batch, NULL_TEXT, key, config)
+    size, expected = consistency_by_central_differences(params, teacher, noisy, scale, min(1.0, step / 4))
+    np.testing.assert_allclose(metrics["tangent"], size, rtol=1e-2)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     # Central differences in float32.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2 * scale), grads, expected)

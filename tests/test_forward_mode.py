@@ -18,6 +18,8 @@ from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.parallel.sharding import gathered
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 # Compiling is nearly all that these tests cost. Without XLA's emitters of fused loops it takes a third of the time.
 OPTIONS = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):  # later versions have no such option

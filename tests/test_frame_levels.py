@@ -12,6 +12,8 @@ from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.parallel.mesh import AXES, make_mesh
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 FORM = HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=FeatureMapConfig(features=16))
 HYBRID = TINY.replace(hybrid_blocks="all", hybrid=FORM)
 LEVELS = jnp.array([[0.0, 0.0, 300.0, 300.0, 999.0], [500.0, 500.0, 20.0, 20.0, 7.0]])

@@ -233,7 +233,7 @@ def test_two_processes_of_which_one_cannot_read_a_record_lose_no_step_and_go_on_
     (saved,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert f"processes {named} cannot read their part of step {saved + 1}" in outputs[1 - named[0]][1]
 
-    config.data.corrupt = "skip"
+    config.data.corrupt, config.data.workers = "skip", 0  # `single` skips it in a worker process
     outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 4, 1))
     assert f"after step {saved}" in outputs[0][0] and "continuing" not in outputs[1][0]
     assert_same_updates(tmp_path / "run", expected)

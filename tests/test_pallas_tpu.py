@@ -35,6 +35,8 @@ from rehyat_jax.attention.tpu import kernel_call
 from rehyat_jax.benchmarks import tpu_cases
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 INPUTS = dict(dtype=np.float32, head_dim=64, features=128)
 
 

@@ -15,6 +15,8 @@ from rehyat_jax.models.wan import rope
 from rehyat_jax.models.wan.rope import rope_table, scaled_and_rotated
 from rehyat_jax.parallel.mesh import AXES, make_mesh
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 
 def make_arrays(grid, heads, dtype=jnp.float32):
     """((x, row_scale, column_scale), cotangent)."""

@@ -27,6 +27,8 @@ from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.models.wan.streaming import apply_part, check_streams, initial_states, part_positions
 from rehyat_jax.parallel.mesh import AXES, make_mesh
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 MAP = FeatureMapConfig(features=16)
 FORMS = {
     "one": HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=MAP),

@@ -254,6 +254,6 @@ def test_another_teacher_in_a_resumed_run_is_told(tmp_path, teacher, capsys):
     shutil.rmtree(tmp_path / "copy")
     wan, params, names = load_params(teacher)
     save_model(tmp_path / "copy", wan, jax.tree.map(lambda leaf: 1.1 * leaf, params), **names)
-    config.steps = 4
+    shutil.rmtree(tmp_path / "run" / "model")
     train(config, tmp_path / "run")
     assert "files of config.velocity.teacher" in capsys.readouterr().out

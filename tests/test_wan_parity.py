@@ -14,6 +14,8 @@ from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.weights import load_params
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 # Upstream's sinusoids of the timestep are float32: at t = 737 an angle is good to 3e-5, and unit outputs follow.
 OUTPUT_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -70,15 +72,15 @@ def lookup(tree, path):
     return np.asarray(tree)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False], ids=["scan", "unrolled"])
+# The loop over blocks and the size of the video have nothing in common: each is tried with both kinds of levels.
 @pytest.mark.parametrize(
-    ("size", "levels"),
+    ("size", "levels", "scan_layers"),
     [
-        ((5, 6, 10), "of videos"),
-        ((3, 7, 9), "of videos"),
-        ((1, 2, 2), "of videos"),
-        ((3, 7, 9), "of frames"),
-        ((2, 2, 2), "of frames"),
+        ((5, 6, 10), "of videos", True),
+        ((3, 7, 9), "of videos", False),
+        ((1, 2, 2), "of videos", True),
+        ((3, 7, 9), "of frames", True),
+        ((2, 2, 2), "of frames", False),
     ],
     ids=["even", "odd", "one_token", "odd_levels_of_frames", "levels_of_frames_of_one_token"],
 )

@@ -25,6 +25,8 @@ from rehyat_jax.models.wan_vae.vae import WanVae, decode_clip, decode_stream, in
 from rehyat_jax.weights.models import VAES
 from rehyat_jax.weights.torch_checkpoint import open_torch_checkpoint, write_torch_checkpoint
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 # Both sum some 50 layers of float32 in other orders: errors are 7e-6 at values of 0.4.
 TOLERANCE = 1e-4
 # The two forms sum the same products; they differ by the compiler's order of the sums: errors are 3e-6.

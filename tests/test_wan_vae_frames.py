@@ -23,6 +23,8 @@ from rehyat_jax.models.wan_vae.modeling import WanAutoencoder
 from rehyat_jax.models.wan_vae.vae import decode_clip, decode_stream, encode_stream
 from rehyat_jax.parallel.mesh import AXES, make_mesh
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 
 @pytest.fixture(scope="module")
 def small():

@@ -20,6 +20,8 @@ from rehyat_jax.models.wan_vae.modeling import WanAutoencoder
 from rehyat_jax.models.wan_vae.places import Places
 from rehyat_jax.models.wan_vae.tpu import rows as row_sizes
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 # Sums in another order, then rounded to 8 bits: the largest error is a unit of the last place of the largest result.
 ROUNDING = 2**-7
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -62,6 +61,8 @@ class Bucket:
         self.latents_shape = files.latents_shape
         shapes = {"latents": files.latents_shape, "text": text_shape, "timestep": ()}
         self._shapes = {name: shapes[name] for name in RANKS[kind]}
+        import grain  # not at the top: it takes a fifth of the time in which commands start
+
         # ArrayRecord checks a 64-bit hash of every record: a flipped bit raises an error and never changes a number.
         check_path(folder)
         start_reader()

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from rehyat_jax.evaluation.results import Curve, Evaluation
 from rehyat_jax.files.write import written_whole
@@ -52,6 +50,8 @@ def _spaced(curves: Sequence[Curve], most: int) -> list[Curve]:
 
 
 def _save(file: Path, curves: Sequence[Curve], *, logarithmic: bool) -> None:
+    from matplotlib.figure import Figure  # not at the top: a command starts sooner without
+
     columns = min(len(curves), COLUMNS)
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained", dpi=100)
@@ -65,6 +65,8 @@ def _save(file: Path, curves: Sequence[Curve], *, logarithmic: bool) -> None:
 
 
 def _draw(axes: Any, curve: Curve, *, logarithmic: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for number, (name, estimate) in enumerate(curve.series.items()):
         style = dict(color=COLOURS.get(name, f"C{number}"), label=name)
         if curve.x_label == "block":

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from rehyat_jax.files.write import written_whole
 
@@ -28,6 +27,8 @@ def save_frames(
     """
     if not videos or not frames:
         raise ValueError(f"expected at least one video and one frame, found {len(videos)} and {len(frames)}")
+    from matplotlib.figure import Figure  # not at the top: a command starts sooner without
+
     figure = Figure(figsize=(inches * len(frames) + 1.5, inches * len(videos) + 0.3), layout="constrained", dpi=100)
     grid = figure.subplots(len(videos), len(frames), squeeze=False)
     for row, (title, video) in zip(grid, videos.items(), strict=True):
