@@ -9,7 +9,7 @@ from tiny_runs import tiny_model
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.forms.hybrid import HybridConfig
-from rehyat_jax.demo import drift
+from rehyat_jax.demo import drift, measure
 from rehyat_jax.demo.digits import CAPTIONS, DigitVideos
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.weights import save_model
@@ -65,7 +65,7 @@ def test_the_table_has_the_share_of_right_frames_of_every_segment(tmp_path, monk
 
 
 def test_both_orders_sample_the_length_asked_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(drift.SOLVER, "steps", 1)
+    monkeypatch.setitem(measure.SOLVER, "steps", 1)
     assert drift_of(tmp_path, saved(tmp_path / "student")) == 0
     curve = json.loads((tmp_path / "out/drift.json").read_text())["curves"]["frame_accuracy_by_frame"]
     assert [len(series["value"]) for series in curve["series"].values()] == [42, 42]

@@ -6,20 +6,21 @@ of frames that show the caption's digit, by segments of 21 frames, with 95% inte
 drift.json with the shares by frame, and frames.png.
 
 Options name the models, the length and the number of captions. Models that were not trained by chunk are measured too:
-they show what that training is for.
+they show what that training is for. A model of few steps is sampled with its own steps, others with 25 and guidance 3.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.demo.digits import CAPTIONS, FRAME_SIZE, NUM_FRAMES
 from rehyat_jax.demo.judge import Judge
-from rehyat_jax.demo.measure import SOLVER
+from rehyat_jax.demo.measure import solver_of
 from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.bootstrap import Estimate, Resampling
 from rehyat_jax.evaluation.plots import save_plots
@@ -40,7 +41,7 @@ ORDERS: dict[str, Callable[..., np.ndarray]] = {"video": stream_latents, "chunks
 
 
 def frame_verdicts(
-    model: WanTransformer, order: str, judge: Judge, *, captions: int, times: int, longest: int
+    model: WanTransformer, order: str, judge: Judge, *, captions: int, times: int, longest: int, solver: dict[str, Any]
 ) -> np.ndarray:
     """Samples long videos, and reads every frame.
 
@@ -51,6 +52,7 @@ def frame_verdicts(
       captions: number of videos, one for each of the first captions.
       times: length of the videos, as a multiple of 21 frames.
       longest: limit of positions, see `stream_latents`.
+      solver: steps, guidance scale, flow shift and sampler.
 
     Returns:
       Boolean [captions, 21 * times]: True if the frame shows the caption's digit.
@@ -58,7 +60,7 @@ def frame_verdicts(
     asked, codec, encoder = list(CAPTIONS)[:captions], SpaceToDepth(), WordVectors()
     noise = host_noise(0, captions, codec.latent_shape(times * NUM_FRAMES, FRAME_SIZE, FRAME_SIZE))
     texts = encoder(asked), encoder([""] * captions)
-    latents = ORDERS[order](model, *texts, noise, longest=longest, progress=True, **SOLVER)
+    latents = ORDERS[order](model, *texts, noise, longest=longest, progress=True, **solver)
     return judge.verdicts(codec.decode(latents), asked)["frame_accuracy"]
 
 
@@ -75,21 +77,23 @@ def compare_orders(checkpoints: list[Path], *, captions: int, times: int, longes
         check_causal(config, str(path))
     judge, resampling = Judge.fit(), Resampling(captions)
     by_frame: dict[str, Estimate] = {}
+    solvers: dict[str, dict[str, Any]] = {}
+    sizes = dict(captions=captions, times=times, longest=longest)
     rows = [
         f"| model | order | {' | '.join(f'{i * NUM_FRAMES + 1} to {(i + 1) * NUM_FRAMES}' for i in range(times))} |",
         "|---" * (times + 2) + "|",
     ]
     for path in checkpoints:
-        model = load_wan(path)
+        model, solvers[str(path)] = load_wan(path), solver_of(path)
         for order in ORDERS:
             print_message(f"sampling {path} in the order of {order}")
-            right = frame_verdicts(model, order, judge, captions=captions, times=times, longest=longest)
+            right = frame_verdicts(model, order, judge, solver=solvers[str(path)], **sizes)
             by_frame[f"{path}, {order}"] = resampling.mean(right.astype(float))
             segments = resampling.mean(right.reshape(captions, times, NUM_FRAMES).mean(2))
             rows.append(f"| {path} | {order} | {' | '.join(map(_shown, *_ends(segments)))} |")
     frames = list(range(1, times * NUM_FRAMES + 1))
     curve = Curve("frames that show the digit", "frame", "share of videos", frames, by_frame)
-    about = {"captions": captions, "frames": len(frames), "longest": longest, **SOLVER}
+    about = {"captions": captions, "frames": len(frames), "longest": longest, "solvers": solvers}
     return Evaluation(about=about, curves={"frame_accuracy_by_frame": curve}), "\n".join(rows)
 
 
