@@ -106,7 +106,7 @@ def get_study():
             "{'forms': ({'blocks': (9,), 'kind': 'window'},)}",
             "variant 'a', stage 'one': config.forms[0].blocks must be increasing block indices below 6",
         ),
-        ("nothing", "'velocity_error'", "{}", "configs/demo_nothing.py: cannot be read"),
+        ("nothing", "'velocity_error'", "{}", "configs/demo_nothing.py: does not exist here or in the package"),
         ("finetune", "'velocity_error', 'attention_error'", "{}", "'attention_error' needs the teacher's parameters"),
         ("distill", "'velocity'", "{}", "wrong.py:4: ValueError: measures"),
     ],
