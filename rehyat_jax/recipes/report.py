@@ -99,7 +99,7 @@ def markdown(recipe: Recipe, record: dict[str, Any], *, pictured: bool) -> str:
     lines = [
         f"# {record['title']}",
         "",
-        f"Means over {len(record['seeds'])} seeds, {record['samples']} samples of each model. In brackets: the 95% "
+        f"{_seeds(record)}, {record['samples']} samples of each model. In brackets: the 95% "
         "confidence interval over videos for one seed, else the lowest and the highest seed.",
         "",
         f"| | {' | '.join(name.replace('_', ' ') for name in models)} |",
@@ -119,6 +119,11 @@ def markdown(recipe: Recipe, record: dict[str, Any], *, pictured: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _seeds(record: dict[str, Any]) -> str:
+    count = len(record["seeds"])
+    return "One seed" if count == 1 else f"Means over {count} seeds"
 
 
 def _error_key(name: str) -> str:
