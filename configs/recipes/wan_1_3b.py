@@ -9,8 +9,8 @@ Hardware: TPU v5e-16 (`v5e:4x4`).
 
 The students make a video chunk by chunk.
 
-Expectation, not run: each stage as in docs/planned_runs.md. The last step, by chunk, does not fit yet: it is planned with
-18.5 GiB a chip, of 15.75 (docs/few_steps.md).
+Expectation, not run: each stage as in docs/planned_runs.md. The last step, by chunk, does not fit yet: it is planned
+with 18.5 GiB a chip, of 15.75 (docs/few_steps.md).
 """
 
 from rehyat_jax.recipes.definition import TEACHER, Recipe, Step
