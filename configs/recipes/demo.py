@@ -2,10 +2,10 @@
 
     python -m rehyat_jax.recipe configs/recipes/demo.py
 
-All students make a video chunk by chunk. Two further models show what that costs: the student before it learned noise
-levels by chunk, and exact softmax attention that is causal by chunks, finetuned alike.
+All students make a video chunk by chunk. Of two further models only errors are measured: the student before it learned
+noise levels by chunk, and exact softmax attention that is causal by chunks, with the same training as that student.
 
-Hardware: two CPU cores; about two hours a seed on each, estimated from the seconds of a step.
+Hardware: CPU cores, one for each seed; about 105 minutes a seed (measured for seed 0, docs/recipe.md).
 """
 
 from rehyat_jax.recipes.definition import Recipe, Step
