@@ -49,7 +49,7 @@ class Recipe:
       steps: the training runs in their order.
       results: name of an evaluated model -> name of the step that makes it. `STUDENT` must be one of them.
       evaluation: options of `rehyat_jax.evaluate`, without models and place.
-      without_samples: results that are evaluated on the data alone.
+      without_samples: results of which no videos are sampled. Their errors on the data are measured.
       seeds: seeds of the training runs.
 
     Raises:

@@ -5,7 +5,7 @@ latter is Self Forcing (arXiv 2506.08009), with the states of hybrid attention i
 student then learns from what its own mistakes in earlier chunks lead to.
 
 A video is made without gradients. The gradient is that of the last evaluation of every frame. None passes through the
-states, so the feature maps of keys, which are read from there, learn from the window's keys alone, if at all.
+states. The feature maps of keys enter there, so they only learn where linear attention also reads the window.
 """
 
 from collections.abc import Callable
