@@ -48,9 +48,8 @@ class Sampler:
         # As many real videos as samples.
         examples = read_examples(source, options.samples, options.sampling.seed)
         sampling = _of_data_size(options.sampling, sides[STUDENT].metadata["codec"], examples.latents.shape[1:])
-        of_side = {name: sampling if name == STUDENT else dataclasses.replace(sampling, order=None) for name in sides}
         pipelines = {
-            name: Pipeline.from_pretrained(options.models, _with_own_solver(of_side[name], side), student=side.path)
+            name: Pipeline.from_pretrained(options.models, _of_side(sampling, name, side), student=side.path)
             for name, side in sides.items()
         }
         judge = _open_judge(options)
@@ -88,8 +87,10 @@ class Sampler:
         return found
 
 
-def _with_own_solver(sampling: SamplingOptions, side: Side) -> SamplingOptions:
-    """The options of a side's samples. A model of few steps is sampled with its own solver."""
+def _of_side(sampling: SamplingOptions, name: str, side: Side) -> SamplingOptions:
+    """The options of a side's samples. The order is the student's, and a model of few steps has its own solver."""
+    if name != STUDENT:
+        sampling = dataclasses.replace(sampling, order=None)
     if SAMPLING not in side.metadata:
         return sampling
     return dataclasses.replace(sampling, steps=None, guidance_scale=None, flow_shift=None, sampler=None)
