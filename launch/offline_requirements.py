@@ -21,7 +21,7 @@ from pip._vendor.packaging.version import InvalidVersion, Version
 
 ROOT = Path(__file__).parent.parent
 
-NEVER = ("torch", "triton", "jax", "jaxlib", "jax-cuda*", "nvidia-*", "libtpu", "imageio-ffmpeg", "av")
+NEVER = ("torch", "triton", "jax", "jaxlib", "jax-cuda*", "nvidia-*", "libtpu", "imageio-ffmpeg")
 """Packages that are too large, or that must suit the machine's driver."""
 
 LACKED = (
@@ -30,9 +30,11 @@ LACKED = (
     "diffusers",
     "grain",
     "imageio-ffmpeg",
+    "importlib-metadata",
     "ml-collections",
     "orbax-checkpoint",
     "portpicker",
+    "requests",
 )
 """Packages assumed to be missing or too old on a machine whose installed packages are unknown."""
 

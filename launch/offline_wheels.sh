@@ -5,15 +5,16 @@
 #
 # FOLDER is a new folder, which receives wheels for x86-64 Linux and that version of Python. FILE is the output of
 # `python3 -m pip list --format=freeze` on the machine without network: what it lacks or has too old is downloaded.
-# Without FILE, that is Grain, ArrayRecord, ml_collections, diffusers, portpicker and Orbax.
+# Without FILE, that is ArrayRecord, diffusers, Grain, ml_collections, Orbax, portpicker, PyAV, and two packages that
+# diffusers needs.
 # PyTorch, JAX, CUDA's packages and imageio-ffmpeg are never downloaded.
 #
-# PYTHON (python3: 3.11 or newer, with pip) and MAX_MB (30), the wheels' total size at most, may be set.
+# PYTHON (python3: 3.11 or newer, with pip) and MAX_MB (60), the wheels' total size at most, may be set.
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 PYTHON=${PYTHON:-python3}
-MAX_MB=${MAX_MB:-30}
+MAX_MB=${MAX_MB:-60}
 
 folder='' version=3.12 installed=()
 while [[ $# -gt 0 ]]; do
