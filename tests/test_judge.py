@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rehyat_jax.demo.digits import CAPTIONS, DigitVideos, caption
+from rehyat_jax.demo.digits import CAPTIONS, TRAVEL, DigitVideos, caption
 from rehyat_jax.demo.judge import NO_DIGIT, Judge
 from rehyat_jax.files.pictures import save_frames
 
@@ -76,6 +76,14 @@ def test_a_digit_that_stands_still_has_no_motion(judge, unseen):
     still = unseen[0][:5, :1].repeat(21, axis=1)
     assert judge.read(still).axes == [None] * 5
     assert judge.score(still, unseen[1][:5]).motion_accuracy == 0
+    np.testing.assert_allclose(judge.read(still).amplitudes, 0, atol=1e-4)
+
+
+def test_the_amplitude_of_motion_is_the_distance_that_the_digit_covers(judge, unseen):
+    # A digit crosses the picture in 21 frames: 8 pixels. In 11 frames it covers half of that.
+    videos, captions = unseen[0][:20], unseen[1][:20]
+    np.testing.assert_allclose(judge.verdicts(videos, captions)["motion_amplitude"], TRAVEL, atol=0.2)
+    np.testing.assert_allclose(judge.read(videos[:, :11]).amplitudes, TRAVEL / 2, atol=0.2)
 
 
 def test_empty_frames_read_as_no_digit_and_do_not_count_as_motion(judge, unseen):

@@ -30,10 +30,12 @@ class Reading(NamedTuple):
     Attributes:
       digits: [N, T] int, the digit in each frame, or NO_DIGIT.
       axes: N axes of motion; None if the digit moves less than half the distance between the edges.
+      amplitudes: [N], the distance in pixels that the digit's centre of mass covers along the axis where it is greater.
     """
 
     digits: np.ndarray
     axes: list[Axis | None]
+    amplitudes: np.ndarray
 
 
 class Score(NamedTuple):
@@ -90,14 +92,15 @@ class Judge:
         digits = np.where(shows_digit, self._classifier.predict(_features(frames)), NO_DIGIT)
         digits, shows_digit = digits.reshape(videos.shape[:2]), shows_digit.reshape(videos.shape[:2])
         tracks = _centers_of_mass(frames).reshape(*videos.shape[:2], 2)
-        return Reading(digits, [_axis(track[shown]) for track, shown in zip(tracks, shows_digit, strict=True)])
+        covered = [_covered(track[shown]) for track, shown in zip(tracks, shows_digit, strict=True)]
+        return Reading(digits, [_axis(*distances) for distances in covered], np.array([max(d) for d in covered]))
 
     def verdicts(self, videos: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """Reads N videos [N, T, 24, 24, 3] against N captions from `rehyat_jax.demo.digits.CAPTIONS`.
 
         Returns:
           Booleans whose means are the fields of `Score`: "digit_accuracy" [N], "frame_accuracy" [N, T] and
-          "motion_accuracy" [N].
+          "motion_accuracy" [N]. And "motion_amplitude" [N], see `Reading`.
         """
         unknown = [caption for caption in captions if caption not in CAPTIONS]
         if unknown:
@@ -112,11 +115,13 @@ class Judge:
             "digit_accuracy": right.mean(1) > 0.5,
             "frame_accuracy": right,
             "motion_accuracy": np.array([a == b for a, b in zip(reading.axes, wanted_axes, strict=True)]),
+            "motion_amplitude": reading.amplitudes,
         }
 
     def score(self, videos: np.ndarray, captions: Sequence[str]) -> Score:
         """The means of `verdicts`."""
-        return Score(**{name: float(values.mean()) for name, values in self.verdicts(videos, captions).items()})
+        verdicts = self.verdicts(videos, captions)
+        return Score(*(float(verdicts[name].mean()) for name in Score._fields))
 
 
 def open_judge() -> Judge:
@@ -124,11 +129,14 @@ def open_judge() -> Judge:
     return Judge.fit()
 
 
-def _axis(track: np.ndarray) -> Axis | None:
-    """The axis along which a track of centres [frames, (row, column)] covers the greater distance."""
-    if not len(track):
-        return None
-    rows, columns = np.ptp(track, axis=0)
+def _covered(track: np.ndarray) -> tuple[float, float]:
+    """The distances that a track of centres [frames, (row, column)] covers along rows and columns."""
+    rows, columns = np.ptp(track, axis=0) if len(track) else (0.0, 0.0)
+    return float(rows), float(columns)
+
+
+def _axis(rows: float, columns: float) -> Axis | None:
+    """The axis along which the digit covers the greater distance."""
     if max(rows, columns) < TRAVEL / 2:
         return None
     return "sideways" if columns > rows else "up and down"

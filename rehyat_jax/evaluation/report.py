@@ -25,6 +25,7 @@ OF_SIDES = {
     "digit_accuracy": "asked-for digit, majority of frames",
     "frame_accuracy": "asked-for digit, every frame",
     "motion_accuracy": "asked-for axis of motion",
+    "motion_amplitude": "distance that the digit moves, pixels",
     "frame_change": "change from frame to frame",
     "chunk_jump": "change at the student's chunk boundaries / within chunks",
     "sharpness": "sharpness",

@@ -27,6 +27,7 @@ OF_SIDES = {
     "digit_accuracy": "digit, majority of frames",
     "frame_accuracy": "digit, every frame",
     "motion_accuracy": "motion",
+    "motion_amplitude": "distance that the digit moves, pixels",
     "lowest_frame": "digit, worst frame position",
     "diversity": "diversity of one prompt's videos",
     "frame_change": "change from frame to frame",
