@@ -56,7 +56,7 @@ def evaluate(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 def options_of(arguments: argparse.Namespace) -> EvaluationOptions:
     """The options of a command line. Raises InputError if two of them contradict each other."""
-    names = ("data", "examples", "levels", "samples", "prompts", "judge", "models", "topology")
+    names = ("data", "examples", "levels", "samples", "prompts", "judge", "models", "topology", "student_steps")
     values = {name: getattr(arguments, name) for name in names}
     sampling = SamplingOptions.from_arguments(arguments)
     return EvaluationOptions(**values, durations=tuple(arguments.durations), sampling=sampling)
@@ -84,6 +84,8 @@ def make_parser() -> CommandParser:
     option("--topology", metavar="NAME", help="slice of TPUs for static cycles and memory, v5e:2x2 (default: none)")
     SamplingOptions.add_to(made)
     option("--order", choices=get_args(Order), help="of the student's samples, see `sample` (default: as in training)")
+    own_steps = "of the student's samples (default: those that it was made for, else --steps)"
+    option("--student-steps", type=number(int, 1, 10_000), metavar="N", help=own_steps)
     made.set_defaults(batch=8)
     return made
 

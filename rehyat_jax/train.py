@@ -6,9 +6,9 @@ The configuration names the stage:
   distill    stage 1: the feature maps of the hybrid blocks, against the model's own softmax attention
   velocity   the feature maps again, against the velocity of the complete softmax model
   finetune   stage 2: the complete transformer, on videos, on a teacher's velocity, or on both
-  consistency, dmd   a student of few steps, without guidance (docs/few_steps.md)
+  guidance, consistency, dmd   a student of few steps, without guidance (docs/few_steps.md)
 
-With `config.lora.rank`, the last four train low-rank adapters, and "velocity" and "finetune" also the feature maps.
+With `config.lora.rank`, the last five train low-rank adapters, and "velocity" and "finetune" also the feature maps.
 
 `--help` and docs/configuration.md list every field. The command writes `config.json`, `metrics.jsonl`, `tensorboard/`
 and `checkpoints/` into the workdir, and at the end `model/`, a model checkpoint. With `config.lora.rank`, `adapter/`

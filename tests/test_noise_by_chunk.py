@@ -87,7 +87,7 @@ def test_the_loss_is_over_the_frames_that_are_not_clean():
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        ("distill", {"hybrid.blocks": "all"}, r'noise_by_chunk is True, but only stages "pretrain", "finetune", "dmd"'),
+        ("distill", {"hybrid.blocks": "all"}, r'but only stages "pretrain", "finetune", "guidance", "dmd" draw'),
         ("velocity", {}, r"config.stage is 'velocity', which learns from a softmax model"),
         (
             "finetune",

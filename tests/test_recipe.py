@@ -76,7 +76,8 @@ def run_in_this_process(tasks, jobs, environment):
 def test_a_recipe_trains_evaluates_and_reports_and_another_one_is_refused(tmp_path, monkeypatch, capsys):
     steps = tuple(Step(name, str(tmp_path / f"{name}.py"), changes=FEW if name == "dmd" else {}) for name in STAGES)
     results = {"student": "dmd", "before": "distill"}
-    tiny_recipe(tmp_path, steps=(steps[0], steps[2]), results=results, without_samples=("before",), seeds=(1,))
+    changes = {"without_samples": ("before",), "options": {"student": ("--student-steps", "1")}, "seeds": (1,)}
+    tiny_recipe(tmp_path, steps=(steps[0], steps[2]), results=results, **changes)
     monkeypatch.setattr(running, "run_tasks", run_in_this_process)
     command = [str(tmp_path / "recipe.py"), "--workdir", str(tmp_path / "run"), "--config.caption_dropout=0.2"]
     assert recipe.main(command) == 0
@@ -88,11 +89,12 @@ def test_a_recipe_trains_evaluates_and_reports_and_another_one_is_refused(tmp_pa
     page = (tmp_path / "run" / "recipe.md").read_text()
     assert "| digit, every frame |" in page and f"before {record['velocity_error_before']:.4f}." in page
     assert "frame_accuracy" not in record["before"] and (tmp_path / "run" / "recipe.png").exists()
-    # The few-step student keeps its own solver, and the teacher's samples are where all evaluations find them.
+    # The few-step student keeps its own solver, but for the asked-for number of steps.
     about = json.loads((tmp_path / "run" / "seed_1" / "evaluation" / "student" / "evaluation.json").read_text())[
         "about"
     ]
-    assert about["sampling"]["sampler"] == "renoise" and about["sampling"]["steps"] == 2
+    assert about["sampling"]["sampler"] == "renoise" and about["sampling"]["steps"] == 1
+    # All evaluations find the teacher's samples there.
     assert len(list((tmp_path / "run" / "teacher_samples").iterdir())) == 4
 
     tiny_recipe(tmp_path, steps=(steps[0], steps[2]), results={"student": "dmd"}, evaluation=("--samples", "6"))
@@ -161,6 +163,7 @@ def test_an_order_that_makes_no_sense_is_refused(steps, message, tmp_path):
         ({"results": {"student": "x"}}, "results: expected 'student', of steps"),
         ({"seeds": (0, 0)}, "seeds: expected seeds"),
         ({"without_samples": ("student",)}, "without_samples: expected some of"),
+        ({"options": {"other": ("--student-steps", "2")}}, "options: expected some of .*student"),
     ],
 )
 def test_wrong_definitions_are_named(changes, message, tmp_path):

@@ -26,6 +26,7 @@ class EvaluationOptions:
       topology: TPUs to compile for, see `evaluation.cost`; None does not compile.
       sampling: options of sampling. Its seed, batch, dtype, mesh and flow_shift hold for all measurements. Its order is
         the student's.
+      student_steps: steps of the student's samples; None for those that it was made for, else for those of `sampling`.
     """
 
     data: str = "digits"
@@ -38,6 +39,7 @@ class EvaluationOptions:
     durations: tuple[int, ...] = (1, 2, 4, 8)
     topology: str | None = None
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    student_steps: int | None = None
 
 
 def open_examples(options: EvaluationOptions) -> Source:

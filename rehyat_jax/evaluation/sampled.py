@@ -1,6 +1,7 @@
 """Samples both models, and compares the videos: opened and checked first, because sampling takes long."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from rehyat_jax.data.pipeline import Source
@@ -48,8 +49,9 @@ class Sampler:
         # As many real videos as samples.
         examples = read_examples(source, options.samples, options.sampling.seed)
         sampling = _of_data_size(options.sampling, sides[STUDENT].metadata["codec"], examples.latents.shape[1:])
+        of_side = functools.partial(_of_side, sampling, student_steps=options.student_steps)
         pipelines = {
-            name: Pipeline.from_pretrained(options.models, _of_side(sampling, name, side), student=side.path)
+            name: Pipeline.from_pretrained(options.models, of_side(name, side), student=side.path)
             for name, side in sides.items()
         }
         judge = _open_judge(options)
@@ -87,13 +89,13 @@ class Sampler:
         return found
 
 
-def _of_side(sampling: SamplingOptions, name: str, side: Side) -> SamplingOptions:
+def _of_side(sampling: SamplingOptions, name: str, side: Side, *, student_steps: int | None) -> SamplingOptions:
     """The options of a side's samples. The order is the student's, and a model of few steps has its own solver."""
+    if SAMPLING in side.metadata:
+        sampling = dataclasses.replace(sampling, steps=None, guidance_scale=None, flow_shift=None, sampler=None)
     if name != STUDENT:
-        sampling = dataclasses.replace(sampling, order=None)
-    if SAMPLING not in side.metadata:
-        return sampling
-    return dataclasses.replace(sampling, steps=None, guidance_scale=None, flow_shift=None, sampler=None)
+        return dataclasses.replace(sampling, order=None)
+    return dataclasses.replace(sampling, steps=student_steps or sampling.steps)
 
 
 def _of_data_size(sampling: SamplingOptions, codec: str, shape: tuple[int, ...]) -> SamplingOptions:

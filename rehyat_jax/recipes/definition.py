@@ -49,6 +49,7 @@ class Recipe:
       steps: the training runs in their order.
       results: name of an evaluated model -> name of the step that makes it. `STUDENT` must be one of them.
       evaluation: options of `rehyat_jax.evaluate`, without models and place.
+      options: name of a result -> further options of its evaluation.
       without_samples: results of which no videos are sampled. Their errors on the data are measured.
       seeds: seeds of the training runs.
 
@@ -61,6 +62,7 @@ class Recipe:
     steps: tuple[Step, ...]
     results: Mapping[str, str]
     evaluation: tuple[str, ...] = ()
+    options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     without_samples: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
 
@@ -75,6 +77,7 @@ class Recipe:
         _expect(
             STUDENT in self.results and not unknown, "results", f"{STUDENT!r}, of steps {names}", dict(self.results)
         )
+        _expect(set(self.results) >= set(self.options), "options", f"some of {sorted(self.results)}", [*self.options])
         known = set(self.results) - {STUDENT}
         _expect(known >= set(self.without_samples), "without_samples", f"some of {sorted(known)}", self.without_samples)
         different = len(set(self.seeds)) == len(self.seeds) > 0

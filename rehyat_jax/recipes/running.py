@@ -88,7 +88,8 @@ def evaluation_task(recipe: Recipe, workdir: Path, seed: int) -> Task:
         place = folder / "evaluation" / name
         _share_samples(workdir, place)
         models = ["--teacher", recipe.teacher, "--student", str(folder / step / "model")]
-        options = [*recipe.evaluation, *(["--samples", "0"] if name in recipe.without_samples else [])]
+        options = [*recipe.evaluation, *recipe.options.get(name, ())]
+        options += ["--samples", "0"] if name in recipe.without_samples else []
         argv = (sys.executable, "-m", "rehyat_jax.evaluate", *models, "--out", str(place), *options)
         commands.append(Command(f"evaluate {name}", argv, place / EVALUATION, folder / f"evaluate_{name}.log"))
     return Task(f"seed {seed}", tuple(commands), folder / "evaluation_seconds.json")
@@ -107,6 +108,8 @@ def _described(file: Path, recipe: Recipe) -> Mapping[str, str]:
     """What decides the results, in short. Seeds, steps and results may be added."""
     folder, files = checkpoint_files(recipe.teacher)
     about = {"the teacher": fingerprint(files, folder, blocks=BLOCKS), "evaluation": " ".join(recipe.evaluation)}
+    for name, options in recipe.options.items():
+        about[f"evaluation of {name}"] = " ".join(options)
     for step in recipe.steps:
         start = recipe.start_of(step)
         content = step_config(file, recipe, step).to_json() + str(None if start is None else start.name)

@@ -73,6 +73,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
     _check_lora(config)
     _check_noise(config)
+    if config.stage == "guidance" and config.velocity.guidance_scale <= 1:
+        raise InputError(
+            f'config.velocity.guidance_scale must be above 1 in stage "guidance", found '
+            f"{config.velocity.guidance_scale}: it is the guidance that the student learns"
+        )
     if stage.teacher_weight(config) and not stage.freezes(config) and not stage.teacher_path(config):
         raise InputError(
             f"config.velocity.teacher is empty; with config.velocity.teacher_weight = {config.velocity.teacher_weight} "
@@ -115,11 +120,18 @@ def _check_noise(config: ml_collections.ConfigDict) -> None:
             f"config.stage is {config.stage!r}, which learns from a softmax model that knows one level for all frames; "
             f"set it to False, or choose another stage"
         )
-    if stage.few_steps:
+    if stage.sampler == "renoise":
         if config.mesh.context != 1:
             raise InputError(
                 f"config.mesh.context must be 1 with config.noise_by_chunk = True in stage {config.stage!r}, found "
                 f"{config.mesh.context}: a student makes one chunk after another; shard along the other axes"
+            )
+    elif stage.own_teacher:
+        if config.velocity.teacher:
+            raise InputError(
+                f"config.velocity.teacher must be empty with config.noise_by_chunk = True in stage {config.stage!r}, "
+                f"found {config.velocity.teacher!r}: a softmax model knows one noise level for all frames; the student "
+                f"learns from its own initial model"
             )
     elif weight := stage.teacher_weight(config):
         raise InputError(

@@ -86,7 +86,7 @@ FIELDS = (
         REFUSED,
         '"pretrain" trains a softmax model from scratch. "distill" (stage 1) trains feature maps only, each block by '
         'itself. "velocity" trains feature maps through the complete model. "finetune" (stage 2) trains everything, or '
-        'adapters (`lora.rank`). "consistency" and "dmd" make a student of few steps (docs/few_steps.md).',
+        'adapters (`lora.rank`). "guidance", "consistency" and "dmd" make a student of few steps (docs/few_steps.md).',
     ),
     Field(
         "preset",
@@ -318,7 +318,7 @@ FIELDS = (
         CHANGED,
         'Softmax model whose velocity is learned, or both scores of stage "dmd". Without it, the teacher is '
         'init_from with softmax attention in all blocks, for which stage "finetune" needs `lora.rank`; in stages '
-        '"consistency" and "dmd" it is init_from in its own forms.',
+        '"guidance", "consistency" and "dmd" it is init_from in its own forms.',
     ),
     Field(
         "velocity.teacher_weight",
@@ -340,8 +340,8 @@ FIELDS = (
         4,
         Integer(1, 1000),
         CHANGED,
-        'Number of steps in which the student of stage "consistency" or "dmd" samples a video. Stage "dmd" trains only '
-        "at the noise levels of these steps. The result stores the number, and `sample` uses it.",
+        'Number of steps in which the student of stage "guidance", "consistency" or "dmd" samples a video. Stage "dmd" '
+        "trains only at the noise levels of these steps. The result stores the number, and `sample` uses it.",
     ),
     Field(
         "dmd.score_updates",
@@ -415,8 +415,8 @@ FIELDS = (
         Boolean(),
         REFUSED,
         "True: every chunk of a video has its own noise level, as `sample --order chunks` needs. It is for stages "
-        '"pretrain" and "finetune" without a teacher, and for causal hybrid attention in every block. In stage "dmd", '
-        "the student makes its videos in that order.",
+        '"pretrain" and "finetune" without a teacher, "guidance" and "dmd", and for causal hybrid attention in every '
+        'block. In stage "dmd", the student makes its videos in that order.',
     ),
     Field("caption_dropout", 0.1, Real(0, 1), CHANGED, "Share of the captions that are replaced by the empty caption."),
     Field("mesh.data", 1, _DEVICES, ROUNDED, "Devices along the batch, each with all parameters. -1 takes the rest."),

@@ -53,11 +53,12 @@ def make_loss(
         noisy = noise_batch(batch, context["null_text"], key, config, chunk_frames=by_chunk)
         velocity = apply(params, noisy.latents, noisy.timestep, noisy.text)
         mean_square = functools.partial(flow.flow_matching_loss, frames=noisy.noisy_frames)
+        mean_size = functools.partial(_mean_size, frames=noisy.noisy_frames)
         losses, metrics = [], {}
         if teacher is not None:
             target = teacher(params, context, noisy)
             losses.append(teacher_weight * mean_square(velocity, target))
-            metrics["velocity_error"] = jnp.abs(velocity - target).mean() / jnp.abs(target).mean()
+            metrics["velocity_error"] = mean_size(velocity - target) / mean_size(target)
         if noisy.velocity is not None:
             data_loss = mean_square(velocity, noisy.velocity)
             losses.append((1 - teacher_weight) * data_loss)
@@ -67,6 +68,11 @@ def make_loss(
         return loss, {"loss": loss, **metrics}
 
     return loss_fn
+
+
+def _mean_size(array: jax.Array, frames: jax.Array | None) -> jax.Array:
+    """mean |x| of [B, T, ...], over the chosen frames [B, T] if there is a choice."""
+    return jnp.abs(array).mean(where=True if frames is None else frames.reshape(*frames.shape, 1, 1, 1))
 
 
 def make_grad_fn(

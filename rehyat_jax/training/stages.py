@@ -8,6 +8,7 @@ import ml_collections
 import optax
 from flax import nnx
 
+from rehyat_jax.diffusion.samplers import Sampler
 from rehyat_jax.diffusion.solver_options import SolverOptions
 from rehyat_jax.models.lora import LoraConfig, adapted_layers, is_adapter, joined, split_tree
 from rehyat_jax.models.wan.config import WanConfig
@@ -42,7 +43,7 @@ class Stage:
       teacher_weight: configuration -> weight of the teacher's velocity in the loss, see `finetune.make_loss`.
       own_teacher: whether the teacher, without `velocity.teacher`, is the initial model in its own forms. With LoRA,
         its feature maps are then frozen too.
-      few_steps: whether the result is a model for few steps of the sampler "renoise", `config.few_step`.
+      sampler: the sampler of the result, if that is a model of few steps without guidance, `config.few_step`.
     """
 
     make_update: Callable[[nnx.GraphDef, ml_collections.ConfigDict, optax.GradientTransformation], UpdateFn]
@@ -59,11 +60,19 @@ class Stage:
     result: str = ""
     teacher_weight: Callable[[ml_collections.ConfigDict], float] = lambda config: 0.0
     own_teacher: bool = False
-    few_steps: bool = False
+    sampler: Sampler | None = None
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether the result is a model of few steps."""
+        return self.sampler is not None
 
     def data_kinds(self, config: ml_collections.ConfigDict) -> tuple[str, ...]:
-        """Kinds of data sets that it learns from, see `data.pipeline.Source`. Trajectories hold no clean latents."""
-        needs_clean = not self.converts and self.teacher_weight(config) < 1
+        """Kinds of data sets that it learns from, see `data.pipeline.Source`.
+
+        Trajectories hold no clean latents, and have one noise level in all frames.
+        """
+        needs_clean = not self.converts and (self.teacher_weight(config) < 1 or config.noise_by_chunk)
         return ("examples",) if needs_clean else ("examples", "trajectories")
 
     def teacher_path(self, config: ml_collections.ConfigDict) -> str:
@@ -92,7 +101,7 @@ class Stage:
 
     def sampling(self, config: ml_collections.ConfigDict) -> SolverOptions | None:
         """The solver that the result is made for, which has learned guidance; None for that of any model."""
-        return SolverOptions(config.few_step.steps, 1.0, config.flow_shift, "renoise") if self.few_steps else None
+        return SolverOptions(config.few_step.steps, 1.0, config.flow_shift, self.sampler) if self.sampler else None
 
     def of_result(self, trained: Params) -> Params:
         """The trained part of the network that is the result. A moving average is kept of this part alone."""
@@ -120,7 +129,7 @@ def _update_by_velocity(
 ) -> UpdateFn:
     stage = STAGES[config.stage]
     weight = stage.teacher_weight(config)
-    teacher = make_teacher(model_def, config) if weight else None
+    teacher = make_teacher(model_def, config, is_softmax=_has_softmax_teacher(config)) if weight else None
     chunk_frames = lambda params: nnx.merge(model_def, params).config.chunk_frames
     loss = finetune.make_loss(
         apply_model(model_def),
@@ -132,11 +141,16 @@ def _update_by_velocity(
     return gradient_update(accumulate(finetune.make_grad_fn(loss, stage.join), config.accumulation_steps), optimizer)
 
 
+def _has_softmax_teacher(config: ml_collections.ConfigDict) -> bool:
+    return bool(config.velocity.teacher) or not STAGES[config.stage].own_teacher
+
+
 def _flops_by_velocity(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
     of_student = _flops_of_update(model, latents, config)
     if not STAGES[config.stage].teacher_weight(config):
         return of_student
-    return of_student._replace(model=of_student.model + _teacher_passes(config) * teacher_flops(model, latents))
+    of_teacher = teacher_flops if _has_softmax_teacher(config) else _forward_flops
+    return of_student._replace(model=of_student.model + _teacher_passes(config) * of_teacher(model, latents))
 
 
 def _flops_of_update(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
@@ -213,13 +227,22 @@ STAGES = {
         noises_by_chunk=True,
         teacher_weight=lambda config: config.velocity.teacher_weight,
     ),
+    "guidance": Stage(
+        _update_by_velocity,
+        _flops_by_velocity,
+        takes_lora=True,
+        noises_by_chunk=True,
+        teacher_weight=lambda config: 1.0,
+        own_teacher=True,
+        sampler="unipc",
+    ),
     "consistency": Stage(
         _update_to_few_steps(consistency.make_update),
         _flops_of_consistency,
         takes_lora=True,
         teacher_weight=lambda config: 1.0,
         own_teacher=True,
-        few_steps=True,
+        sampler="renoise",
     ),
     "dmd": Stage(
         _update_to_few_steps(dmd.make_update),
@@ -231,7 +254,7 @@ STAGES = {
         result=dmd.GENERATOR,
         teacher_weight=lambda config: 1.0,
         own_teacher=True,
-        few_steps=True,
+        sampler="renoise",
     ),
 }
 """The stages by `config.stage`."""
