@@ -66,6 +66,7 @@ def hybrid(
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax": ("softmax", {}),
     "hybrid": ("hybrid", {}),
+    "hybrid, overlap of 2 frames": ("hybrid", {"overlap_frames": 2}),
     "hybrid, 1 anchor": ("hybrid", {"anchor_frames": 1}),
     "hybrid, decay": ("hybrid", {"decay": True}),
     "hybrid, gate": ("hybrid", {"feature_map": {"gate": True}}),

@@ -110,9 +110,19 @@ def _check_lora(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_noise(config: ml_collections.ConfigDict) -> None:
+    stage = STAGES[config.stage]
+    if config.teacher_forcing and (not config.noise_by_chunk or stage.sampler == "renoise"):
+        raise InputError(
+            f"config.teacher_forcing must be False in stage {config.stage!r} with config.noise_by_chunk = "
+            f"{config.noise_by_chunk}: it is for chunks with their own noise levels, after those of a real video"
+        )
+    if config.past_noise and not config.teacher_forcing:
+        raise InputError(
+            f"config.past_noise must be 0 with config.teacher_forcing = False, found {config.past_noise}: only then do "
+            f"chunks read others that have another noise level"
+        )
     if not config.noise_by_chunk:
         return
-    stage = STAGES[config.stage]
     if not stage.noises_by_chunk:
         able = ", ".join(f'"{name}"' for name, stage in STAGES.items() if stage.noises_by_chunk)
         raise InputError(
@@ -120,13 +130,15 @@ def _check_noise(config: ml_collections.ConfigDict) -> None:
             f"config.stage is {config.stage!r}, which learns from a softmax model that knows one level for all frames; "
             f"set it to False, or choose another stage"
         )
+    if config.mesh.context != 1 and (stage.sampler == "renoise" or config.teacher_forcing):
+        raise InputError(
+            f"config.mesh.context must be 1 with config.noise_by_chunk = True in stage {config.stage!r}"
+            f"{' and with config.teacher_forcing = True' * config.teacher_forcing}, found {config.mesh.context}: one "
+            f"chunk comes after another; shard along the other axes"
+        )
     if stage.sampler == "renoise":
-        if config.mesh.context != 1:
-            raise InputError(
-                f"config.mesh.context must be 1 with config.noise_by_chunk = True in stage {config.stage!r}, found "
-                f"{config.mesh.context}: a student makes one chunk after another; shard along the other axes"
-            )
-    elif stage.own_teacher:
+        return  # scores judge complete videos, with one level
+    if stage.own_teacher:
         if config.velocity.teacher:
             raise InputError(
                 f"config.velocity.teacher must be empty with config.noise_by_chunk = True in stage {config.stage!r}, "

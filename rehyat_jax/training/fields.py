@@ -418,6 +418,21 @@ FIELDS = (
         '"pretrain" and "finetune" without a teacher, "guidance" and "dmd", and for causal hybrid attention in every '
         'block. In stage "dmd", the student makes its videos in that order.',
     ),
+    Field(
+        "teacher_forcing",
+        False,
+        Boolean(),
+        REFUSED,
+        "With noise_by_chunk. True: every chunk learns after finished chunks of the real video, as it is sampled. "
+        'False: after noisy ones (diffusion forcing). Stage "dmd" has neither: its chunks follow the student\'s own.',
+    ),
+    Field(
+        "past_noise",
+        0.0,
+        Real(0, 0.9),
+        CHANGED,
+        "With teacher_forcing: largest noise level of the finished chunks. Each video has a random one below it.",
+    ),
     Field("caption_dropout", 0.1, Real(0, 1), CHANGED, "Share of the captions that are replaced by the empty caption."),
     Field("mesh.data", 1, _DEVICES, ROUNDED, "Devices along the batch, each with all parameters. -1 takes the rest."),
     Field(

@@ -40,7 +40,7 @@ def make_loss(
     the same noise.
 
     Args:
-      apply: (params, latents, timestep, text) -> velocity.
+      apply: (params, latents, timestep, text) -> velocity. With teacher forcing, see `over_chunks.make_apply`.
       config: see `noise_batch`.
       teacher: the velocity to imitate; needed if w is above 0.
       teacher_weight: w, from 0 to 1.
@@ -51,7 +51,7 @@ def make_loss(
     def loss_fn(params: Any, context: Context, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         by_chunk = None if chunk_frames is None else chunk_frames(params)
         noisy = noise_batch(batch, context["null_text"], key, config, chunk_frames=by_chunk)
-        velocity = apply(params, noisy.latents, noisy.timestep, noisy.text)
+        velocity = apply(params, noisy.latents, noisy.timestep, noisy.text, *noisy.past)
         mean_square = functools.partial(flow.flow_matching_loss, frames=noisy.noisy_frames)
         mean_size = functools.partial(_mean_size, frames=noisy.noisy_frames)
         losses, metrics = [], {}

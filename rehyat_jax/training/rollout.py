@@ -13,20 +13,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from rehyat_jax.diffusion import flow
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.models.wan.modeling import apply_model
-from rehyat_jax.models.wan.streaming import PartPositions, apply_part, initial_states, part_positions
+from rehyat_jax.training.over_chunks import Velocity, over_chunks
 from rehyat_jax.training.step import Batch
 
 SIMULATED_STEP = "simulated_step"
 """Name scope of the conditional in `solve`: half of its executions evaluate the student, on average."""
-
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
-"""(latents [B, T, H, W, C], timestep [B]) -> velocity [B, T, H, W, C]."""
 
 
 class Rollout(NamedTuple):
@@ -99,60 +95,3 @@ def solve(
     # A fixed number of steps, of which the last ones do nothing: `rehyat_jax.plan` knows what such a loop costs.
     latents, _ = jax.lax.scan(advance, noise(0), jnp.arange(steps - 1))
     return latents, clean(last, latents)
-
-
-def over_chunks(
-    model_def: nnx.GraphDef,
-    params: Any,
-    text: jax.Array,
-    inputs: Any,
-    run: Callable[[Velocity, jax.Array, Any], tuple[Any, jax.Array]],
-) -> Any:
-    """Runs a function on one chunk of a video after another.
-
-    Args:
-      model_def, params: a transformer that is causal in every block.
-      text: [B, L, text_dim].
-      inputs: arrays [B, T, H, W, C]; T need not be a whole number of chunks.
-      run: (velocity of the chunk after the finished ones, number of the chunk int32 [], the chunk's frames of inputs)
-        -> (results of the same frames, the finished chunk that later ones read).
-
-    Returns:
-      The results, joined along frames.
-    """
-    model = nnx.merge(model_def, params)
-    config, (batch, total, height, width, _) = model.config, jax.tree.leaves(inputs)[0].shape
-    patch_frames, patch_height, patch_width = config.patch_size
-    grid_frames = config.block_forms.chunk_frames
-    frames = grid_frames * patch_frames
-    before = (total - 1) // frames  # chunks before the last one, which leaves no state
-    tokens_per_frame = height // patch_height * (width // patch_width)
-
-    def chunk(states: Any, number: jax.Array, inputs: Any, positions: PartPositions) -> tuple[Any, jax.Array]:
-        apply = apply_part(model_def, is_last=True)
-        velocity = lambda latents, timestep: apply(params, states, latents, timestep, text, positions)[0]
-        return run(velocity, number, inputs)
-
-    def advance(states: Any, chunk_inputs: tuple[jax.Array, Any, PartPositions]) -> tuple[Any, Any]:
-        number, inputs, positions = chunk_inputs
-        # For gradients, the device holds what one chunk needs at a time.
-        results, finished = jax.checkpoint(chunk, prevent_cse=False)(states, number, inputs, positions)
-        arguments = jax.lax.stop_gradient((params, states, finished))
-        return apply_part(model_def)(*arguments, jnp.zeros(batch), text, positions)[1], results
-
-    def split(leaf: jax.Array) -> jax.Array:
-        return jnp.moveaxis(leaf[:, : before * frames].reshape(batch, before, frames, *leaf.shape[2:]), 1, 0)
-
-    def join(chunks: jax.Array, last: jax.Array) -> jax.Array:
-        whole = jnp.moveaxis(chunks, 0, 1).reshape(batch, before * frames, *chunks.shape[3:])
-        return jnp.concatenate([whole, last], axis=1)
-
-    states, found = initial_states(config, batch, tokens_per_frame, model.dtype), None
-    if before:
-        rows = [part_positions(number * grid_frames, grid_frames, config.head_dim) for number in range(before)]
-        positions = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-        states, found = jax.lax.scan(advance, states, (jnp.arange(before), jax.tree.map(split, inputs), positions))
-    rest = jax.tree.map(lambda leaf: leaf[:, before * frames :], inputs)
-    end = part_positions(before * grid_frames, total // patch_frames - before * grid_frames, config.head_dim)
-    last, _ = chunk(states, jnp.int32(before), rest, end)
-    return last if found is None else jax.tree.map(join, found, last)

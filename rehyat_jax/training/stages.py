@@ -13,9 +13,9 @@ from rehyat_jax.diffusion.solver_options import SolverOptions
 from rehyat_jax.models.lora import LoraConfig, adapted_layers, is_adapter, joined, split_tree
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_flops, teacher_flops, training_flops
-from rehyat_jax.models.wan.modeling import apply_model
 from rehyat_jax.training import consistency, distill, dmd, finetune
 from rehyat_jax.training.optimizer import make_optimizer
+from rehyat_jax.training.over_chunks import make_apply
 from rehyat_jax.training.sharded_step import ShardedStep, make_sharded_step
 from rehyat_jax.training.step import Context, Params, UpdateFn, accumulate, gradient_update
 from rehyat_jax.training.velocity import make_teacher
@@ -132,7 +132,7 @@ def _update_by_velocity(
     teacher = make_teacher(model_def, config, is_softmax=_has_softmax_teacher(config)) if weight else None
     chunk_frames = lambda params: nnx.merge(model_def, params).config.chunk_frames
     loss = finetune.make_loss(
-        apply_model(model_def),
+        make_apply(config)(model_def),
         config,
         teacher=teacher,
         teacher_weight=weight,
@@ -149,13 +149,35 @@ def _flops_by_velocity(model: WanConfig, latents: tuple[int, int, int], config: 
     of_student = _flops_of_update(model, latents, config)
     if not STAGES[config.stage].teacher_weight(config):
         return of_student
-    of_teacher = teacher_flops if _has_softmax_teacher(config) else _forward_flops
-    return of_student._replace(model=of_student.model + _teacher_passes(config) * of_teacher(model, latents))
+    if _has_softmax_teacher(config):
+        of_teacher = teacher_flops(model, latents)
+    else:
+        of_teacher = _forward_flops(model, latents) + config.teacher_forcing * _finished_flops(model, latents)
+    return of_student._replace(model=of_student.model + _teacher_passes(config) * of_teacher)
 
 
 def _flops_of_update(model: WanConfig, latents: tuple[int, int, int], config: ml_collections.ConfigDict) -> StepFlops:
     trains_weights = not STAGES[config.stage].freezes(config)
-    return training_flops(model, latents, remat=config.remat, trains_weights=trains_weights, lora=lora_config(config))
+    how = dict(remat=config.remat, trains_weights=trains_weights, lora=lora_config(config))
+    of_noisy = training_flops(model, latents, **how)
+    finished = _finished_latents(model, latents)
+    if not config.teacher_forcing or not finished[0]:
+        return of_noisy
+    # Finished chunks are read too. For the gradient, these and the noisy ones are computed again.
+    of_finished = training_flops(model, finished, **how)
+    again = 2 * _finished_flops(model, latents)
+    return StepFlops(of_noisy.model + of_finished.model, of_noisy.recomputed + of_finished.recomputed + again)
+
+
+def _finished_latents(model: WanConfig, latents: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Size of the latents before the last chunk, which no chunk reads."""
+    chunk = model.block_forms.chunk_frames * model.patch_size[0]
+    return (latents[0] - 1) // chunk * chunk, *latents[1:]
+
+
+def _finished_flops(model: WanConfig, latents: tuple[int, int, int]) -> int:
+    finished = _finished_latents(model, latents)
+    return _forward_flops(model, finished) if finished[0] else 0
 
 
 def _teacher_passes(config: ml_collections.ConfigDict) -> int:
@@ -178,9 +200,7 @@ def _flops_of_dmd(model: WanConfig, latents: tuple[int, int, int], config: ml_co
     simulated = int((config.few_step.steps + 1) / 2 * _forward_flops(model, latents))
     scores = (1 + _teacher_passes(config)) * _forward_flops(score, latents)
     # Chunk by chunk, the generator also reads the finished chunks, in the simulation and for its gradient.
-    chunk = model.block_forms.chunk_frames * model.patch_size[0]
-    before_last = (latents[0] - 1) // chunk * chunk if config.noise_by_chunk else 0
-    states = 2 * _forward_flops(model, (before_last, *latents[1:])) if before_last else 0
+    states = 2 * config.noise_by_chunk * _finished_flops(model, latents)
     updates = config.dmd.score_updates
     return StepFlops(
         of_student.model + updates * of_score.model + simulated + states + scores,

@@ -15,6 +15,7 @@ from rehyat_jax.models.lora import joined, without_adapters
 from rehyat_jax.models.student import softmax_velocity
 from rehyat_jax.training.finetune import Teacher
 from rehyat_jax.training.noising import NoisyBatch
+from rehyat_jax.training.over_chunks import make_apply
 from rehyat_jax.training.step import Context
 
 
@@ -31,13 +32,17 @@ def make_teacher(model_def: nnx.GraphDef, config: ml_collections.ConfigDict, *, 
       The teacher. Its parameters are context["teacher"]. Without them they are the student's own, which are a teacher's
       if only adapters, or only feature maps of a softmax teacher, are trained. It runs without the student's adapters.
     """
-    scale = config.velocity.guidance_scale
+    scale, make = config.velocity.guidance_scale, make_apply(config)
 
     def teacher(params: Any, context: Context, noisy: NoisyBatch) -> jax.Array:
         model = nnx.merge(model_def, jax.lax.stop_gradient(joined(params, context.get("teacher", {}))))
         model = without_adapters(model)
-        inputs = lambda text: (noisy.latents, noisy.timestep, text)
-        predict = lambda text: softmax_velocity(model, inputs(text)) if is_softmax else model(*inputs(text))
+        graphdef, params = nnx.split(model)
+
+        def predict(text: jax.Array) -> jax.Array:
+            inputs = noisy.latents, noisy.timestep, text
+            return softmax_velocity(model, inputs) if is_softmax else make(graphdef)(params, *inputs, *noisy.past)
+
         velocity = predict(noisy.text)
         if scale == 1:
             return velocity
