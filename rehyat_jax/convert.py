@@ -1,11 +1,11 @@
 """Converts between PyTorch checkpoints of Wan2.1 and model checkpoints.
 
   python -m rehyat_jax.convert from-torch SRC DST [--force]
-  python -m rehyat_jax.convert to-torch SRC DST --layout {diffusers,original} [--force]
+  python -m rehyat_jax.convert to-torch SRC DST --layout {diffusers,original} [--without-base BASE] [options]
 
 PyTorch checkpoints are safetensors files or folders, in diffusers' or the original layout. A model checkpoint is the
 directory that training writes and sampling reads. Every tensor keeps its dtype and is converted without a change of any
-bit.
+bit. `--without-base` writes only what a student adds to its base.
 """
 
 import argparse
@@ -16,7 +16,13 @@ from pathlib import Path
 import jax
 
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
-from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch
+from rehyat_jax.errors import InputError
+from rehyat_jax.files.packaged import here_or_packaged
+from rehyat_jax.generation.hub import TRANSFORMER_FILES, open_models
+from rehyat_jax.publishing.card import HUB_NAME, LICENSE, card_facts, model_card
+from rehyat_jax.weights.adapters import ADAPTERS_FILE
+from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch, convert_without_base
+from rehyat_jax.weights.streamed import StreamedModel
 from rehyat_jax.weights.table import LAYOUTS
 
 
@@ -36,7 +42,17 @@ def make_parser() -> CommandParser:
     from_torch.add_argument(
         "--models", help="pipeline with the VAE and text encoder, which `sample` will use: folder or Hub name"
     )
-    to_torch.add_argument("--layout", choices=LAYOUTS, required=True, help="whose tensor names and config.json")
+    option = to_torch.add_argument
+    option("--layout", choices=LAYOUTS, required=True, help="whose tensor names and config.json")
+    option("--without-base", metavar="BASE", help="leave out the weights of this base: folder or Hub name")
+    option("--adapter", metavar="DIR", type=Path, help="low-rank adapters of the student's run, with --without-base")
+    option(
+        "--base-name",
+        metavar="OWNER/NAME",
+        help="the base on the Hub, for the model card (default: BASE, if it is one)",
+    )
+    option("--evaluation", metavar="FILE", type=Path, help="evaluation.json of this model, for the model card")
+    option("--license", default=LICENSE, help="licence of the weights, for the model card (default: %(default)s)")
     return parser
 
 
@@ -49,8 +65,48 @@ def convert(arguments: argparse.Namespace) -> None:
             models = os.path.abspath(models)  # other commands may run elsewhere
         model = convert_from_torch(source, destination, models=models, replace=force)
     else:
-        model = convert_to_torch(source, destination, arguments.layout, replace=force)
+        model = export(arguments)
     print_message(f"{destination}: {len(model.params)} parameters, {model.nbytes / 1e9:.2f} GB", result=True)
+
+
+def export(arguments: argparse.Namespace) -> StreamedModel:
+    """Runs `to-torch`. Raises InputError."""
+    source, destination, base, force = arguments.source, arguments.destination, arguments.without_base, arguments.force
+    base_name, adapter = arguments.base_name, arguments.adapter
+    if base_name is not None and not HUB_NAME.fullmatch(base_name):
+        raise InputError(
+            f"--base-name: expected a name on the Hub, such as owner/name, found {base_name!r}; correct it"
+        )
+    if adapter is not None and base is None:
+        raise InputError("--adapter: a complete export has the adapters merged; leave it out, or give --without-base")
+    if arguments.layout != "diffusers":
+        if base is not None or arguments.evaluation is not None:
+            raise InputError(
+                "--layout: --without-base and --evaluation need diffusers; the original layout has neither"
+            )
+        return convert_to_torch(source, destination, arguments.layout, replace=force)
+
+    opened, place = None, base_name
+    if base is not None:
+        opened = open_models(here_or_packaged(base), TRANSFORMER_FILES)
+        if opened.revision and base_name is None:
+            base_name, place = base.partition("@")[0], base
+    facts = card_facts(
+        source,
+        base_name=base_name,
+        license=arguments.license,
+        has_base=base is None,
+        evaluation=arguments.evaluation,
+    )
+    options = dict(card=model_card(facts), replace=force)
+    if opened is None:
+        return convert_to_torch(source, destination, "diffusers", **options)
+    found = source.absolute().parent / "adapter"
+    if adapter is None and (found / ADAPTERS_FILE).exists():
+        print_message(f"{source}: its run wrote adapters; give --adapter {found} if they are this student's")
+    return convert_without_base(
+        source, destination, opened.folder, base_name=place or facts.base_name, adapter=adapter, **options
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,13 +6,21 @@
     pipeline = WanPipeline.from_pretrained(teacher, transformer=transformer, torch_dtype=torch.bfloat16)
 
 The folder holds diffusers' `config.json` and `diffusion_pytorch_model*.safetensors`, in which hybrid blocks have a few
-more tensors. It also holds `rehyat.json`, which lists these blocks and the form of their attention. This file needs
-only torch, diffusers and safetensors. The method is that of ReHyAt (arXiv 2601.04342).
+more tensors. It also holds `rehyat.json`, which lists these blocks and the form of their attention.
+
+A student without a copy of its base has only these tensors, in `rehyat_branch.safetensors`, and perhaps low-rank
+adapters. The other weights are those of the base, a folder or a name on the Hugging Face Hub:
+
+    transformer = load_student("student", base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
+
+This file needs only torch, diffusers and safetensors. The method is that of ReHyAt (arXiv 2601.04342).
 """
 
 import functools
+import hashlib
 import itertools
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,11 +33,16 @@ from torch import Tensor, nn
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORM = "rehyat.json"
+BRANCH = "rehyat_branch.safetensors"
+ADAPTER = "pytorch_lora_weights.safetensors"
 
 IMPLEMENTATIONS = ("auto", "plain", "sdpa")
 
 FUSED_QUERIES = 512
 """Queries of a chunk from which "auto" is "sdpa". Below, its copies cost more than they save, as measured on a CPU."""
+
+IDENTITY_VALUES = 64
+"""Values of every tensor in the identity of a base."""
 
 HIDDEN_ACTIVATIONS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu": F.relu}
 OUTPUT_ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus, "elu_plus_one": lambda x: F.elu(x) + 1}
@@ -594,7 +607,11 @@ def hybrid_forms(content: dict) -> list[tuple[list[int] | str, dict]]:
 
 
 def load_student(
-    folder: str | Path, torch_dtype: torch.dtype = torch.float32, *, implementation: str = "auto"
+    folder: str | Path,
+    torch_dtype: torch.dtype = torch.float32,
+    *,
+    base: str | Path | None = None,
+    implementation: str = "auto",
 ) -> WanTransformer3DModel:
     """Loads a student as diffusers' transformer, on the CPU and in evaluation mode.
 
@@ -604,11 +621,15 @@ def load_student(
     Args:
       folder: the student's folder, in diffusers' layout.
       torch_dtype: dtype of the weights, except those that diffusers keeps in float32 and the feature maps' log_scale.
+      base: for a student without a copy of its base: the folder of the base's transformer or pipeline, or the
+        pipeline's name on the Hub, "owner/name" or "owner/name@revision", which is downloaded if it is not in the Hub's
+        cache. None for the name in rehyat.json. Adapters are added to the base's weights in float32.
       implementation: of the hybrid attention, as in `hybrid_attention`.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the folder is not a student's, or tensors are missing or unexpected.
+      ValueError: the folder is not a student's, the base is another one than in training, or tensors are missing or
+        unexpected.
       RuntimeError: a tensor has a wrong shape; raised by `load_state_dict`.
     """
     folder = Path(folder)
@@ -620,9 +641,12 @@ def load_student(
             f"{folder / 'config.json'}: expected _class_name WanTransformer3DModel, "
             f"found {config.get('_class_name')!r}; export the student in diffusers' layout"
         )
-    forms = hybrid_forms(form)
+    forms, record = hybrid_forms(form), form.pop("base", None)
     if not forms:
         raise ValueError(f"{folder / FORM}: has no hybrid blocks; load it with WanTransformer3DModel.from_pretrained")
+    if record is None and base is not None:
+        raise ValueError(f"{folder}: has all weights, expected no base, found {str(base)!r}; leave base out")
+    place = None if record is None else _base_folder(folder, record, base, config)
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(config)
         for blocks, hybrid in forms:
@@ -630,13 +654,20 @@ def load_student(
     # The tables of RoPE are computed, not loaded, so they must not stay on the meta device.
     model = transformer.config
     transformer.rope = type(transformer.rope)(model.attention_head_dim, model.patch_size, model.rope_max_seq_len)
-    _load_weights(transformer, folder, torch_dtype)
+    if place is None:
+        _load_weights(transformer, folder, _weight_files(folder), torch_dtype)
+    else:
+        adapter = _read_adapter(folder / ADAPTER) if record["adapter"] else {}
+        _load_weights(transformer, folder, [folder / BRANCH], torch_dtype, base=place, record=record, adapter=adapter)
     transformer.rehyat = form
     return transformer.eval()
 
 
 def save_student(transformer: WanTransformer3DModel, folder: str | Path) -> None:
-    """Writes a student from `load_student`, perhaps trained further, to a new folder that `load_student` reads."""
+    """Writes a student from `load_student`, perhaps trained further, to a new folder that `load_student` reads.
+
+    The folder has all weights, also those of a base.
+    """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} already exists; choose another folder")
@@ -648,25 +679,125 @@ def save_student(transformer: WanTransformer3DModel, folder: str | Path) -> None
         student.rename(folder)
 
 
-def _load_weights(transformer: WanTransformer3DModel, folder: Path, torch_dtype: torch.dtype) -> None:
-    """Fills a transformer on the meta device, file by file."""
+def _base_folder(folder: Path, record: dict, base: str | Path | None, config: dict) -> Path:
+    """The folder of the base's weights, whose config.json was compared with the student's.
+
+    Args:
+      folder: the student's folder.
+      record: "base" of its rehyat.json: {"name": str or None, "identity": str, "adapter": bool}.
+      base: as in `load_student`.
+      config: content of the student's config.json.
+    """
+    if record.keys() != {"name", "identity", "adapter"}:
+        raise ValueError(
+            f"{folder / FORM}: base should have name, identity and adapter, found {sorted(record)}; get the folder "
+            f"again, with its own rehyat_torch.py"
+        )
+    base = base or record["name"]
+    if base is None:
+        raise ValueError(
+            f"{folder}: has no copy of its base, and does not name it; give base=, the folder or the Hub name of the "
+            f"model that the student was made from"
+        )
+    place = Path(base)
+    if not place.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(base)) or str(base).startswith("."):
+            raise FileNotFoundError(f"{base}: does not exist; give the base's folder, or a Hub name such as owner/name")
+        from huggingface_hub import snapshot_download
+
+        repository, _, revision = str(base).partition("@")
+        patterns = ["*.json", "transformer/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+        place = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    if (place / "transformer").is_dir():
+        place = place / "transformer"
+    found = json.loads((place / "config.json").read_text())
+    for name, expected in config.items():
+        if name in found and found[name] != expected and not name.startswith("_"):
+            raise ValueError(
+                f"{base}: is not the base of {folder}: {name} should be {expected!r}, found {found[name]!r}; give "
+                f"{record['name'] or 'the model that the student was made from'}"
+            )
+    return place
+
+
+def _read_adapter(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Low-rank adapters: name of the adapted weight -> (A [rank, in], B [out, rank]), float32."""
+    tensors, adapters = load_file(file), {}
+    for name in sorted(tensors):
+        match = re.fullmatch(r"transformer\.(.+)\.lora_([AB])\.weight", name)
+        if not match or f"transformer.{match[1]}.lora_{'BA'[match[2] == 'B']}.weight" not in tensors:
+            raise ValueError(f"{file}: unexpected: {[name]}; expected pairs of transformer.*.lora_A.weight and lora_B")
+        adapters[f"{match[1]}.weight"] = tuple(tensors[f"transformer.{match[1]}.lora_{s}.weight"].float() for s in "AB")
+    return adapters
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder in diffusers' layout."""
     index = folder / f"{WEIGHTS}.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    return [folder / name for name in names]
+
+
+def _load_weights(
+    transformer: WanTransformer3DModel,
+    folder: Path,
+    files: list[Path],
+    torch_dtype: torch.dtype,
+    *,
+    base: Path | None = None,
+    record: dict | None = None,
+    adapter: dict[str, tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Fills a transformer on the meta device, file by file.
+
+    Args:
+      transformer: the transformer.
+      folder: the student's folder, for messages.
+      files: the student's own files.
+      torch_dtype: as in `load_student`.
+      base: folder of the weights that the student's files lack, whose `record` is that of `_base_folder`.
+      adapter: result of `_read_adapter`, for the base's weights.
+    """
     in_float32 = {*transformer._keep_in_fp32_modules, "log_scale", "linear_decay", "branch_gate"}
-    missing, unexpected = set(transformer.state_dict()), []
-    for file in files:
-        tensors = load_file(folder / file)
+    missing, unexpected, samples, adapter = set(transformer.state_dict()), [], {}, dict(adapter or {})
+    for file in [*(_weight_files(base) if base else []), *files]:
+        tensors = load_file(file)
+        if twice := sorted(tensors.keys() & samples.keys()):
+            raise ValueError(f"{file}: has tensors of the base or of another file: {twice}; get the folder again")
         for name, tensor in tensors.items():
+            if base and file.parent == base:
+                samples[name] = _sample(tensor)
+                if pair := adapter.pop(name, None):
+                    tensor = tensor.float() + pair[1] @ pair[0]
             dtype = torch.float32 if in_float32.intersection(name.split(".")) else torch_dtype
             # A copy, because a loaded tensor is a view of the file, which may be replaced while the model exists.
             tensors[name] = tensor.to(dtype, copy=True)
         unexpected += transformer.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
         missing -= tensors.keys()
-    if missing or unexpected:
+    if base and (found := _identity(samples)) != record["identity"]:
+        raise ValueError(
+            f"{base}: is not the base of {folder}: its weights are others (identity {found[:12]}, expected "
+            f"{record['identity'][:12]}); give {record['name'] or 'the model that the student was made from'}"
+        )
+    if missing or unexpected or adapter:
         raise ValueError(
             f"{folder}: the tensors are not those that config.json and {FORM} describe; missing: {sorted(missing)}, "
-            f"unexpected: {sorted(unexpected)}; get the folder again"
+            f"unexpected: {sorted([*unexpected, *adapter])}; get the folder again"
         )
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """`IDENTITY_VALUES` values of a tensor, spread over it and rounded to bfloat16."""
+    chosen = torch.arange(IDENTITY_VALUES) * 2654435761 % tensor.numel()
+    return tensor.reshape(-1)[chosen].to(torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes()
+
+
+def _identity(samples: dict[str, bytes]) -> str:
+    """SHA-256 of the samples of all tensors by name. Copies in float32 and bfloat16 have the same one."""
+    found = hashlib.sha256()
+    for name in sorted(samples):
+        found.update(name.encode() + samples[name])
+    return found.hexdigest()
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
