@@ -2,26 +2,33 @@
 
   python -m rehyat_jax.convert from-torch SRC DST [--force]
   python -m rehyat_jax.convert to-torch SRC DST --layout {diffusers,original} [--without-base BASE] [options]
+  python -m rehyat_jax.convert publish FOLDER --repo OWNER/NAME
 
 PyTorch checkpoints are safetensors files or folders, in diffusers' or the original layout. A model checkpoint is the
 directory that training writes and sampling reads. Every tensor keeps its dtype and is converted without a change of any
-bit. `--without-base` writes only what a student adds to its base.
+bit. `--without-base` writes only what a student adds to its base. `publish` checks a folder and prints the command that
+uploads it; nothing is uploaded.
 """
 
 import argparse
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import jax
+from tqdm import tqdm
 
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.packaged import here_or_packaged
 from rehyat_jax.generation.hub import TRANSFORMER_FILES, open_models
 from rehyat_jax.publishing.card import HUB_NAME, LICENSE, card_facts, model_card
+from rehyat_jax.publishing.check import check_folder
 from rehyat_jax.weights.adapters import ADAPTERS_FILE
 from rehyat_jax.weights.conversion import convert_from_torch, convert_to_torch, convert_without_base
+from rehyat_jax.weights.replacing import MARK
 from rehyat_jax.weights.streamed import StreamedModel
 from rehyat_jax.weights.table import LAYOUTS
 
@@ -53,11 +60,18 @@ def make_parser() -> CommandParser:
     )
     option("--evaluation", metavar="FILE", type=Path, help="evaluation.json of this model, for the model card")
     option("--license", default=LICENSE, help="licence of the weights, for the model card (default: %(default)s)")
+    publish = add(
+        "publish", "check an exported folder, and print the command that uploads it", "exported --repo me/my-student"
+    )
+    publish.add_argument("folder", metavar="FOLDER", type=Path, help="folder that to-torch wrote")
+    publish.add_argument("--repo", metavar="OWNER/NAME", required=True, help="repository on the Hugging Face Hub")
     return parser
 
 
 def convert(arguments: argparse.Namespace) -> None:
     """Runs the chosen conversion and prints a summary of the written checkpoint. Raises InputError."""
+    if arguments.command == "publish":
+        return publish(arguments.folder, arguments.repo)
     source, destination, force = arguments.source, arguments.destination, arguments.force
     if arguments.command == "from-torch":
         models = arguments.models
@@ -77,6 +91,8 @@ def export(arguments: argparse.Namespace) -> StreamedModel:
         raise InputError(
             f"--base-name: expected a name on the Hub, such as owner/name, found {base_name!r}; correct it"
         )
+    if not re.fullmatch(r"[\w.+-]{1,100}", arguments.license, re.ASCII):
+        raise InputError(f"--license: expected a name such as {LICENSE}, found {arguments.license!r}; correct it")
     if adapter is not None and base is None:
         raise InputError("--adapter: a complete export has the adapters merged; leave it out, or give --without-base")
     if arguments.layout != "diffusers":
@@ -107,6 +123,20 @@ def export(arguments: argparse.Namespace) -> StreamedModel:
     return convert_without_base(
         source, destination, opened.folder, base_name=place or facts.base_name, adapter=adapter, **options
     )
+
+
+def publish(folder: Path, repository: str) -> None:
+    """Checks a folder and prints its files and the command that uploads them. Raises InputError."""
+    if not HUB_NAME.fullmatch(repository):
+        raise InputError(f"--repo: expected a name on the Hub, such as owner/name, found {repository!r}; correct it")
+    with tqdm(unit="B", unit_scale=True, delay=1) as bar:
+        files = check_folder(folder, bar.update)
+    sizes = {file: (folder / file).stat().st_size for file in files if file.name != MARK}
+    lines = [f"{folder}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; all checks passed"]
+    lines += [f"  {size / 1e6:10.1f} MB  {file}" for file, size in sizes.items()]
+    print_message("\n".join(lines), result=True)
+    command = shlex.join(["hf", "upload", repository, str(folder), ".", "--exclude", MARK])
+    print_message(f"upload it with:\n  {command}", result=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -192,6 +192,7 @@ def test_another_model_is_no_base(models, tmp_path, capsys):
     [
         (["--adapter", "adapter"], "--adapter"),
         (["--base-name", "no name"], "--base-name"),
+        (["--license", "my own\udcff"], "--license"),
         (["--layout", "original", "--without-base", "base"], "--layout"),
         (["--without-base", "./nowhere"], "nowhere: does not exist"),
     ],

@@ -25,7 +25,7 @@ LIBRARY, PIPELINE = "diffusers", "text-to-video"
 LICENSE = "apache-2.0"
 """The licence of Wan2.1's published weights, in the Hub's spelling."""
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 """A repository's name on the Hub."""
 
 
