@@ -97,16 +97,16 @@ def test_the_card_says_where_a_student_comes_from(exports):
     assert "2 x hybrid 2+1" in card.text and "1 x softmax" in card.text
 
 
-def test_the_code_in_the_card_loads_the_student(exports, monkeypatch):
-    card = (exports / "branch" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("pipeline =")[0]
-    assert 'base="owner/wan"' in code
-    monkeypatch.syspath_prepend("")
-    monkeypatch.chdir(exports / "branch")
-    assert export(exports / "base", exports / "base_torch") == 0
-    found = {}
-    exec(code.replace("owner/wan", str(exports / "base_torch")), found)
-    assert found["transformer"].dtype == torch.bfloat16
+def test_the_code_in_the_cards_loads_the_models(exports, tmp_path, monkeypatch):
+    assert export(exports / "base", tmp_path / "base") == 0
+    monkeypatch.syspath_prepend("")  # so that the code's own change is undone
+    for folder, loader in ((exports / "branch", 'base="owner/wan"'), (tmp_path / "base", "from_pretrained(folder")):
+        code = (folder / "README.md").read_text().split("```python\n")[1].split("pipeline =")[0]
+        assert loader in code
+        monkeypatch.chdir(folder)
+        found = {}
+        exec(code.replace("owner/wan", str(tmp_path / "base")), found)
+        assert found["transformer"].dtype == torch.bfloat16
 
 
 def test_limits_name_what_was_not_measured(exports, tmp_path):

@@ -145,6 +145,15 @@ def test_a_base_on_the_hub_is_found_by_its_name(models, tmp_path, monkeypatch):
     assert not any(pattern.startswith("vae") for pattern in hub.TRANSFORMER_FILES)
 
 
+def test_a_base_that_cannot_be_fetched_is_named(models, monkeypatch):
+    def download(repository, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match=r"owner/wan: is no folder here.*\(no network\)"):
+        rehyat_torch.load_student(models / "branch", base="owner/wan")
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -119,28 +119,37 @@ def _summary(facts: CardFacts) -> list[str]:
 
 
 def _use(facts: CardFacts) -> list[str]:
-    spec = spec_of(facts.config)
-    base = facts.base_name or "FOLDER OR HUB NAME OF THE BASE"
-    load = "WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)"
-    imports = ["from diffusers import WanPipeline, WanTransformer3DModel"]
-    setup = ['folder = "."  # this folder, or huggingface_hub.snapshot_download("its name on the Hub")']
+    spec, base = spec_of(facts.config), facts.base_name or "FOLDER OR HUB NAME OF THE BASE"
+    has_pipeline = all(facts.metadata.get(name) == value for name, value in spec.metadata.items())
+    classes = ["WanPipeline"] * has_pipeline
     if facts.config.hybrid_blocks:
         of_base = "" if facts.has_base else f', base="{base}"'
-        load = f"load_student(folder{of_base}, torch_dtype=torch.bfloat16)"
-        imports = ["from diffusers import WanPipeline"]
-        setup += ["sys.path.insert(0, folder)", "from rehyat_torch import load_student"]
-    lines = ["## Use", "", "```python", "import sys", "", "import torch", *imports, "", *setup, ""]
-    lines.append(f"transformer = {load}")
-    if all(facts.metadata.get(name) == value for name, value in spec.metadata.items()):
-        lines += [
+        start, loader = ["sys.path.insert(0, folder)", "from rehyat_torch import load_student"], "load_student"
+    else:
+        of_base, start, loader = "", [], "WanTransformer3DModel.from_pretrained"
+        classes.append("WanTransformer3DModel")
+    lines = [
+        "## Use",
+        "",
+        "```python",
+        *(["import sys", ""] if start else []),
+        "import torch",
+        *([f"from diffusers import {', '.join(classes)}"] if classes else []),
+        "",
+        'folder = "."  # this folder, or huggingface_hub.snapshot_download("its name on the Hub")',
+        *start,
+        "",
+        f"transformer = {loader}(folder{of_base}, torch_dtype=torch.bfloat16)",
+    ]
+    if has_pipeline:
+        return [
+            *lines,
             f'pipeline = WanPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16)',
             'video = pipeline.to("cuda")("a cat surfs at dusk").frames[0]',
             "```",
         ]
-    else:
-        names = " and ".join(f"{name.replace('_', ' ')} {facts.metadata.get(name)}" for name in spec.metadata)
-        lines += ["```", "", f"Its {names} are rehyat_jax's own; diffusers has no pipeline for them."]
-    return lines
+    names = " and ".join(f"{name.replace('_', ' ')} {facts.metadata.get(name)}" for name in spec.metadata)
+    return [*lines, "```", "", f"Its {names} are rehyat_jax's own; diffusers has no pipeline for them."]
 
 
 def _training(facts: CardFacts) -> list[str]:

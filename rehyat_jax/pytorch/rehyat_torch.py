@@ -707,7 +707,13 @@ def _base_folder(folder: Path, record: dict, base: str | Path | None, config: di
 
         repository, _, revision = str(base).partition("@")
         patterns = ["*.json", "transformer/*.safetensors", "diffusion_pytorch_model*.safetensors"]
-        place = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        try:
+            place = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{base}: is no folder here, and could not be fetched from the Hugging Face Hub ({error}); check the "
+                f"name, or download it elsewhere and give its folder"
+            ) from error
     if (place / "transformer").is_dir():
         place = place / "transformer"
     found = json.loads((place / "config.json").read_text())
@@ -735,6 +741,8 @@ def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder in diffusers' layout."""
     index = folder / f"{WEIGHTS}.index.json"
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index}: names {outside[0]!r}, expected files of the same folder; get the index again")
     return [folder / name for name in names]
 
 
