@@ -96,9 +96,10 @@ def export(arguments: argparse.Namespace) -> StreamedModel:
     if adapter is not None and base is None:
         raise InputError("--adapter: a complete export has the adapters merged; leave it out, or give --without-base")
     if arguments.layout != "diffusers":
-        if base is not None or arguments.evaluation is not None:
+        if any(option is not None for option in (base, base_name, arguments.evaluation)):
             raise InputError(
-                "--layout: --without-base and --evaluation need diffusers; the original layout has neither"
+                "--layout: --without-base, --base-name and --evaluation need diffusers; the original layout has "
+                "neither such students nor model cards"
             )
         return convert_to_torch(source, destination, arguments.layout, replace=force)
 

@@ -141,11 +141,13 @@ def test_the_evaluation_of_another_model_is_refused(exports, tmp_path, capsys):
 
 def test_a_good_folder_is_listed_with_its_upload_command(exports, either, capsys):
     (either / "sample.mp4").write_bytes(b"\0\0\0\x20ftypisom")
+    (either / ".cache" / "huggingface").mkdir(parents=True)
+    (either / ".cache" / "huggingface" / "upload.bin").touch()  # hf leaves it out
     capsys.readouterr()
     assert main(["publish", str(either), "--repo", "me/student"]) == 0
     printed = capsys.readouterr().out
     listed = {line.split()[-1] for line in printed.splitlines() if " MB  " in line}
-    assert listed == {file.name for file in either.iterdir()} - {".written_by_rehyat_jax"}
+    assert listed == {file.name for file in either.iterdir()} - {".written_by_rehyat_jax", ".cache"}
     assert printed.splitlines()[-1] == f"  hf upload me/student {either} . --exclude .written_by_rehyat_jax"
 
 
@@ -168,11 +170,18 @@ def edit_tensors(change):
     return damage
 
 
+def hidden_pickle(folder):
+    folder.mkdir()
+    (folder / "old.pt").touch()
+
+
 SCALE = "blocks.2.attn1.feature_map_key.log_scale"
 
 DAMAGES = {
     "pickle": (lambda f: (f / "notes.bin").touch(), "notes.bin: is a pickle"),
     "pickle_by_content": (lambda f: (f / "notes.txt").write_bytes(pickle.dumps([1])), "notes.txt: is a pickle"),
+    "pickle_in_a_folder": (lambda f: hidden_pickle(f / ".cache"), "old.pt: is a pickle"),
+    "linked_folder": (lambda f: (f / "more").symlink_to(f), "more: is a link to a folder"),
     "no_card": (lambda f: (f / "README.md").unlink(), "README.md: is missing"),
     "no_loader": (lambda f: (f / "rehyat_torch.py").unlink(), "rehyat_torch.py: is missing"),
     "no_config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),

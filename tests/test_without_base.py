@@ -203,6 +203,7 @@ def test_another_model_is_no_base(models, tmp_path, capsys):
         (["--base-name", "no name"], "--base-name"),
         (["--license", "my own\udcff"], "--license"),
         (["--layout", "original", "--without-base", "base"], "--layout"),
+        (["--layout", "original", "--base-name", "owner/wan"], "--layout"),
         (["--without-base", "./nowhere"], "nowhere: does not exist"),
     ],
 )
@@ -247,9 +248,20 @@ BIAS = "proj_out.bias"
             ValueError,
             "base should have name, identity",
         ),
+        (edit("rehyat.json", lambda form: form.update(base=3)), ValueError, "base should have name.*found 3"),
         (edit("rehyat.json", lambda form: form.pop("base")), ValueError, "leave base out"),
     ],
-    ids=["missing", "unknown", "twice", "half_adapter", "no_adapter", "no_branch", "unknown_field", "no_base"],
+    ids=[
+        "missing",
+        "unknown",
+        "twice",
+        "half_adapter",
+        "no_adapter",
+        "no_branch",
+        "unknown_field",
+        "number",
+        "no_base",
+    ],
 )
 def test_the_loader_names_what_is_wrong(models, branch, damage, error, message):
     damage(branch)

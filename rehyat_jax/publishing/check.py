@@ -27,7 +27,7 @@ from rehyat_jax.weights.without_base import branch_rows
 Progress = Callable[[int], object]
 """Called with the size in bytes of each tensor that was read."""
 
-NOT_UPLOADED = (".git", ".cache")
+NOT_UPLOADED = (Path(".git"), Path(".cache/huggingface"))
 """Folders that `hf upload` leaves out."""
 
 
@@ -63,7 +63,10 @@ def _files(folder: Path) -> list[Path]:
     """The files, sorted. Raises InputError for pickles, and for anything that is no file."""
     found = []
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in NOT_UPLOADED]
+        folders[:] = [name for name in folders if (Path(place) / name).relative_to(folder) not in NOT_UPLOADED]
+        for name in folders:
+            if (Path(place) / name).is_symlink():
+                raise InputError(f"{Path(place) / name}: is a link to a folder, whose files are not checked; remove it")
         for name in names:
             file = Path(place) / name
             check_regular_file(file)

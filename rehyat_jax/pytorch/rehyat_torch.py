@@ -688,10 +688,10 @@ def _base_folder(folder: Path, record: dict, base: str | Path | None, config: di
       base: as in `load_student`.
       config: content of the student's config.json.
     """
-    if record.keys() != {"name", "identity", "adapter"}:
+    if not isinstance(record, dict) or record.keys() != {"name", "identity", "adapter"}:
         raise ValueError(
-            f"{folder / FORM}: base should have name, identity and adapter, found {sorted(record)}; get the folder "
-            f"again, with its own rehyat_torch.py"
+            f"{folder / FORM}: base should have name, identity and adapter, found {record!r}; get the folder again, "
+            f"with its own rehyat_torch.py"
         )
     base = base or record["name"]
     if base is None:
