@@ -38,6 +38,7 @@ from rehyat_jax import HybridConfig, compare, convert, evaluate, plan, prepare, 
 from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.files.mp4 import write_video
 from rehyat_jax.training.config import default_config
+from rehyat_jax.weights import load_params, save_model
 
 # Twice what a valid command needs on a slow machine.
 SECONDS, MORE_SECONDS = 60, 45
@@ -113,6 +114,13 @@ COMMANDS = {
     "to-torch": Command(
         convert.main, (("to-torch",), ("model",), ("new",), ("--layout", "original")), ("model",), ("new",)
     ),
+    "without-base": Command(
+        convert.main,
+        (("to-torch",), ("student",), ("new",), ("--layout", "diffusers"), ("--without-base", "base")),
+        ("student", "base"),
+        ("new",),
+    ),
+    "publish": Command(convert.main, (("publish",), ("branch",), ("--repo", "me/student")), ("branch",), ()),
     "sample": Command(
         sample.main,
         (("--checkpoint", "model"), ("--prompt", "a seven"), ("--out", "new.mp4"), *SMALL_VIDEO),
@@ -241,6 +249,7 @@ COMMANDS = {
 
 CONFIG = """
 from rehyat_jax.training.config import default_config
+from rehyat_jax.weights import load_params, save_model
 
 def get_config():
     config = default_config()
@@ -264,6 +273,11 @@ def make_inputs(folder: Path) -> None:
     save_random_model(folder / "model")
     form = HybridConfig(chunk_frames=1, overlap_frames=1, causal=True)
     save_random_model(folder / "student", config=dataclasses.replace(MODEL, hybrid_blocks="all", hybrid=form))
+    wan, params, names = load_params("student")
+    del params["feature_maps"]
+    save_model("base", wan.replace(hybrid_blocks=()), params, **names)
+    branch = ["to-torch", "student", "branch", "--layout", "diffusers", "--without-base", "base"]
+    assert convert.main([*branch, "--base-name", "owner/wan"]) == 0
     save_random_pipeline(folder)
     os.rename("folder", "pipeline")
     make_run(Path("run_a"), [3.0, 2.0])

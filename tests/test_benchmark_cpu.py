@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rehyat_jax.benchmarks import cpu
+from rehyat_jax.benchmarks import cpu, torch_attention
 from rehyat_jax.benchmarks.cpu_attention import BACKWARD, FORWARD, Shape, prepare
 from rehyat_jax.benchmarks.peak_memory import measuring_process, peak_bytes
 
@@ -121,6 +121,21 @@ def test_the_command_prints_and_writes_what_it_measured(process, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "| 6 | 12 | hybrid, streamed |" in printed
     assert "| full attention, PyTorch, forward, 3 to 6 frames |" in printed
+
+
+def test_the_two_implementations_in_pytorch_take_turns(process, capsys, monkeypatch):
+    monkeypatch.setattr(torch_attention, "measuring_process", lambda: contextlib.nullcontext(process))
+    command = "--frames 4 --tokens-per-frame 2 --heads 1 --head-dim 8 --rounds 2"
+    assert torch_attention.main(command.split()) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| row", "| joint"))]
+    assert [tuple(row[:2]) for row in rows] == [
+        (f"| {stabilizer}", direction) for stabilizer in ("row_max", "joint") for direction in (FORWARD, BACKWARD)
+    ]
+    assert all(float(row[4]) > 0 for row in rows)
+    assert torch_attention.main(["--rounds", "0"]) == 2
+    plain, sdpa = (torch_attention.prepare(SHAPE, name, "joint", BACKWARD)() for name in ("plain", "sdpa"))
+    for expected, found in zip(plain, sdpa, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)  # float32 rounding
 
 
 def test_an_impossible_size_is_named(capsys):

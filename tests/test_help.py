@@ -19,6 +19,7 @@ COMMANDS = [
     ["convert"],
     ["convert", "from-torch"],
     ["convert", "to-torch"],
+    ["convert", "publish"],
     ["prepare"],
     ["prepare", "latents"],
     ["prepare", "teacher-trajectories"],

@@ -192,37 +192,101 @@ GEOMETRIES = {
 def test_attention_and_its_gradients_match_the_definition(frames, geometry, causal, stabilizer):
     options = dict(geometry, causal=causal, stabilizer=stabilizer)
     arrays = attention_inputs(frames, geometry["tokens_per_frame"])
+    arrays[3][:, ::3] = 0  # queries without linear mass
     tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
-    y = rehyat_torch.hybrid_attention(*tensors, **options)
-    cotangent = np.random.default_rng(1).standard_normal(y.shape)
-    gradients = torch.autograd.grad(y, tensors, torch.tensor(cotangent))
+    found = {}
+    for implementation in ("plain", "sdpa"):
+        y = rehyat_torch.hybrid_attention(*tensors, **options, implementation=implementation)
+        cotangent = np.random.default_rng(1).standard_normal(y.shape)
+        found[implementation] = (y.detach(), *torch.autograd.grad(y, tensors, torch.tensor(cotangent)))
 
     with jax.enable_x64(True):
         reference = lambda *arrays: hybrid_attention(*arrays, **options, implementation="reference")
         pull_back = jax.jit(lambda cotangent, *arrays: jax.vjp(reference, *arrays)[1](cotangent))
         expected, expected_gradients = jax.jit(reference)(*arrays), pull_back(cotangent, *arrays)
     # Float64: sums of a few dozen terms of unit size, in another order. 1.2e-15 was seen.
-    for found, wanted in zip((y.detach(), *gradients), (expected, *expected_gradients), strict=True):
-        np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=1e-14)
+    for tensors in found.values():
+        for tensor, wanted in zip(tensors, (expected, *expected_gradients), strict=True):
+            np.testing.assert_allclose(tensor.numpy(), wanted, rtol=0, atol=1e-14)
+
+
+OTHER_OPTIONS = {
+    "anchors": dict(anchor_frames=2),
+    "linear_window": dict(linear_window=True),
+    "decay": dict(log_decay=torch.tensor([-0.1, -0.5, -2.0])),
+    "branch_gate": dict(branch_gate=torch.tensor([0.2, -0.4, 0.9])),
+}
+
+
+@pytest.mark.parametrize("options", OTHER_OPTIONS.values(), ids=OTHER_OPTIONS)
+def test_sdpa_matches_plain_attention_in_every_form(options):
+    assert_sdpa_matches(rehyat_torch.hybrid_attention, chunk_frames=3, overlap_frames=1, **options)
 
 
 @pytest.mark.parametrize("stabilizer", ["row_max", "joint"])
-def test_attention_is_finite_at_extreme_scores_and_without_linear_mass(stabilizer):
+def test_sdpa_matches_plain_attention_with_a_stride(stabilizer):
+    assert_sdpa_matches(rehyat_torch.strided_attention, stride=3, stabilizer=stabilizer)
+
+
+def test_sdpa_matches_plain_attention_without_features():
+    without = lambda *tensors, **options: rehyat_torch.window_attention(
+        *tensors[:3], *(tensor[..., :0] for tensor in tensors[3:]), **options
+    )
+    assert_sdpa_matches(without, chunk_frames=3, overlap_frames=1)
+
+
+def assert_sdpa_matches(attend, dtype=torch.float64, tolerance=1e-13, **options):
+    tensors = [torch.tensor(array, dtype=dtype, requires_grad=True) for array in attention_inputs(8, 2)]
+    results = []
+    for implementation in ("plain", "sdpa"):
+        y = attend(*tensors, tokens_per_frame=2, **options, implementation=implementation)
+        gradients = torch.autograd.grad(y.square().sum(), tensors, materialize_grads=True)
+        results.append([y.detach(), *gradients])
+    assert not torch.equal(results[0][0], results[1][0])  # two implementations, not one
+    # Sums of a few dozen terms in another order.
+    for plain, sdpa in zip(*results, strict=True):
+        torch.testing.assert_close(sdpa, plain, rtol=0, atol=tolerance)
+
+
+def test_sdpa_is_float32_where_plain_attention_is():
+    # 6.0e-7 was seen, of outputs and gradients of up to 4.
+    assert_sdpa_matches(rehyat_torch.hybrid_attention, torch.float32, 5e-6, chunk_frames=3, overlap_frames=1)
+
+
+def test_auto_takes_sdpa_for_large_chunks():
+    def attend(tokens_per_frame, implementation):
+        tensors = [torch.tensor(array) for array in attention_inputs(3, tokens_per_frame, np.float32)]
+        options = dict(tokens_per_frame=tokens_per_frame, chunk_frames=2, overlap_frames=1)
+        return rehyat_torch.hybrid_attention(*tensors, **options, implementation=implementation)
+
+    for tokens_per_frame, expected, other in ((256, "sdpa", "plain"), (2, "plain", "sdpa")):
+        found = attend(tokens_per_frame, "auto")
+        assert torch.equal(
+            found[:, : 2 * tokens_per_frame], attend(tokens_per_frame, expected)[:, : 2 * tokens_per_frame]
+        )
+        assert not torch.equal(found, attend(tokens_per_frame, other))
+
+
+@pytest.mark.parametrize("implementation", ["plain", "sdpa"])
+@pytest.mark.parametrize("stabilizer", ["row_max", "joint"])
+def test_attention_is_finite_at_extreme_scores_and_without_linear_mass(stabilizer, implementation):
     options = dict(tokens_per_frame=1, chunk_frames=2, overlap_frames=1, stabilizer=stabilizer)
     query, key, value, phi_query, phi_key = attention_inputs(6, 1, np.float32, scale=200.0)
     query[0], key[0] = -np.abs(query[0]), np.abs(key[0])  # All scores far below zero.
     phi_query[:, ::2] = 0
     tensors = [torch.tensor(array, requires_grad=True) for array in (query, key, value, phi_query, phi_key)]
-    y = rehyat_torch.hybrid_attention(*tensors, **options)
+    y = rehyat_torch.hybrid_attention(*tensors, **options, implementation=implementation)
     for tensor in (y, *torch.autograd.grad(y.sum(), tensors)):
         assert tensor.isfinite().all()
-    exact = rehyat_torch.hybrid_attention(*(tensor.detach().double() for tensor in tensors), **options)
+    doubles = (tensor.detach().double() for tensor in tensors)
+    exact = rehyat_torch.hybrid_attention(*doubles, **options, implementation="plain")
     # A score of a few hundred is off by 1e-5 in float32, and its exponential as much. 2.8e-6 was seen.
     np.testing.assert_allclose(y.detach().numpy(), exact.numpy(), rtol=0, atol=2e-5)
 
 
-def test_attention_computes_in_float32_under_autocast():
-    options = dict(tokens_per_frame=2, chunk_frames=3, overlap_frames=1)
+@pytest.mark.parametrize("implementation", ["plain", "sdpa"])
+def test_attention_computes_in_float32_under_autocast(implementation):
+    options = dict(tokens_per_frame=2, chunk_frames=3, overlap_frames=1, implementation=implementation)
     tensors = [torch.tensor(array) for array in attention_inputs(7, 2, np.float32)]
     expected = rehyat_torch.hybrid_attention(*tensors, **options)
     with torch.autocast("cpu", torch.bfloat16):
@@ -404,6 +468,7 @@ def test_wrong_folders_are_named(exported, damage, error, message):
         (dict(chunk_frames=0, overlap_frames=0), "found 0 and 0"),
         (dict(overlap_frames=4), "found 4 and 3"),
         (dict(stabilizer="none"), "found 'none'"),
+        (dict(implementation="flash"), "found 'flash'"),
     ],
 )
 def test_wrong_attention_arguments_are_named(options, message):

@@ -38,6 +38,17 @@ class Estimate:
         """{"value", "low", "high"}: numbers or nested lists, None in place of NaN."""
         return {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
+    @classmethod
+    def from_json(cls, value: Any) -> "Estimate":
+        """Inverse of `to_json`. Raises ValueError."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(value, dict) or sorted(value) != sorted(names):
+            raise ValueError(f"expected an object with {', '.join(names)}, found {value!r}")
+        try:
+            return cls(*(np.array(value[name], np.float64) for name in names))
+        except TypeError as error:
+            raise ValueError(f"expected numbers, found {value!r}") from error
+
 
 def _to_json(array: np.ndarray) -> Any:
     cells = np.array(array, object)

@@ -45,7 +45,6 @@ def markdown(found: Evaluation, pictures: Sequence[str]) -> str:
     """
     about, metrics = found.about, found.metrics
     teacher, student = (about["models"][name] for name in SIDES[:2])
-    single = [f"| {words} | {shown(metrics[name])} |" for name, words in SINGLE.items() if name in metrics]
     data = about["data"]
     lines = [
         "# A student against its teacher",
@@ -57,13 +56,7 @@ def markdown(found: Evaluation, pictures: Sequence[str]) -> str:
         f"{data['examples']} {data['kind']} with latents {data['latents_shape']}. Every figure has its 95% confidence "
         "interval, by the bootstrap over examples, videos or prompts. `evaluation.json` has all figures and curves.",
         "",
-        "| figure | value |",
-        "|---|---|",
-        *single,
-        "",
-        "| figure | teacher | student | data | student - teacher |",
-        "|---|---|---|---|---|",
-        *_side_rows(metrics),
+        *figure_tables(metrics),
         "",
     ]
     if "sampling" in about:
@@ -81,6 +74,19 @@ def markdown(found: Evaluation, pictures: Sequence[str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += ["## How it was made", "", f"    {about['command']}", ""] if "command" in about else []
     return "\n".join([*lines, f"Seed {about['options']['sampling']['seed']}; {versions}; {about['device']}.", ""])
+
+
+def figure_tables(metrics: dict[str, Estimate]) -> list[str]:
+    """The lines of two markdown tables: figures of the pair, and figures of each model."""
+    return [
+        "| figure | value |",
+        "|---|---|",
+        *(f"| {words} | {shown(metrics[name])} |" for name, words in SINGLE.items() if name in metrics),
+        "",
+        "| figure | teacher | student | data | student - teacher |",
+        "|---|---|---|---|---|",
+        *_side_rows(metrics),
+    ]
 
 
 _MODEL_ROWS = ("path", "forms", "fingerprint")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +29,17 @@ class Models(NamedTuple):
     revision: str | None = None
 
 
-def open_models(models: str | os.PathLike) -> Models:
+TRANSFORMER_FILES = ("*.json", "transformer/*.safetensors", "diffusion_pytorch_model*.safetensors")
+"""Files of a pipeline without its VAE and text encoder, in diffusers' and the original layout."""
+
+
+def open_models(models: str | os.PathLike, files: Sequence[str] = FILES) -> Models:
     """The folder at a path, or of a repository on the Hub, which is downloaded if it is not in the Hub's cache.
 
     Args:
       models: path; or "owner/name", with "@revision" for another branch, tag or commit than main. A path that exists is
         not looked up.
+      files: patterns of the files to download.
 
     Raises:
       InputError: there is no such folder or repository, or the Hub cannot be reached.
@@ -48,7 +54,7 @@ def open_models(models: str | os.PathLike) -> Models:
 
     repository = found["repository"]
     try:
-        folder = Path(snapshot_download(repository, revision=found["revision"], allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(repository, revision=found["revision"], allow_patterns=list(files)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = shown(next(iter(str(error).splitlines()), type(error).__name__))
         raise InputError(

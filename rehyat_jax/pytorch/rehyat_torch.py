@@ -6,12 +6,21 @@
     pipeline = WanPipeline.from_pretrained(teacher, transformer=transformer, torch_dtype=torch.bfloat16)
 
 The folder holds diffusers' `config.json` and `diffusion_pytorch_model*.safetensors`, in which hybrid blocks have a few
-more tensors. It also holds `rehyat.json`, which lists these blocks and the form of their attention. This file needs
-only torch, diffusers and safetensors. The method is that of ReHyAt (arXiv 2601.04342).
+more tensors. It also holds `rehyat.json`, which lists these blocks and the form of their attention.
+
+A student without a copy of its base has only these tensors, in `rehyat_branch.safetensors`, and perhaps low-rank
+adapters. The other weights are those of the base, a folder or a name on the Hugging Face Hub:
+
+    transformer = load_student("student", base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
+
+This file needs only torch, diffusers and safetensors. The method is that of ReHyAt (arXiv 2601.04342).
 """
 
+import functools
+import hashlib
 import itertools
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +33,16 @@ from torch import Tensor, nn
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORM = "rehyat.json"
+BRANCH = "rehyat_branch.safetensors"
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+IMPLEMENTATIONS = ("auto", "plain", "sdpa")
+
+FUSED_QUERIES = 512
+"""Queries of a chunk from which "auto" is "sdpa". Below, its copies cost more than they save, as measured on a CPU."""
+
+IDENTITY_VALUES = 64
+"""Values of every tensor in the identity of a base."""
 
 HIDDEN_ACTIVATIONS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu": F.relu}
 OUTPUT_ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus, "elu_plus_one": lambda x: F.elu(x) + 1}
@@ -159,6 +178,7 @@ def hybrid_attention(
     linear_window: bool = False,
     log_decay: Tensor | None = None,
     branch_gate: Tensor | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """Softmax attention inside a temporal window, linear attention outside it, and one normalisation over both.
 
@@ -189,6 +209,11 @@ def hybrid_attention(
         window. None for no decay.
       branch_gate: [heads]; the branches are normalised separately, (1 - gate) softmax + gate linear. None for one
         normalisation.
+      implementation: one of
+        - "plain": scores are arrays, [batch, heads, a chunk's tokens, its window's tokens];
+        - "sdpa": `scaled_dot_product_attention` computes the window, and no such arrays are kept for the backward pass;
+        - "auto": "sdpa" if a chunk has at least `FUSED_QUERIES` tokens.
+        They compute the same, to rounding.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`.
 
@@ -204,6 +229,8 @@ def hybrid_attention(
         raise ValueError(f"expected 0 <= anchor_frames <= chunk_frames, found {anchor_frames} and {chunk_frames}")
     if stabilizer not in ("row_max", "joint"):
         raise ValueError(f'stabilizer must be "row_max" or "joint", found {stabilizer!r}')
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, found {implementation!r}")
     frames = tokens // tokens_per_frame
     bounds = [(start, min(start + chunk_frames, frames)) for start in range(0, frames, chunk_frames)]
     dtype = _accumulation_dtype(query)
@@ -239,14 +266,14 @@ def hybrid_attention(
             past, seen = decayed(past, count(window - seen)) + linear_sums(seen, window), window
             anchors = min(anchor_frames, window)
             keys = torch.cat([part(key, 0, anchors), part(key, window, end)], dim=2)
-            window_values = torch.cat([values(0, anchors), values(window, end)], dim=2)
+            window_values = torch.cat([part(value, 0, anchors), part(value, window, end)], dim=2)
 
-            scores = part(query, start, end) @ keys.mT / query.shape[-1] ** 0.5
             sums = past if causal else past + future.pop()
             if linear_window:
                 sums = sums + linear_sums(window, end)
-            linear = part(phi_query, start, end) @ sums
-            y = _merged(scores, window_values, linear, stabilizer, branch_gate)
+            linear = part(phi_query, start, end) @ sums if phi_key.shape[-1] else None
+            queries, own_keys = part(query, start, end), part(key, start, end)
+            y = _merged(queries, keys, window_values, linear, own_keys, stabilizer, branch_gate, implementation)
             outputs.append(y.transpose(1, 2).to(query.dtype))
     return torch.cat(outputs, dim=1)
 
@@ -261,6 +288,7 @@ def strided_attention(
     tokens_per_frame: int,
     stride: int,
     stabilizer: str = "row_max",
+    implementation: str = "auto",
 ) -> Tensor:
     """Attention Surgery's form (arXiv 2509.24899): softmax over every R-th token, linear attention to the others.
 
@@ -271,14 +299,16 @@ def strided_attention(
         query_, key, value, phi_query, phi_key = (
             x.transpose(1, 2).to(dtype) for x in (query, key, value, phi_query, phi_key)
         )
-        values = F.pad(value, (0, 1), value=1.0)
-        is_linear = torch.arange(key.shape[2], device=key.device) % stride > 0
-        linear = phi_key[:, :, is_linear].mT @ values[:, :, is_linear]
-        keys, key_values = key[:, :, ::stride].mT / key.shape[-1] ** 0.5, values[:, :, ::stride]
-        outputs = [
-            _merged(part @ keys, key_values, phi @ linear, stabilizer).transpose(1, 2).to(query.dtype)
-            for part, phi in zip(query_.split(1024, dim=2), phi_query.split(1024, dim=2), strict=True)
-        ]
+        position = torch.arange(key.shape[2], device=key.device)
+        is_linear = position % stride > 0
+        linear = phi_key[:, :, is_linear].mT @ F.pad(value[:, :, is_linear], (0, 1), value=1.0)
+        keys, values = key[:, :, ::stride], value[:, :, ::stride]
+        outputs = []
+        for queries, phi, nearest in zip(
+            query_.split(1024, dim=2), phi_query.split(1024, dim=2), (position // stride).split(1024), strict=True
+        ):
+            y = _merged(queries, keys, values, phi @ linear, keys[:, :, nearest], stabilizer, None, implementation)
+            outputs.append(y.transpose(1, 2).to(query.dtype))
     return torch.cat(outputs, dim=1)
 
 
@@ -292,10 +322,11 @@ def linear_attention(
     tokens_per_frame: int,
     chunk_frames: int = 1,
     causal: bool = True,
+    implementation: str = "auto",
 ) -> Tensor:
     """Linear attention alone: to all frames up to the end of the query's chunk or, unless causal, to all frames.
 
-    Args: as `hybrid_attention`. query and key are not used.
+    Args: as `hybrid_attention`. query, key and implementation are not used.
     """
     del key
     dtype, size = _accumulation_dtype(query), chunk_frames * tokens_per_frame
@@ -311,21 +342,88 @@ def linear_attention(
 
 
 def _merged(
-    scores: Tensor, values: Tensor, linear: Tensor, stabilizer: str, branch_gate: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    linear: Tensor | None,
+    own_key: Tensor,
+    stabilizer: str,
+    branch_gate: Tensor | None,
+    implementation: str,
 ) -> Tensor:
-    """The output [..., queries, head_dim] of scores [..., queries, keys] and linear reads; last columns are masses."""
+    """Softmax attention and what was read from the linear branch, with one normalisation or with a gate.
+
+    Args:
+      query: [batch, heads, queries, head_dim].
+      key, value: those of the softmax branch [batch, heads, keys, head_dim].
+      linear: [batch, heads, queries, head_dim + 1]; the last column is the linear mass. None if there
+        are no features.
+      own_key: for every query one of the softmax keys, near it in the video [batch, heads, queries, head_dim].
+      stabilizer, branch_gate, implementation: as in `hybrid_attention`.
+    """
+    fused = implementation == "sdpa" or (implementation == "auto" and query.shape[2] >= FUSED_QUERIES)
+    if linear is not None and branch_gate is None:
+        merge = _merged_by_sdpa if fused else _merged_plainly
+        return merge(query, key, value, linear, own_key, stabilizer)
+    if fused:
+        softmax = F.scaled_dot_product_attention(query, key, value)
+    else:
+        softmax = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1) @ value
+    if linear is None:
+        return softmax
+    read, mass = linear[..., :-1], linear[..., -1:]
+    gate = torch.where(mass > 0, branch_gate.to(softmax.dtype)[:, None, None], 0)
+    return softmax + gate * (read / torch.where(mass > 0, mass, 1) - softmax)
+
+
+def _merged_plainly(
+    query: Tensor, key: Tensor, value: Tensor, linear: Tensor, own_key: Tensor, stabilizer: str
+) -> Tensor:
+    """One normalisation over both branches, with an array of scores. Args: as `_merged`; own_key is not used."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
     c, scale = scores.detach().amax(-1, keepdim=True), 1.0
-    if branch_gate is not None:
-        softmax = (scores - c).exp() @ values
-        softmax, mass = softmax[..., :-1] / softmax[..., -1:], linear[..., -1:]
-        gate = torch.where(mass > 0, branch_gate.to(scores.dtype)[:, None, None], 0)
-        return softmax + gate * (linear[..., :-1] / torch.where(mass > 0, mass, 1) - softmax)
     if stabilizer == "joint":
         # c also depends on the linear mass: otherwise exp(-c) would overflow where all scores are low.
         c = torch.maximum(c, linear.detach()[..., -1:].log())
         scale = (-c.clamp(min=-64.0)).exp()
-    total = (scores - c).exp() @ values + scale * linear
+    total = (scores - c).exp() @ F.pad(value, (0, 1), value=1.0) + scale * linear
     return total[..., :-1] / total[..., -1:]
+
+
+def _merged_by_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, linear: Tensor, own_key: Tensor, stabilizer: str
+) -> Tensor:
+    """One normalisation over both branches, from one call of `scaled_dot_product_attention`. Args: as `_merged`.
+
+    PyTorch returns the softmax branch normalised, without its mass. One more key recovers the mass: its score is a
+    number c for each query, and its value is zero, except in one more column, where it is 1. That column is then
+    p = exp(c) / (mass + exp(c)), and the others are p exp(-c) times the sum over the window. So
+
+        y = (others + p scale L) / (1 - p + p scale M),  L and M the linear branch's sum and mass,
+
+    with scale = 1 and c the largest score for "row_max", and scale = exp(-c) with any c for "joint". There, c is log M
+    or the score of one key, if that is larger. Where c is far above all scores, it is log M, so the lost digits of
+    1 - p do not matter. Where it is so far below that p is 0, the linear branch has no weight. Gradients are exact with
+    a constant c, as in `_merged_plainly`.
+    """
+    size, scale = query.shape[-1], query.shape[-1] ** -0.5
+    with torch.no_grad():
+        if stabilizer == "row_max":
+            parts = [(part @ key.mT).amax(-1, keepdim=True) for part in query.split(FUSED_QUERIES, dim=2)]
+            c, linear_scale = torch.cat(parts, dim=2) * scale, 1.0
+        else:
+            own_score = (query * own_key).sum(-1, keepdim=True) * scale
+            c = torch.maximum(own_score, linear[..., -1:].log())
+            linear_scale = (-c.clamp(min=-64.0)).exp()
+    # Kernels want sizes that are multiples of 8.
+    columns = 8 - size % 8
+    query = torch.cat([query, c / scale, query.new_zeros(*query.shape[:-1], columns - 1)], dim=-1)
+    one_more = F.one_hot(torch.tensor(size, device=query.device), size + columns).to(query.dtype)
+    one_more = one_more.expand(*key.shape[:2], 1, -1)
+    key, value = (torch.cat([F.pad(x, (0, columns)), one_more], dim=2) for x in (key, value))
+    softmax = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    p = softmax[..., size : size + 1]
+    return (softmax[..., :size] + p * linear_scale * linear[..., :-1]) / (1 - p + p * linear_scale * linear[..., -1:])
 
 
 def window_attention(*arrays: Tensor, **form) -> Tensor:
@@ -334,11 +432,17 @@ def window_attention(*arrays: Tensor, **form) -> Tensor:
 
 
 def chunk_causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *unused: Tensor, tokens_per_frame: int, chunk_frames: int = 3
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *unused: Tensor,
+    tokens_per_frame: int,
+    chunk_frames: int = 3,
+    implementation: str = "auto",
 ) -> Tensor:
     """Softmax attention of the tokens of every chunk of frames to all tokens up to the chunk's end.
 
-    Args: as `hybrid_attention`; features are not used.
+    Args: as `hybrid_attention`; features and implementation are not used.
     """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     size = chunk_frames * tokens_per_frame
@@ -368,10 +472,18 @@ class HybridAttnProcessor:
     submodules and parameters of `add_parameters`. One processor serves all blocks with the same form.
     """
 
-    def __init__(self, kind: str = "hybrid", *, feature_map_input: str | None = "rotated", **form):
+    def __init__(
+        self,
+        kind: str = "hybrid",
+        *,
+        feature_map_input: str | None = "rotated",
+        implementation: str = "auto",
+        **form,
+    ):
         """`feature_map_input`: "rotated" (after RoPE), "unrotated" (before it), "unnormed" (before the norm too), or
-        None for a form without feature maps; `form`: keywords of the kind's function in `KINDS`."""
-        self.attend = _choose("kind", kind, KINDS)
+        None for a form without feature maps; `implementation` and `form`: keywords of the kind's function in `KINDS`.
+        """
+        self.attend = functools.partial(_choose("kind", kind, KINDS), implementation=implementation)
         if feature_map_input is not None:
             _choose("input", feature_map_input, {"rotated": 0, "unrotated": 0, "unnormed": 0})
         self.input = feature_map_input
@@ -425,7 +537,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def attach_hybrid_attention(transformer: WanTransformer3DModel, hybrid_blocks: list[int] | str, hybrid: dict) -> None:
+def attach_hybrid_attention(
+    transformer: WanTransformer3DModel, hybrid_blocks: list[int] | str, hybrid: dict, *, implementation: str = "auto"
+) -> None:
     """Gives blocks of a Wan transformer hybrid attention with new feature maps, in place.
 
     The maps become submodules of the blocks' self-attention, so that devices, dtypes, parameters and the state dict
@@ -435,6 +549,7 @@ def attach_hybrid_attention(transformer: WanTransformer3DModel, hybrid_blocks: l
       transformer: a transformer of any size.
       hybrid_blocks: indices of the blocks, or "all".
       hybrid: the form, as in rehyat.json.
+      implementation: as in `hybrid_attention`.
     """
     form = dict(hybrid)
     kind, maps = form.pop("kind", "hybrid"), form.pop("feature_map", None)
@@ -446,7 +561,7 @@ def attach_hybrid_attention(transformer: WanTransformer3DModel, hybrid_blocks: l
         add = lambda attn: add_parameters(attn, maps, **options)
     else:
         form["feature_map_input"] = None
-    processor = HybridAttnProcessor(kind, **form)
+    processor = HybridAttnProcessor(kind, implementation=implementation, **form)
     # A bound method, so that a copy of the model records in its own processor; a closure would not.
     transformer.patch_embedding.register_forward_hook(processor.record_grid)
     for index in range(len(transformer.blocks)) if hybrid_blocks == "all" else hybrid_blocks:
@@ -491,7 +606,13 @@ def hybrid_forms(content: dict) -> list[tuple[list[int] | str, dict]]:
     return forms
 
 
-def load_student(folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+def load_student(
+    folder: str | Path,
+    torch_dtype: torch.dtype = torch.float32,
+    *,
+    base: str | Path | None = None,
+    implementation: str = "auto",
+) -> WanTransformer3DModel:
     """Loads a student as diffusers' transformer, on the CPU and in evaluation mode.
 
     Call it like any Wan transformer. diffusers' transformer does not pad the text. `WanPipeline` zero-pads embeddings
@@ -500,10 +621,15 @@ def load_student(folder: str | Path, torch_dtype: torch.dtype = torch.float32) -
     Args:
       folder: the student's folder, in diffusers' layout.
       torch_dtype: dtype of the weights, except those that diffusers keeps in float32 and the feature maps' log_scale.
+      base: for a student without a copy of its base: the folder of the base's transformer or pipeline, or the
+        pipeline's name on the Hub, "owner/name" or "owner/name@revision", which is downloaded if it is not in the Hub's
+        cache. None for the name in rehyat.json. Adapters are added to the base's weights in float32.
+      implementation: of the hybrid attention, as in `hybrid_attention`.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the folder is not a student's, or tensors are missing or unexpected.
+      ValueError: the folder is not a student's, the base is another one than in training, or tensors are missing or
+        unexpected.
       RuntimeError: a tensor has a wrong shape; raised by `load_state_dict`.
     """
     folder = Path(folder)
@@ -515,23 +641,33 @@ def load_student(folder: str | Path, torch_dtype: torch.dtype = torch.float32) -
             f"{folder / 'config.json'}: expected _class_name WanTransformer3DModel, "
             f"found {config.get('_class_name')!r}; export the student in diffusers' layout"
         )
-    forms = hybrid_forms(form)
+    forms, record = hybrid_forms(form), form.pop("base", None)
     if not forms:
         raise ValueError(f"{folder / FORM}: has no hybrid blocks; load it with WanTransformer3DModel.from_pretrained")
+    if record is None and base is not None:
+        raise ValueError(f"{folder}: has all weights, expected no base, found {str(base)!r}; leave base out")
+    place = None if record is None else _base_folder(folder, record, base, config)
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(config)
         for blocks, hybrid in forms:
-            attach_hybrid_attention(transformer, blocks, hybrid)
+            attach_hybrid_attention(transformer, blocks, hybrid, implementation=implementation)
     # The tables of RoPE are computed, not loaded, so they must not stay on the meta device.
     model = transformer.config
     transformer.rope = type(transformer.rope)(model.attention_head_dim, model.patch_size, model.rope_max_seq_len)
-    _load_weights(transformer, folder, torch_dtype)
+    if place is None:
+        _load_weights(transformer, folder, _weight_files(folder), torch_dtype)
+    else:
+        adapter = _read_adapter(folder / ADAPTER) if record["adapter"] else {}
+        _load_weights(transformer, folder, [folder / BRANCH], torch_dtype, base=place, record=record, adapter=adapter)
     transformer.rehyat = form
     return transformer.eval()
 
 
 def save_student(transformer: WanTransformer3DModel, folder: str | Path) -> None:
-    """Writes a student from `load_student`, perhaps trained further, to a new folder that `load_student` reads."""
+    """Writes a student from `load_student`, perhaps trained further, to a new folder that `load_student` reads.
+
+    The folder has all weights, also those of a base.
+    """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} already exists; choose another folder")
@@ -543,25 +679,133 @@ def save_student(transformer: WanTransformer3DModel, folder: str | Path) -> None
         student.rename(folder)
 
 
-def _load_weights(transformer: WanTransformer3DModel, folder: Path, torch_dtype: torch.dtype) -> None:
-    """Fills a transformer on the meta device, file by file."""
+def _base_folder(folder: Path, record: dict, base: str | Path | None, config: dict) -> Path:
+    """The folder of the base's weights, whose config.json was compared with the student's.
+
+    Args:
+      folder: the student's folder.
+      record: "base" of its rehyat.json: {"name": str or None, "identity": str, "adapter": bool}.
+      base: as in `load_student`.
+      config: content of the student's config.json.
+    """
+    if not isinstance(record, dict) or record.keys() != {"name", "identity", "adapter"}:
+        raise ValueError(
+            f"{folder / FORM}: base should have name, identity and adapter, found {record!r}; get the folder again, "
+            f"with its own rehyat_torch.py"
+        )
+    base = base or record["name"]
+    if base is None:
+        raise ValueError(
+            f"{folder}: has no copy of its base, and does not name it; give base=, the folder or the Hub name of the "
+            f"model that the student was made from"
+        )
+    place = Path(base)
+    if not place.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(base)) or str(base).startswith("."):
+            raise FileNotFoundError(f"{base}: does not exist; give the base's folder, or a Hub name such as owner/name")
+        from huggingface_hub import snapshot_download
+
+        repository, _, revision = str(base).partition("@")
+        patterns = ["*.json", "transformer/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+        try:
+            place = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{base}: is no folder here, and could not be fetched from the Hugging Face Hub ({error}); check the "
+                f"name, or download it elsewhere and give its folder"
+            ) from error
+    if (place / "transformer").is_dir():
+        place = place / "transformer"
+    found = json.loads((place / "config.json").read_text())
+    for name, expected in config.items():
+        if name in found and found[name] != expected and not name.startswith("_"):
+            raise ValueError(
+                f"{base}: is not the base of {folder}: {name} should be {expected!r}, found {found[name]!r}; give "
+                f"{record['name'] or 'the model that the student was made from'}"
+            )
+    return place
+
+
+def _read_adapter(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Low-rank adapters: name of the adapted weight -> (A [rank, in], B [out, rank]), float32."""
+    tensors, adapters = load_file(file), {}
+    for name in sorted(tensors):
+        match = re.fullmatch(r"transformer\.(.+)\.lora_([AB])\.weight", name)
+        if not match or f"transformer.{match[1]}.lora_{'BA'[match[2] == 'B']}.weight" not in tensors:
+            raise ValueError(f"{file}: unexpected: {[name]}; expected pairs of transformer.*.lora_A.weight and lora_B")
+        adapters[f"{match[1]}.weight"] = tuple(tensors[f"transformer.{match[1]}.lora_{s}.weight"].float() for s in "AB")
+    return adapters
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder in diffusers' layout."""
     index = folder / f"{WEIGHTS}.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index}: names {outside[0]!r}, expected files of the same folder; get the index again")
+    return [folder / name for name in names]
+
+
+def _load_weights(
+    transformer: WanTransformer3DModel,
+    folder: Path,
+    files: list[Path],
+    torch_dtype: torch.dtype,
+    *,
+    base: Path | None = None,
+    record: dict | None = None,
+    adapter: dict[str, tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Fills a transformer on the meta device, file by file.
+
+    Args:
+      transformer: the transformer.
+      folder: the student's folder, for messages.
+      files: the student's own files.
+      torch_dtype: as in `load_student`.
+      base: folder of the weights that the student's files lack, whose `record` is that of `_base_folder`.
+      adapter: result of `_read_adapter`, for the base's weights.
+    """
     in_float32 = {*transformer._keep_in_fp32_modules, "log_scale", "linear_decay", "branch_gate"}
-    missing, unexpected = set(transformer.state_dict()), []
-    for file in files:
-        tensors = load_file(folder / file)
+    missing, unexpected, samples, adapter = set(transformer.state_dict()), [], {}, dict(adapter or {})
+    for file in [*(_weight_files(base) if base else []), *files]:
+        tensors = load_file(file)
+        if twice := sorted(tensors.keys() & samples.keys()):
+            raise ValueError(f"{file}: has tensors of the base or of another file: {twice}; get the folder again")
         for name, tensor in tensors.items():
+            if base and file.parent == base:
+                samples[name] = _sample(tensor)
+                if pair := adapter.pop(name, None):
+                    tensor = tensor.float() + pair[1] @ pair[0]
             dtype = torch.float32 if in_float32.intersection(name.split(".")) else torch_dtype
             # A copy, because a loaded tensor is a view of the file, which may be replaced while the model exists.
             tensors[name] = tensor.to(dtype, copy=True)
         unexpected += transformer.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
         missing -= tensors.keys()
-    if missing or unexpected:
+    if base and (found := _identity(samples)) != record["identity"]:
+        raise ValueError(
+            f"{base}: is not the base of {folder}: its weights are others (identity {found[:12]}, expected "
+            f"{record['identity'][:12]}); give {record['name'] or 'the model that the student was made from'}"
+        )
+    if missing or unexpected or adapter:
         raise ValueError(
             f"{folder}: the tensors are not those that config.json and {FORM} describe; missing: {sorted(missing)}, "
-            f"unexpected: {sorted(unexpected)}; get the folder again"
+            f"unexpected: {sorted([*unexpected, *adapter])}; get the folder again"
         )
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """`IDENTITY_VALUES` values of a tensor, spread over it and rounded to bfloat16."""
+    chosen = torch.arange(IDENTITY_VALUES) * 2654435761 % tensor.numel()
+    return tensor.reshape(-1)[chosen].to(torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes()
+
+
+def _identity(samples: dict[str, bytes]) -> str:
+    """SHA-256 of the samples of all tensors by name. Copies in float32 and bfloat16 have the same one."""
+    found = hashlib.sha256()
+    for name in sorted(samples):
+        found.update(name.encode() + samples[name])
+    return found.hexdigest()
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

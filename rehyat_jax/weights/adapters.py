@@ -18,11 +18,14 @@ from rehyat_jax.files.shown import check_path
 from rehyat_jax.models.lora import LoraConfig, adapted_layers
 from rehyat_jax.parallel.sharding import shardings
 from rehyat_jax.weights.models import spec_of
-from rehyat_jax.weights.safetensors_file import create_file, write_tensor
+from rehyat_jax.weights.safetensors_file import create_file, read_header, read_tensor, write_tensor
 from rehyat_jax.weights.table import LINEAR
 
 ADAPTERS_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for in a folder."""
+
+Adapters = dict[str, tuple[np.ndarray, np.ndarray]]
+"""diffusers' name of an adapted weight [out, in] -> (A [rank, in], B [out, rank]), float32; it grows by B A."""
 
 
 def check_adapters_replaceable(path: Path) -> None:
@@ -53,6 +56,38 @@ def adapter_tensors(config: Any, params: dict[str, Any], lora: LoraConfig) -> di
             tensors[f"{name}.lora_A.weight"] = LINEAR.to_torch(np.asarray(a[number], np.float32))
             tensors[f"{name}.lora_B.weight"] = LINEAR.to_torch(np.asarray(b[number], np.float32) * lora.scale)
     return tensors
+
+
+def read_adapters(path: Path, config: Any) -> Adapters:
+    """The adapters of a directory that `save_adapters` wrote, or of its file.
+
+    Args:
+      path: the directory or the file.
+      config: architecture of the model.
+
+    Raises:
+      InputError: the file is missing or damaged, or its tensors are no adapters of such a model.
+    """
+    file = path / ADAPTERS_FILE if path.is_dir() else path
+    spec, tensors = spec_of(config), read_header(file)
+    shapes = {name: row.torch_shape for row in spec.table(config) for name in row.names("diffusers")}
+    adapters = {}
+    for name in sorted(tensors):
+        layer = name.removeprefix(f"{spec.part}.").removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+        kernel, (a, b) = f"{layer}.weight", (f"{spec.part}.{layer}.lora_{side}.weight" for side in "AB")
+        if name not in (a, b) or kernel not in shapes or not {a, b} <= tensors.keys():
+            raise InputError(
+                f"{file}: tensor {name} is not one of a pair {spec.part}.LAYER.lora_A.weight and lora_B.weight of this "
+                f"model; give the adapters of the student's own run"
+            )
+        rank, (out, into) = tensors[a].shape[:1], shapes[kernel]
+        if (tensors[a].shape, tensors[b].shape) != ((*rank, into), (out, *rank)):
+            raise InputError(
+                f"{file}: {a} and {b} should have shapes [rank, {into}] and [{out}, rank], found "
+                f"{list(tensors[a].shape)} and {list(tensors[b].shape)}; give the adapters of the student's own run"
+            )
+        adapters.setdefault(kernel, tuple(read_tensor(tensors[side]).astype(np.float32) for side in (a, b)))
+    return adapters
 
 
 def save_adapters(path: str | Path, config: Any, params: dict[str, Any], lora: LoraConfig) -> None:

@@ -78,15 +78,28 @@ def write_torch_checkpoint(
     """
     spec = spec_of(model.config)
     write_torch_config(spec, folder, model.config, model.metadata, layout)
-    table = spec.table(model.config)
+    rows = spec.table(model.config)
+    write_tensors(folder, spec.file_name, model, layout, rows, progress=progress, max_shard_bytes=max_shard_bytes)
+
+
+def write_tensors(
+    folder: Path,
+    file_name: str,
+    model: StreamedModel,
+    layout: Layout,
+    rows: list[Row],
+    *,
+    progress: Progress = lambda nbytes: None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes some of a model's tensors. Args: as `write_torch_checkpoint`, and rows of its table. Raises InputError."""
     specs = {}
-    for row in table:
+    for row in rows:
         for name in row.names(layout):
             specs[name] = (model.params[row.path].dtype, row.torch_shape)
-    order = torch_names(table, layout)
-    specs = {name: specs[name] for name in order}
-    places = create_files(folder, specs, max_shard_bytes=max_shard_bytes, name=spec.file_name)
-    for row in table:
+    specs = {name: specs[name] for name in torch_names(rows, layout)}
+    places = create_files(folder, specs, max_shard_bytes=max_shard_bytes, name=file_name)
+    for row in rows:
         _write_parameter(model.params[row.path], row, [places[name] for name in row.names(layout)], progress)
 
 

@@ -1,7 +1,7 @@
 """`config.json` of both PyTorch layouts, and `rehyat.json` for fields that upstream's configuration lacks.
 
 rehyat.json has format version 2. Version 1 has no "format_version", and has "hybrid_blocks" and one "hybrid" form
-instead of "attention".
+instead of "attention". A student without a copy of its base has "base", see `BASE`.
 """
 
 from pathlib import Path
@@ -23,6 +23,10 @@ from rehyat_jax.weights.streamed import OPTIONAL, check_metadata
 from rehyat_jax.weights.table import Layout
 
 CONFIG_FILE, SIDE_CAR = "config.json", "rehyat.json"
+
+BASE = "base"
+"""Name of an object in rehyat.json of a student without a copy of its base: "name", the base's on the Hub, or null;
+"identity", see `identity.BaseIdentity`; and "adapter", true if there are low-rank adapters."""
 
 
 def read_torch_config(
@@ -55,8 +59,18 @@ def read_torch_config(
     return config_from_json(spec.config, fields, str(side_car if extra else config_file), version), metadata
 
 
-def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dict[str, Any], layout: Layout) -> None:
+def write_torch_config(
+    spec: ModelSpec,
+    folder: Path,
+    config: Any,
+    metadata: dict[str, Any],
+    layout: Layout,
+    *,
+    base: dict[str, Any] | None = None,
+) -> None:
     """Writes config.json in upstream's format, if the layout has one, and rehyat.json for fields it cannot hold.
+
+    `base` is the object `BASE`, for a student without a copy of its base.
 
     Raises:
       InputError: the layout has no config.json, and a field that the tensors do not imply differs from its default.
@@ -79,6 +93,7 @@ def write_torch_config(spec: ModelSpec, folder: Path, config: Any, metadata: dic
     extra = {name: ours[name] for name in upstream.unsaid if ours[name] != usual[name]}
     extra |= {name: ours[name] for name in FORM_FIELDS[2] if name in ours}
     extra |= {name: value for name, value in metadata.items() if value != spec.metadata.get(name)}
+    extra |= {BASE: base} if base else {}
     if extra:
         write_json(folder / SIDE_CAR, {"format_version": CURRENT, **extra})
 
@@ -124,6 +139,7 @@ def _read_upstream(spec: ModelSpec, file: Path, inferred: dict[str, Inferred]) -
 def _read_side_car(spec: ModelSpec, file: Path, stated: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(fields of the configuration, metadata, format version) of rehyat.json."""
     content = read_json_object(file)
+    content.pop(BASE, None)
     version = check_version(content.pop("format_version", 1), str(file))
     unsaid = {name for upstream in spec.upstream.values() for name in upstream.unsaid}
     for name in content:

@@ -15,6 +15,11 @@ from rehyat_jax.weights.safetensors_file import GGUF_REMEDY, StoredTensor, creat
 NAME = "diffusion_pytorch_model"
 """Name of the weights in Wan's and diffusers' repositories."""
 
+BRANCH_NAME = "rehyat_branch"
+"""Name of the file of a student without a copy of its base, without its suffix."""
+
+BRANCH_FILE = f"{BRANCH_NAME}.safetensors"
+
 INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
 
@@ -89,6 +94,11 @@ def _file_in_folder(folder: Path, part: str) -> Path:
     """The index or the single file of the weights in a folder."""
     if (folder / "model.json").exists():
         raise InputError(f"{folder}: is a model checkpoint of rehyat_jax already; to-torch converts it to PyTorch")
+    if (folder / BRANCH_FILE).exists():
+        raise InputError(
+            f"{folder}: is a student without a copy of its base; load it with load_student of its rehyat_torch.py, "
+            f"write it with save_student, and give that folder"
+        )
     if (folder / f"{part}_2").is_dir():
         experts = " (Wan2.2's two experts)" if part == "transformer" else ""
         raise InputError(
