@@ -78,7 +78,6 @@ DEFAULTS = {
     "timestep_sampling": "logit_normal",
     "noise_by_chunk": False,
     "teacher_forcing": False,
-    "past_noise": 0.0,
     "caption_dropout": 0.1,
     "mesh.data": 1,
     "mesh.fsdp": -1,
@@ -103,7 +102,7 @@ EFFECT_OF = {
     "caption_dropout spike_factor optimizer.learning_rate optimizer.muon_learning_rate optimizer.warmup_steps "
     "optimizer.decay optimizer.weight_decay optimizer.clip_norm distill.loss distill.clip_norm "
     "velocity.teacher velocity.teacher_weight velocity.guidance_scale few_step.steps dmd.score_rate "
-    "consistency.warmup_steps past_noise",
+    "consistency.warmup_steps",
 }
 
 
