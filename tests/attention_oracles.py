@@ -53,11 +53,12 @@ def make_arrays(
 
 def with_scores_near(arrays, scores):
     """With q.k / sqrt(head_dim) that is scores[batch] plus or minus a few, for every pair."""
-    query, key, *others = arrays
-    scores = jnp.asarray(scores, query.dtype)[:, None, None]
-    root = jnp.sqrt(jnp.abs(scores))
-    query = query.at[..., 0].set(query.shape[-1] ** 0.5 * root)
-    return query, key.at[..., 0].set(jnp.sign(scores) * root), *others
+    query, key, *others = (np.array(array) for array in arrays)
+    scores = np.asarray(scores, query.dtype)[:, None, None]
+    root = np.sqrt(np.abs(scores))
+    query[..., 0] = query.shape[-1] ** 0.5 * root
+    key[..., 0] = np.sign(scores) * root
+    return query, key, *others
 
 
 def error_ratio(found, expected):

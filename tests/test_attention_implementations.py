@@ -217,17 +217,19 @@ def test_one_chunk_for_the_whole_video_is_softmax_attention(implementation, stab
 def test_frames_outside_the_window_have_no_order_and_the_future_no_influence(implementation):
     form = frames, tokens_per_frame, _, _ = (8, 2, 2, 1)
     attend, tolerance = jit(implementation.attention(form)), implementation.tolerance["row_max"]
-    arrays = [array.reshape(1, frames, tokens_per_frame, *array.shape[2:]) for array in implementation.arrays(form)]
+    arrays = [np.asarray(array) for array in implementation.arrays(form)]
+    arrays = [array.reshape(1, frames, tokens_per_frame, *array.shape[2:]) for array in arrays]
     flat = lambda arrays: [array.reshape(1, frames * tokens_per_frame, *array.shape[3:]) for array in arrays]
-    output = attend(*flat(arrays)).reshape(arrays[0].shape)
+    run = lambda arrays: np.asarray(attend(*flat(arrays))).reshape(arrays[0].shape)
+    output = run(arrays)
 
     # The window of the last chunk begins at frame 5.
     order = np.array([3, 0, 4, 2, 1, 5, 6, 7])
-    permuted = attend(*flat([array[:, order] for array in arrays])).reshape(output.shape)
+    permuted = run([array[:, order] for array in arrays])
     assert_close(permuted[:, 6:], output[:, 6:], tolerance)
     assert error_ratio(permuted[:, 4:6], output[:, 4:6]) > 0.01
 
-    changed = attend(*flat([array.at[:, 4].add(1) for array in arrays])).reshape(output.shape)
+    changed = run([array + (np.arange(frames) == 4)[:, None, None, None].astype(array.dtype) for array in arrays])
     assert_close(changed[:, :4], output[:, :4], tolerance)
     assert error_ratio(changed[:, 4:], output[:, 4:]) > 0.01
 
@@ -310,34 +312,28 @@ EXTREMES = [
     (-60.0, 40.0),  # exp(100) apart: neither may be the scale of the other
     (-60.0, -60.0),  # equally tiny: both count
 ]
+# Scores of videos whose features are zero, which leaves the window alone.
+WITHOUT_FEATURES = [0.0, -200.0]
 
 
 @each()
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
-def test_extreme_scores_and_features_are_right_in_float32(implementation, stabilizer):
+def test_extreme_scores_and_extreme_and_zero_features_are_right_in_float32(implementation, stabilizer):
     form, (scores, log_similarities) = (5, 4, 2, 1), np.array(EXTREMES, np.float32).T
-    arrays = implementation.arrays(form, batch=len(EXTREMES), dtype=np.float32)
-    *arrays, phi_query, phi_key = with_scores_near(arrays, scores)
-    arrays += [phi * np.exp(log_similarities / 2)[:, None, None, None] for phi in (phi_query, phi_key)]
+    arrays = implementation.arrays(form, batch=len(EXTREMES + WITHOUT_FEATURES), dtype=np.float32)
+    *arrays, phi_query, phi_key = with_scores_near(arrays, [*scores, *WITHOUT_FEATURES])
+    factors = np.array([*np.exp(log_similarities / 2), *(0.0 for _ in WITHOUT_FEATURES)], np.float32)
+    arrays += [np.asarray(phi) * factors[:, None, None, None] for phi in (phi_query, phi_key)]
     found = output_and_gradients(implementation.attention(form, True, stabilizer), arrays)
     assert all(np.isfinite(array).all() for array in found.values())
-    exact = attention_by_loops(arrays, form, True, stabilizer)
-    # A score of 200 is rounded by up to 2e-5 in float32.
-    for video, extreme in enumerate(EXTREMES):
-        assert_close({extreme: found["output"][video]}, {extreme: exact[video]}, 1e-4)
-
-
-@each()
-@pytest.mark.parametrize("stabilizer", STABILIZERS)
-def test_zero_features_leave_the_window_alone(implementation, stabilizer):
-    form, scores = (5, 4, 2, 1), [0.0, -200.0]  # a video each
-    arrays = implementation.arrays(form, batch=len(scores), dtype=np.float32)
-    *arrays, phi_query, phi_key = with_scores_near(arrays, scores)
-    arrays += [jnp.zeros_like(phi_query), jnp.zeros_like(phi_key)]
-    found = output_and_gradients(implementation.attention(form, True, stabilizer), arrays)
-    assert all(np.isfinite(array).all() for array in found.values())
-    # "row_max" as loops whatever the stabilizer: without linear mass c cancels. Tolerance as above.
-    expected = attention_by_loops(arrays, form, True, "row_max")
-    for video, score in enumerate(scores):
-        tolerance = 1e-4 if score else implementation.float32
-        assert_close({score: found["output"][video]}, {score: expected[video]}, tolerance)
+    videos = lambda part: [array[part] for array in arrays]
+    extreme, zero = slice(len(EXTREMES)), slice(len(EXTREMES), None)
+    exact = [
+        *attention_by_loops(videos(extreme), form, True, stabilizer),
+        # "row_max" as loops whatever the stabilizer: without linear mass c cancels.
+        *attention_by_loops(videos(zero), form, True, "row_max"),
+    ]
+    for video, case in enumerate((*EXTREMES, *WITHOUT_FEATURES)):
+        # A score of 200 is rounded by up to 2e-5 in float32.
+        tolerance = 1e-4 if case else implementation.float32
+        assert_close({case: found["output"][video]}, {case: exact[video]}, tolerance)

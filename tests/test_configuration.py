@@ -77,6 +77,7 @@ DEFAULTS = {
     "flow_shift": 5.0,
     "timestep_sampling": "logit_normal",
     "noise_by_chunk": False,
+    "teacher_forcing": False,
     "caption_dropout": 0.1,
     "mesh.data": 1,
     "mesh.fsdp": -1,

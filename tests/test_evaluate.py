@@ -81,7 +81,7 @@ def test_the_mass_between_frames_is_that_of_the_dense_weights():
         scores = jnp.einsum("bqhd,bkhd->bhqk", inputs.query, inputs.key) / inputs.query.shape[-1] ** 0.5
         return model.attend(inputs, per_block)[0], (hybrid, jax.nn.softmax(scores))
 
-    hybrid, softmax = model.forward(*inputs, attend, model.per_block_attention())[1]
+    hybrid, softmax = jax.jit(lambda *inputs: model.forward(*inputs, attend, model.per_block_attention())[1])(*inputs)
     per_frame = hybrid.shape[-1] // 13
     for block, weights in enumerate((hybrid[0], softmax[1], hybrid[2])):
         dense = np.asarray(weights).reshape(2, -1, 13, per_frame, 13, per_frame).sum(-1).mean((1, 3))

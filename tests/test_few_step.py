@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny_runs import TINY, digits_config, interrupt_at, one_at_a_time, pretrained, tiny_batch, tiny_config, tiny_model
+from tiny_runs import TINY, digits_config, killed_after, one_at_a_time, pretrained, tiny_batch, tiny_config, tiny_model
 
 from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.diffusion.samplers import fresh_noise, sample
@@ -20,14 +20,16 @@ from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.streaming import stream_latents
 from rehyat_jax.models.lora import LoraConfig
 from rehyat_jax.models.wan.modeling import apply_model
+from rehyat_jax.parallel.mesh import make_mesh
+from rehyat_jax.planning.train_step import abstract_step
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import consistency, dmd, finetune, rollout
-from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.weights import load_params
 
 STUDENT = TINY.replace(num_layers=1, hybrid_blocks="all", hybrid=HybridConfig(chunk_frames=2))
+SOFTMAX = TINY.replace(num_layers=1)  # for what does not depend on the attention: programs are a third smaller
 NULL_TEXT = jnp.full((TINY.text_length, TINY.text_dim), 0.5)
 
 
@@ -37,6 +39,10 @@ def train(config, workdir, devices=1):
 
 def logged(workdir, name):
     return [json.loads(line).get(name) for line in (workdir / "metrics.jsonl").open()]
+
+
+def scaled(factor, params):
+    return jax.tree.map(lambda leaf: np.float32(factor) * np.asarray(leaf), params)
 
 
 # ---------------------------------------------------------------------------------------------------------- the sampler
@@ -85,8 +91,8 @@ def test_streamed_videos_get_the_same_new_noise():
 @pytest.mark.parametrize("teacher", ["", "softmax"])
 def test_the_generators_gradient_is_the_difference_of_the_scores(teacher):
     scale = 3.0  # without guidance: the next test
-    model_def, generator = tiny_model(STUDENT)
-    fake, real = (jax.tree.map(lambda leaf, factor=factor: factor * leaf, generator) for factor in (1.1, 0.9))
+    model_def, generator = tiny_model(STUDENT if teacher else SOFTMAX)
+    fake, real = scaled(1.1, generator), scaled(0.9, generator)
     changes = {"velocity.teacher": teacher, "velocity.guidance_scale": scale, "timestep_sampling": "uniform"}
     config, apply, key = tiny_config("dmd", **changes), apply_model(model_def), jax.random.key(4)
     score = apply_softmax if teacher else apply
@@ -127,7 +133,7 @@ def test_the_fake_score_of_a_softmax_teacher_starts_as_this_teacher():
     stage, config = STAGES["dmd"], tiny_config("dmd", **{"velocity.teacher": "softmax"})
     batch = tiny_batch()
     inputs = (batch["latents"], jnp.full(2, 800.0), batch["text"])
-    teacher = jax.tree.map(lambda leaf: 0.9 * leaf, tiny_model(STUDENT.replace(hybrid_blocks=()))[1])
+    teacher = scaled(0.9, tiny_model(STUDENT.replace(hybrid_blocks=()))[1])
     expected = jax.jit(apply_softmax)(teacher, *inputs)
     for lora in (None, LoraConfig(2, 2.0, ("query",))):
         model_def, params = tiny_model(STUDENT, lora=lora)
@@ -142,11 +148,11 @@ def test_the_fake_score_of_a_softmax_teacher_starts_as_this_teacher():
 
 
 def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_made():
-    model_def, params = tiny_model(STUDENT)
+    model_def, params = tiny_model(SOFTMAX)
     changes = {"few_step.steps": 2, "dmd.score_updates": 2, "dmd.score_rate": 0.5, "caption_dropout": 0.0}
     config, join = tiny_config("dmd", **changes), STAGES["dmd"].join
     state, optimizers = {dmd.GENERATOR: params, dmd.FAKE_SCORE: params}, dmd.make_optimizers(config)
-    context = {"null_text": NULL_TEXT, "teacher": jax.tree.map(lambda leaf: 0.9 * leaf, params)}
+    context = {"null_text": NULL_TEXT, "teacher": scaled(0.9, params)}
     batch, key = tiny_batch(), jax.random.key(6)
     update = jax.jit(dmd.make_update(model_def, config, dmd.joint_optimizer(config), join))
     found = update(state, dmd.joint_optimizer(config).init(state), context, one_at_a_time(batch), key)
@@ -183,7 +189,8 @@ def test_a_step_updates_the_generator_once_and_then_the_fake_score_on_what_it_ma
     np.testing.assert_allclose(found.metrics["fake_loss"], np.mean(losses), rtol=1e-5)
     # AdamW's first updates have the size of the learning rate, 1e-4, whatever the gradient.
     compare = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6)
-    jax.tree.map(compare, jax.tree.map(jnp.subtract, found.params, state), jax.tree.map(jnp.subtract, networks, state))
+    found, networks, state = jax.device_get((found.params, networks, state))
+    jax.tree.map(lambda a, b, start: compare(a - start, b - start), found, networks, state)
 
 
 def test_the_simulation_meets_the_inputs_of_the_sampler():
@@ -254,18 +261,21 @@ def test_chunk_by_chunk_a_student_reads_its_own_finished_chunks():
 # ---------------------------------------------------------------------------------------------------------- consistency
 
 
+SCALE = 3.0  # without guidance: test_velocity
+
+
 @functools.cache
-def consistency_grad_fn(scale):
-    config = tiny_config("consistency", **{"velocity.guidance_scale": scale, "consistency.warmup_steps": 4})
-    return config, jax.jit(consistency.make_grad_fn(tiny_model(STUDENT)[0], config, STAGES["consistency"].join))
+def consistency_grad_fn():
+    config = tiny_config("consistency", **{"velocity.guidance_scale": SCALE, "consistency.warmup_steps": 4})
+    return config, jax.jit(consistency.make_grad_fn(tiny_model(SOFTMAX)[0], config, STAGES["consistency"].join))
 
 
 @jax.jit
-def consistency_by_central_differences(params, teacher, noisy, scale, share):
+def consistency_by_central_differences(params, teacher, noisy, share):
     """(mean size of the tangent, gradient)."""
-    apply, null = apply_model(tiny_model(STUDENT)[0]), jnp.stack([NULL_TEXT] * 2)
+    apply, null = apply_model(tiny_model(SOFTMAX)[0]), jnp.stack([NULL_TEXT] * 2)
     predict = lambda text: apply(teacher, noisy.latents, noisy.timestep, text)
-    along = predict(null) + scale * (predict(noisy.text) - predict(null))
+    along = predict(null) + SCALE * (predict(noisy.text) - predict(null))
 
     def velocity(distance):
         """Of the student, further along the straight line with the teacher's velocity."""
@@ -280,17 +290,17 @@ def consistency_by_central_differences(params, teacher, noisy, scale, share):
     return size.mean(), pull(-2 * tangent / (size + 0.1) / tangent.size)[0]
 
 
-@pytest.mark.parametrize("step, scale", [(0, 1.0), (2, 3.0), (9, 1.0)])
-def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(step, scale):
-    _, params = tiny_model(STUDENT)
-    teacher = jax.tree.map(lambda leaf: 0.9 * leaf, params)
-    config, grad_fn = consistency_grad_fn(scale)
+@pytest.mark.parametrize("step", [0, 2, 9])
+def test_the_target_of_consistency_is_the_derivative_along_the_teachers_path(step):
+    _, params = tiny_model(SOFTMAX)
+    teacher = scaled(0.9, params)
+    config, grad_fn = consistency_grad_fn()
     key, batch = jax.random.key(5), tiny_batch()
     context = {"null_text": NULL_TEXT, "teacher": teacher, "step": jnp.int32(step)}
     metrics, grads = grad_fn(params, context, batch, key)
 
     noisy = noise_batch(batch, NULL_TEXT, key, config)
-    size, expected = consistency_by_central_differences(params, teacher, noisy, scale, min(1.0, step / 4))
+    size, expected = consistency_by_central_differences(params, teacher, noisy, min(1.0, step / 4))
     np.testing.assert_allclose(metrics["tangent"], size, rtol=1e-2)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     # Central differences in float32.
@@ -312,39 +322,71 @@ def few_step_config(tmp_path, student, stage, **changes):
     return digits_config(tmp_path, stage, init_from=student, **{"optimizer.learning_rate": 1e-3, **changes})
 
 
-@pytest.mark.parametrize("stage, changes", [("dmd", {"lora.rank": 2}), ("consistency", {})])
-def test_a_stopped_run_resumes_bit_for_bit_and_others_stay_frozen(stage, changes, tmp_path, student):
-    config = few_step_config(tmp_path, student, stage, ema_decay=0.9, **changes)
-    train(config, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricWriter, "write", interrupt_at(4, MetricWriter.write))
-        train(config, tmp_path / "stopped")
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, student):
+    """A function from a stage to (configuration, directory) of its run on one device.
+
+    Stage "dmd" trains adapters with a softmax model as its scores, so that the networks have different forms of
+    attention. `test_recipe` trains all its weights.
+    """
+
+    @functools.cache
+    def run(stage):
+        folder = tmp_path_factory.mktemp(stage)
+        changes = {"steps": 4, "checkpoint_every": 2, "ema_decay": 0.9, "few_step.steps": 3, "dmd.score_updates": 2}
+        changes |= {"consistency.warmup_steps": 2, "optimizer.learning_rate": 1e-3, "init_from": student}
+        if stage == "dmd":
+            changes |= {"lora.rank": 2, "velocity.teacher": pretrained(folder), "accumulation_steps": 2}
+        config = digits_config(folder, stage, **changes)
+        train(config, folder / "run")
+        return config, folder / "run"
+
+    return run
+
+
+@pytest.mark.parametrize("stage", ["dmd", "consistency"])
+def test_a_stopped_run_resumes_bit_for_bit_and_others_stay_frozen(stage, tmp_path, student, whole_run):
+    config, whole_dir = whole_run(stage)
+    killed_after(2, whole_dir, tmp_path / "stopped")
     train(config, tmp_path / "stopped")
     whole, stopped, before = (
-        load_params(path)[1] for path in (tmp_path / "whole" / "model", tmp_path / "stopped" / "model", student)
+        load_params(path)[1] for path in (whole_dir / "model", tmp_path / "stopped" / "model", student)
     )
     jax.tree.map(np.testing.assert_array_equal, whole, stopped)
-    pipeline = Pipeline.from_pretrained(student=tmp_path / "whole" / "model")
+    assert logged(whole_dir, "loss") == logged(tmp_path / "stopped", "loss")
+    pipeline = Pipeline.from_pretrained(student=whole_dir / "model")
     solver = [getattr(pipeline.options, name) for name in ("steps", "guidance_scale", "flow_shift", "sampler")]
     assert solver == [3, 1.0, config.flow_shift, "renoise"]
     same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, before)
     assert not same["blocks"]["self_attention"]["query"]["kernel"]
-    # The base, which is the teacher of adapters, has its own feature maps.
-    assert all(jax.tree.leaves(same["feature_maps"])) == bool(changes)
-    assert all(np.isfinite(logged(tmp_path / "whole", "loss")))
+    # The base of adapters has its own feature maps.
+    assert all(jax.tree.leaves(same["feature_maps"])) == (config.lora.rank > 0)
+    assert all(np.isfinite(logged(whole_dir, "loss")))
 
 
-def test_a_run_on_many_devices_is_that_on_one(tmp_path, student):
-    """Of stage "dmd": "consistency" has one network, and `test_forward_mode` differentiates on meshes.
+def test_all_weights_have_the_same_shapes_and_shardings_after_a_step_on_a_softmax_teacher_s_scores():
+    """Traced only. The fake score takes the teacher's weights, which lack the feature maps of the generator."""
+    config = tiny_config("dmd", **{"velocity.teacher": "softmax", "mesh.fsdp": 2, "dmd.score_updates": 2})
+    with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:2])):
+        plan = abstract_step(config, STUDENT, (5, 4, 6))
+        state, _ = jax.eval_shape(plan.step, plan.state, plan.context, plan.batch)
+    assert "feature_maps" not in plan.context["teacher"]
+    shape = lambda leaf: (leaf.shape, leaf.dtype)
+    assert jax.tree.map(shape, state) == jax.tree.map(shape, plan.state)
+    generator, score = (
+        [leaf.sharding for leaf in jax.tree.leaves(plan.state["params"][name])]
+        for name in (dmd.GENERATOR, dmd.FAKE_SCORE)
+    )
+    assert generator == score and any(not sharding.is_fully_replicated for sharding in score)
 
-    With a softmax model as its scores, so that the networks have different forms of attention.
-    """
-    changes = {"velocity.teacher": pretrained(tmp_path), "steps": 3, "accumulation_steps": 2}
-    config = few_step_config(tmp_path, student, "dmd", **changes)
-    train(config, tmp_path / "one")
+
+def test_a_run_on_many_devices_is_that_on_one(tmp_path, whole_run):
+    """Of stage "dmd": "consistency" has one network, and `test_forward_mode` differentiates on meshes."""
+    config, one = whole_run("dmd")
+    config = config.copy_and_resolve_references()
     config.mesh.fsdp, config.mesh.context = 2, 2
     train(config, tmp_path / "many", 4)
     # The same float32 sums in another order.
     for name in ("loss", "fake_loss"):
-        found, expected = (logged(tmp_path / run, name) for run in ("many", "one"))
+        found, expected = (logged(run, name) for run in (tmp_path / "many", one))
         np.testing.assert_allclose(found, expected, rtol=1e-4)

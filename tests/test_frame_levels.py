@@ -40,7 +40,7 @@ def assert_close(found, expected, tolerance):
     ("config", "options"),
     [
         (TINY, {}),
-        (TINY.replace(hybrid_blocks=(1,), hybrid=FORM), dict(scan_layers=False)),
+        (TINY.replace(num_layers=2, hybrid_blocks=(1,), hybrid=FORM), dict(scan_layers=False)),
         (HYBRID, dict(remat="block")),
         (HYBRID, dict(dtype=jnp.bfloat16)),
     ],

@@ -56,7 +56,7 @@ def test_a_student_by_chunk_starts_at_its_own_velocity_and_keeps_its_solver(tmp_
     changes = {"hybrid.blocks": "all", "hybrid.feature_map.features": 16, "steps": 3, "batch_size": 2}
     config = digits_config(tmp_path, "finetune", noise_by_chunk=True, teacher_forcing=True, **changes)
     by_chunk = train(config, tmp_path / "by_chunk", jax.devices()[:1])
-    changes = {"noise_by_chunk": True, "teacher_forcing": True, "past_noise": 0.2, "steps": 3, "log_every": 1}
+    changes = {"noise_by_chunk": True, "teacher_forcing": True, "steps": 3, "log_every": 1}
     changes |= {"few_step.steps": 7, "velocity.guidance_scale": 2.0}
     config = digits_config(tmp_path, "guidance", init_from=str(by_chunk), **changes)
     made = train(config, tmp_path / "guided", jax.devices()[:1])

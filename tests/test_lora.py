@@ -1,7 +1,6 @@
 """Low-rank adapters: their mathematics, what a run with them trains, keeps and writes, and their file in diffusers."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from flax import traverse_util
 from oracles import random_wan, save_wan
 from safetensors.numpy import load_file
-from tiny_runs import TINY, digits_config, interrupt_at, tiny_batch, tiny_config, tiny_model
+from tiny_runs import TINY, digits_config, killed_after, tiny_batch, tiny_config, tiny_model
 
 from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError
@@ -32,7 +31,6 @@ from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning.train_step import abstract_step
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import finetune
-from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.setup import initial_model
 from rehyat_jax.training.stages import STAGES
@@ -115,10 +113,10 @@ def test_the_teacher_does_not_see_adapters(own):
     config = tiny_config("finetune", **{"velocity.guidance_scale": 2.0})
     noisy = noise_batch(tiny_batch(), NULL_TEXT, jax.random.key(3), config)
     softmax, teacher = tiny_model(TINY)
-    teacher = jax.tree.map(lambda leaf: 1.1 * leaf, teacher) if own else base_of(params)
+    teacher = jax.tree.map(lambda leaf: np.float32(1.1) * np.asarray(leaf), teacher) if own else base_of(params)
     context = {"null_text": NULL_TEXT} | ({"teacher": teacher} if own else {})
     teacher = {name: tree for name, tree in teacher.items() if name != "feature_maps"}
-    predict = lambda text: apply_model(softmax)(teacher, noisy.latents, noisy.timestep, text)
+    predict = jax.jit(lambda text: apply_model(softmax)(teacher, noisy.latents, noisy.timestep, text))
     null = predict(jnp.stack([NULL_TEXT] * 2))
     found = jax.jit(make_teacher(adapted, config))(params, context, noisy)
     # The same products, fused differently.
@@ -156,11 +154,10 @@ def lora_run(tmp_path, teacher, stage="velocity", **changes):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, teacher):
-    """(configuration, workdir) of a complete run, whose base is a copy of the teacher that a test may change."""
+    """(configuration, workdir) of a complete run."""
     folder = tmp_path_factory.mktemp("run")
-    shutil.copytree(teacher, folder / "base")
-    changes = {"init_from": str(folder / "base"), "lora.targets": ("value", "up"), "hybrid.blocks": "all"}
-    config = lora_run(folder, teacher, **changes)
+    changes = {"lora.targets": ("value", "output", "up", "down"), "hybrid.blocks": "all"}
+    config = lora_run(folder, teacher, **changes, **{"velocity.guidance_scale": 3.0})
     train(config, folder / "whole")
     return config, folder / "whole"
 
@@ -171,7 +168,8 @@ def test_only_adapters_and_feature_maps_are_trained(whole_run, teacher):
     wan, after, _ = load_params(workdir / "model")
     before, after = flat(load_params(teacher)[1]), flat(after)
     adapted = {"self_attention.value": "attn1.to_v", "cross_attention.value": "attn2.to_v"}
-    adapted |= {"feed_forward.up": "ffn.net.0.proj"}
+    adapted |= {"self_attention.output": "attn1.to_out.0", "cross_attention.output": "attn2.to_out.0"}
+    adapted |= {"feed_forward.up": "ffn.net.0.proj", "feed_forward.down": "ffn.net.2"}
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert changed == {("blocks", *path.split("."), "kernel") for path in adapted}
     assert len(file) == 2 * wan.num_layers * len(adapted)
@@ -192,39 +190,38 @@ def initial_maps(config):
 
 def test_a_stopped_run_resumes_bit_for_bit(whole_run, tmp_path):
     config, workdir = whole_run
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricWriter, "write", interrupt_at(4, MetricWriter.write))
-        train(config, tmp_path)
-    train(config, tmp_path)
-    both = [load_params(place / "model")[1] for place in (workdir, tmp_path)]
-    both = zip(both, [load_file(place / "adapter" / ADAPTERS_FILE) for place in (workdir, tmp_path)], strict=True)
+    killed_after(3, workdir, tmp_path / "stopped")
+    train(config, tmp_path / "stopped")
+    places = workdir, tmp_path / "stopped"
+    both = [load_params(place / "model")[1] for place in places]
+    both = zip(both, [load_file(place / "adapter" / ADAPTERS_FILE) for place in places], strict=True)
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
-def test_a_resumed_run_refuses_other_adapters_and_another_base(whole_run):
+def test_a_resumed_run_refuses_other_adapters_and_another_base(whole_run, tmp_path):
     config, workdir = whole_run
     changed = config.copy_and_resolve_references()
     changed.lora.rank = 3
     with pytest.raises(InputError, match=r"config\.lora\.rank +2 +3 +refused"):
         train(changed, workdir)
+    changed = config.copy_and_resolve_references()
+    changed.init_from = str(tmp_path / "base")
     wan, params, _ = load_params(config.init_from)
-    save_model(config.init_from, wan, jax.tree.map(lambda leaf: 1.1 * leaf, params), **NAMES)
+    save_model(changed.init_from, wan, jax.tree.map(lambda leaf: np.float32(1.1) * leaf, params), **NAMES)
     with pytest.raises(InputError, match=r"files of config\.init_from .*refused"):
-        train(config, workdir)
+        train(changed, workdir)
 
 
-def test_adapters_learn_from_their_own_base_on_any_mesh(tmp_path, teacher):
-    # A softmax model learns to need no guidance.
-    changes = {"velocity.teacher_weight": 1.0, "velocity.guidance_scale": 3.0, "lora.targets": LORA_TARGETS, "steps": 4}
-    config = lora_run(tmp_path, teacher, "finetune", **changes)
-    train(config, tmp_path / "one")
-    errors = logged(tmp_path / "one", "velocity_error")
+def test_adapters_learn_from_their_own_base_on_any_mesh(whole_run, tmp_path):
+    """Adapters of products whose inputs, and of ones whose outputs, are sharded over "tensor"."""
+    config, one = whole_run[0].copy_and_resolve_references(), whole_run[1]
+    errors = logged(one, "velocity_error")
     assert errors[-1] < errors[0]
     config.mesh.fsdp, config.mesh.tensor = 2, 2
     train(config, tmp_path / "many", 4)
     # The same float32 sums in another order.
-    np.testing.assert_allclose(logged(tmp_path / "many", "loss"), logged(tmp_path / "one", "loss"), rtol=1e-5)
-    found, expected = (load_file(tmp_path / name / "adapter" / ADAPTERS_FILE) for name in ("many", "one"))
+    np.testing.assert_allclose(logged(tmp_path / "many", "loss"), logged(one, "loss"), rtol=1e-5)
+    found, expected = (load_file(place / "adapter" / ADAPTERS_FILE) for place in (tmp_path / "many", one))
     # Adam's first steps divide by the sizes of such sums.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found, expected)
 

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from prepared_data import LARGE, SMALL, example, flip_a_bit, write_data_set
 from safetensors.numpy import save_file
-from tiny_runs import digits_config, interrupt_at, pretrained
+from tiny_runs import digits_config, killed_after, pretrained
 
 from rehyat_jax.cli import INTERRUPTED
 from rehyat_jax.data.prepared import PreparedExamples
@@ -32,7 +32,6 @@ from rehyat_jax.preparation.captions import captioned_videos
 from rehyat_jax.preparation.trajectories import kept_steps
 from rehyat_jax.prepare import main
 from rehyat_jax.train import train
-from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.weights import load_params, load_wan
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -545,9 +544,7 @@ def test_a_run_over_two_shapes_and_a_corrupt_record_goes_on_bit_for_bit(tmp_path
 
     config.data.corrupt = "skip"  # A run that stopped may go on so.
     whole = on_one_device(config, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricWriter, "write", interrupt_at(4, MetricWriter.write))
-        on_one_device(config, tmp_path / "stopped")
+    killed_after(3, tmp_path / "whole", tmp_path / "stopped")
     resumed = on_one_device(config, tmp_path / "stopped")
     jax.tree.map(np.testing.assert_array_equal, load_params(resumed)[1], load_params(whole)[1])
     # Six updates of two batches of two: 16 draws of the 6 small examples, of which every sixth is the corrupt one.

@@ -5,19 +5,23 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
+import numpy as np
 import pytest
 from flax import nnx
-from tiny_runs import digits_config, pretrained, tiny_config, write_config
+from tiny_runs import TINY, digits_config, pretrained, tiny_config, write_config
 
 from rehyat_jax import study as command
 from rehyat_jax import train
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.attention.forms.window import WindowForm
+from rehyat_jax.demo.digits import DigitVideos
 from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.studies.begun import check_definition
 from rehyat_jax.studies.definition import Study, TrainingStage, Trend, Variant, read_study, stage_config
-from rehyat_jax.studies.measure import MEASURES, measure_model
+from rehyat_jax.studies.measure import MEASURES, Sampled, measure_model
 from rehyat_jax.studies.processes import Command, Task, run_tasks
 from rehyat_jax.studies.record import Record, Run, collect, read_record, write_record
 from rehyat_jax.studies.running import FIGURES, run_folder, run_task
@@ -188,6 +192,24 @@ def test_a_signal_lets_every_process_save_and_starts_no_other(tmp_path, number, 
         run_tasks(tasks, 2, {})
     assert (tmp_path / "a_0.saved").exists() and (tmp_path / "b_0.saved").exists()
     assert not (tmp_path / "c_0").exists()
+
+
+def test_samples_have_the_change_where_chunks_begin_and_the_model_s_own_order(monkeypatch):
+    _, caption = DigitVideos("train", seed=3).draw(0)
+    # Frames grow brighter, twice as much from chunk to chunk.
+    steps = np.where(np.arange(1, 21) % 3 == 0, 0.02, 0.01)
+    videos = np.broadcast_to(np.concatenate([[0], steps.cumsum()])[:, None, None, None], (2, 21, 24, 24, 3))
+    asked = []
+
+    def sample_captions(model, count, description, solver, *, by_chunk):
+        asked.append((count, solver, by_chunk))
+        return videos, [caption] * 2
+
+    monkeypatch.setattr("rehyat_jax.demo.measure.sample_captions", sample_captions)
+    student = SimpleNamespace(config=TINY.replace(hybrid_blocks="all", hybrid=HybridConfig()))
+    found = MEASURES["samples"].run(student, None, Sampled(40, {"steps": 8}, True))
+    np.testing.assert_allclose(found["chunk_jump"], 2, rtol=1e-6)
+    assert found.keys() == MEASURES["samples"].metrics.keys() and asked == [(40, {"steps": 8}, True)]
 
 
 def test_a_figure_that_is_not_finite_is_an_error(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Teacher forcing: every chunk learns after the finished chunks of a real video."""
+"""Teacher forcing: every chunk learns after the clean chunks of a real video."""
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,18 @@ NULL_TEXT = jnp.full((TINY.text_length, TINY.text_dim), 0.5)
 FORCED = {"noise_by_chunk": True, "teacher_forcing": True}
 
 
-def test_a_chunk_and_its_gradients_are_those_of_the_complete_model_after_the_finished_chunks():
+def test_a_chunk_and_its_gradients_are_those_of_the_complete_model_after_clean_chunks():
     model_def, params = tiny_model(STUDENT)
-    config, batch, key = tiny_config("finetune", **FORCED, past_noise=0.4), tiny_batch(2, 5), jax.random.key(5)
+    config, batch, key = tiny_config("finetune", **FORCED), tiny_batch(2, 5), jax.random.key(5)
     complete = apply_model(model_def)
 
     def expected(params):
         noisy = noise_batch(batch, NULL_TEXT, key, config, chunk_frames=2)
-        finished, timestep = noisy.past
-        timestep = jnp.broadcast_to(timestep[:, None], noisy.timestep.shape)
         velocity = []
         for start in range(0, 5, 2):
-            # The model reads the chunk's frames as they are, and those before as finished ones.
             now = slice(start, start + 2)
-            latents = jnp.concatenate([finished[:, :start], noisy.latents[:, now]], axis=1)
-            levels = jnp.concatenate([timestep[:, :start], noisy.timestep[:, now]], axis=1)
+            latents = jnp.concatenate([batch["latents"][:, :start], noisy.latents[:, now]], axis=1)
+            levels = jnp.concatenate([jnp.zeros((2, start)), noisy.timestep[:, now]], axis=1)
             velocity.append(complete(params, latents, levels, noisy.text)[:, start:])
         error = jnp.concatenate(velocity, axis=1) - noisy.velocity
         return jnp.square(error).mean()
@@ -51,18 +48,11 @@ def test_a_chunk_and_its_gradients_are_those_of_the_complete_model_after_the_fin
     assert np.abs(jax.tree.leaves(grads["feature_maps"])[0]).max() > 1e-4
 
 
-@pytest.mark.parametrize("past_noise", [0.0, 0.4])
-def test_the_past_is_the_real_video_with_little_noise_and_every_chunk_is_noisy(past_noise):
-    config, batch = tiny_config("finetune", **FORCED, past_noise=past_noise), tiny_batch(200, 4)
+def test_every_chunk_is_noisy_and_what_others_read_is_clean():
+    config, batch = tiny_config("finetune", **FORCED), tiny_batch(200, 4)
     noisy = noise_batch(batch, NULL_TEXT, jax.random.key(3), config, chunk_frames=2)
     assert (noisy.timestep > 0).all() and (noisy.timestep[:, 0] != noisy.timestep[:, 2]).all()
-    finished, timestep = noisy.past
-    np.testing.assert_allclose(timestep.max(), 1000 * past_noise, rtol=0.05)
-    np.testing.assert_allclose(timestep.mean(), 500 * past_noise, rtol=0.2)
-    sigma = (timestep / 1000).reshape(-1, 1, 1, 1, 1)
-    error = finished - (1 - sigma) * batch["latents"]
-    # Normal noise, in 384 numbers of a video.
-    np.testing.assert_allclose(error.std((1, 2, 3, 4)), sigma.ravel(), rtol=0.15)
+    np.testing.assert_array_equal(*noisy.past, batch["latents"])
 
 
 def test_flops_are_those_of_the_noisy_and_of_the_finished_chunks():
@@ -83,7 +73,6 @@ def test_flops_are_those_of_the_noisy_and_of_the_finished_chunks():
         ("finetune", {"noise_by_chunk": False}, r"teacher_forcing must be False .*noise_by_chunk = False"),
         ("dmd", {}, r"teacher_forcing must be False in stage 'dmd'"),
         ("finetune", {"mesh.context": 2}, r"mesh.context must be 1 .*teacher_forcing = True, found 2"),
-        ("finetune", {"teacher_forcing": False, "past_noise": 0.1}, r"past_noise must be 0 .*, found 0.1"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(stage, changes, message):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prepared_data import write_data_set
-from tiny_runs import TINY, digits_config, interrupt_at, pretrained, tiny_batch, tiny_config, tiny_model
+from tiny_runs import TINY, digits_config, killed_after, pretrained, tiny_batch, tiny_config, tiny_model
 
 from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.errors import InputError
@@ -20,7 +20,6 @@ from rehyat_jax.planning.train_step import abstract_step
 from rehyat_jax.train import train as train_on
 from rehyat_jax.training import finetune
 from rehyat_jax.training.config import check_config
-from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.velocity import make_teacher
@@ -28,7 +27,7 @@ from rehyat_jax.weights import load_params, save_model
 from rehyat_jax.weights.identity import weights_identity
 from rehyat_jax.weights.load import open_checkpoint
 
-STUDENT = TINY.replace(hybrid_blocks=(0, 2), hybrid=HybridConfig(chunk_frames=2))
+STUDENT = TINY.replace(num_layers=2, hybrid_blocks="all", hybrid=HybridConfig(chunk_frames=2))
 NULL_TEXT = jnp.full((TINY.text_length, TINY.text_dim), 0.5)
 
 
@@ -46,9 +45,9 @@ def logged(workdir, name):
 @pytest.mark.parametrize("weight, scale, own", [(1.0, 1.0, False), (0.25, 3.0, True)])
 def test_loss_and_gradient_are_those_of_the_formula(weight, scale, own):
     model_def, params = tiny_model(STUDENT)
-    teacher_def, teacher_params = tiny_model(TINY)
+    teacher_def, teacher_params = tiny_model(TINY.replace(num_layers=2))
     shared = {name: tree for name, tree in params.items() if name != "feature_maps"}
-    teacher_params = jax.tree.map(lambda leaf: 1.1 * leaf, teacher_params) if own else shared
+    teacher_params = jax.tree.map(lambda leaf: np.float32(1.1) * np.asarray(leaf), teacher_params) if own else shared
     config = tiny_config("finetune", **{"velocity.guidance_scale": scale})
     batch, key = tiny_batch(), jax.random.key(3)
     context = {"null_text": NULL_TEXT} | ({"teacher": teacher_params} if own else {})
@@ -123,9 +122,7 @@ def test_a_converted_model_goes_on_and_a_stopped_run_resumes_bit_for_bit(tmp_pat
     config = velocity_config(tmp_path, str(distilled), **data)
     config.hybrid.blocks = None  # those of the model
     train(config, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricWriter, "write", interrupt_at(4, MetricWriter.write))
-        train(config, tmp_path / "stopped")
+    killed_after(3, tmp_path / "whole", tmp_path / "stopped")
     train(config, tmp_path / "stopped")
     whole, stopped = (load_params(tmp_path / name / "model")[1] for name in ("whole", "stopped"))
     jax.tree.map(np.testing.assert_array_equal, whole, stopped)
@@ -133,18 +130,26 @@ def test_a_converted_model_goes_on_and_a_stopped_run_resumes_bit_for_bit(tmp_pat
     assert logged(tmp_path / "whole", "excess_vs_teacher") == [None] * 6
 
 
-def test_all_parameters_learn_a_teacher_s_velocity_without_videos_on_any_mesh(tmp_path, teacher, trajectories):
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, teacher, trajectories):
+    """(configuration, directory) of a run of all parameters on the velocity of a teacher of its own, on one device."""
+    folder = tmp_path_factory.mktemp("learned")
     data = {"data.source": "prepared", "data.path": trajectories}
-    config = velocity_config(tmp_path, teacher, "finetune", **data)
+    config = velocity_config(folder, teacher, "finetune", **data)
     config.velocity.teacher, config.velocity.teacher_weight, config.velocity.guidance_scale = teacher, 1.0, 2.0
     config.optimizer.learning_rate = 1e-3
-    train(config, tmp_path / "one")
-    errors = logged(tmp_path / "one", "velocity_error")
+    train(config, folder / "run")
+    return config, folder / "run"
+
+
+def test_all_parameters_learn_a_teacher_s_velocity_without_videos_on_any_mesh(tmp_path, learned):
+    config, one = learned[0].copy_and_resolve_references(), learned[1]
+    errors = logged(one, "velocity_error")
     assert errors[-1] < errors[0]
     config.mesh.fsdp, config.mesh.context = 2, 2
     train(config, tmp_path / "many", 4)
     # The same float32 sums in another order.
-    np.testing.assert_allclose(logged(tmp_path / "many", "loss"), logged(tmp_path / "one", "loss"), rtol=1e-5)
+    np.testing.assert_allclose(logged(tmp_path / "many", "loss"), logged(one, "loss"), rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------- memory and cost
@@ -210,7 +215,7 @@ def test_a_teacher_that_does_not_fit_is_refused_by_name(tmp_path, teacher):
     assert not (tmp_path / "run" / "checkpoints" / "3").exists()
 
 
-def test_trajectories_of_another_teacher_are_refused(tmp_path, teacher):
+def test_trajectories_of_another_teacher_are_refused(tmp_path, teacher, learned):
     examples = [{"latents": np.zeros((8, 6, 6, 16)), "text": np.zeros((8, 64)), "timestep": np.float32(500)}] * 4
     examples = [{name: np.float32(value) for name, value in example.items()} for example in examples]
     own = weights_identity(open_checkpoint(teacher))
@@ -226,10 +231,7 @@ def test_trajectories_of_another_teacher_are_refused(tmp_path, teacher):
     student = train(config("own", own), tmp_path / "run")
     assert weights_identity(open_checkpoint(student)) == own
     # Finetuned weights are no longer the teacher's.
-    changes = {"init_from": str(student), "stage": "finetune", "data.path": "", "data.source": "digits"}
-    changed = config("again", own)
-    changed.update_from_flattened_dict(changes | {"hybrid.blocks": None})
-    assert weights_identity(open_checkpoint(train(changed, tmp_path / "finetuned"))) != own
+    assert weights_identity(open_checkpoint(learned[1] / "model")) != own
 
 
 def test_videos_are_needed_unless_only_a_teacher_is_learned(tmp_path, teacher, trajectories):
@@ -246,14 +248,16 @@ def test_a_model_without_feature_maps_has_nothing_to_train(tmp_path, teacher):
         train(config, tmp_path / "run")
 
 
-def test_another_teacher_in_a_resumed_run_is_told(tmp_path, teacher, capsys):
-    config = velocity_config(tmp_path, teacher, "finetune", steps=3)
-    config.velocity.teacher, config.velocity.teacher_weight = str(tmp_path / "copy"), 0.5
+def test_another_teacher_in_a_resumed_run_is_told(tmp_path, teacher, learned, capsys):
+    config, run = learned[0].copy_and_resolve_references(), tmp_path / "run"
+    shutil.copytree(learned[1], run, ignore=shutil.ignore_patterns("model"))
     shutil.copytree(teacher, tmp_path / "copy")
-    train(config, tmp_path / "run")
+    config.velocity.teacher = str(tmp_path / "copy")
+    train(config, run)
+    assert "files of config.velocity.teacher" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "copy")
     wan, params, names = load_params(teacher)
-    save_model(tmp_path / "copy", wan, jax.tree.map(lambda leaf: 1.1 * leaf, params), **names)
-    shutil.rmtree(tmp_path / "run" / "model")
-    train(config, tmp_path / "run")
+    save_model(tmp_path / "copy", wan, jax.tree.map(lambda leaf: np.float32(1.1) * leaf, params), **names)
+    shutil.rmtree(run / "model")
+    train(config, run)
     assert "files of config.velocity.teacher" in capsys.readouterr().out

@@ -103,6 +103,17 @@ def write_config(path, config):
     path.write_text("\n".join(lines))
 
 
+def killed_after(checkpoint, finished, workdir):
+    """A copy of a finished run, as a kill leaves it a step after one of its checkpoints."""
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("model", "adapter"))
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > checkpoint:
+            shutil.rmtree(path)
+    assert (workdir / "checkpoints" / str(checkpoint)).is_dir()
+    log = workdir / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[: checkpoint + 1]))
+
+
 def interrupt_at(last_step, write):
     def interrupted(self, step, *more):
         result = write(self, step, *more)

@@ -13,7 +13,7 @@ from rehyat_jax.recipes.definition import Recipe, Step
 
 
 def get_recipe():
-    by_chunk = {"noise_by_chunk": True, "teacher_forcing": True, "past_noise": 0.4}
+    by_chunk = {"noise_by_chunk": True, "teacher_forcing": True}
     causal_softmax = {"forms": ({"blocks": "all", "kind": "causal_softmax"},)}
     return Recipe(
         title="The demo's recipe",

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from rehyat_jax.data.pipeline import batches
 from rehyat_jax.demo.digits import CAPTIONS, DigitVideos
 from rehyat_jax.evaluation.on_batches import mean_over_batches, measure_attention, measure_velocity
+from rehyat_jax.generation.chunks import sample_by_chunk
 from rehyat_jax.generation.codecs import SpaceToDepth
-from rehyat_jax.generation.generate import generate
+from rehyat_jax.generation.generate import generate_latents
 from rehyat_jax.generation.noise import initial_noise
 from rehyat_jax.generation.text_encoders import WordVectors
 from rehyat_jax.models.wan.modeling import WanTransformer
@@ -23,7 +24,7 @@ from rehyat_jax.training import distill
 from rehyat_jax.training.setup import calibration_batch, initial_model, open_data
 from rehyat_jax.training.step import Batch
 from rehyat_jax.weights import read_model_metadata
-from rehyat_jax.weights.streamed import SAMPLING
+from rehyat_jax.weights.streamed import BY_CHUNK, NOISE_LEVELS, SAMPLING
 
 BATCH_SIZE = 16
 EVALUATION_SEED = 1000
@@ -35,6 +36,11 @@ SOLVER: dict[str, Any] = dict(steps=25, guidance_scale=3.0, flow_shift=5.0, samp
 def solver_of(checkpoint: str | Path) -> dict[str, Any]:
     """The options of samples of a model: those of its checkpoint if it is one of few steps, or `SOLVER`."""
     return SOLVER | read_model_metadata(checkpoint)[1].get(SAMPLING, {})
+
+
+def samples_by_chunk(checkpoint: Path) -> bool:
+    """Whether a model was trained for sampling chunk by chunk."""
+    return read_model_metadata(checkpoint)[1].get(NOISE_LEVELS) == BY_CHUNK
 
 
 def held_out_batches(count: int) -> list[tuple[Batch, jax.Array]]:
@@ -75,7 +81,7 @@ def velocity_error(
 
 
 def sample_captions(
-    model: WanTransformer, count: int, description: str, solver: dict[str, Any] = SOLVER
+    model: WanTransformer, count: int, description: str, solver: dict[str, Any] = SOLVER, *, by_chunk: bool = False
 ) -> tuple[np.ndarray, list[str]]:
     """Samples every caption equally often, half of the videos from each of two noise seeds.
 
@@ -84,6 +90,7 @@ def sample_captions(
       count: total number of videos, a multiple of 20.
       description: label of the progress bar.
       solver: options of `generate`.
+      by_chunk: whether every chunk is finished before the next one begins, see `sample_by_chunk`.
 
     Returns:
       (videos [count, 21, 24, 24, 3] in [0, 1], their captions).
@@ -94,7 +101,10 @@ def sample_captions(
     videos = []
     for start in tqdm(range(0, count, 2 * len(CAPTIONS)), desc=description, unit="batch"):
         part = slice(start, start + 2 * len(CAPTIONS))
-        videos.append(generate(model, SpaceToDepth(), WordVectors(), captions[part], noise[part], **solver))
+        text = WordVectors()(captions[part])
+        inputs = text, WordVectors()([""] * len(text)), noise[part]
+        latents = sample_by_chunk(model, *inputs, **solver) if by_chunk else generate_latents(model, *inputs, **solver)
+        videos.append(np.asarray(SpaceToDepth().decode(latents)))
     return np.concatenate(videos), captions
 
 

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.demo import measure as digits
 from rehyat_jax.demo.judge import Judge
 from rehyat_jax.errors import InputError
+from rehyat_jax.evaluation.consistency import chunk_changes, frame_changes
 from rehyat_jax.files.shown import shown
 from rehyat_jax.files.write import reported_write_errors, written_whole
 from rehyat_jax.models.wan.modeling import WanTransformer
@@ -45,10 +47,11 @@ class Metric:
 
 
 class Sampled(NamedTuple):
-    """The videos that are sampled: their number, and the options of the solver."""
+    """The videos that are sampled: their number, the options of the solver, and whether chunk by chunk."""
 
     videos: int
     solver: dict[str, Any]
+    by_chunk: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +100,13 @@ def _velocity_error(student: WanTransformer, teacher: WanTransformer, sampled: S
 
 def _samples(student: WanTransformer, teacher: WanTransformer, sampled: Sampled) -> dict[str, Any]:
     del teacher
-    videos = digits.sample_captions(student, sampled.videos, "sampling", sampled.solver)
-    return Judge.fit().score(*videos)._asdict()
+    count, solver, by_chunk = sampled
+    videos, captions = digits.sample_captions(student, count, "sampling", solver, by_chunk=by_chunk)
+    chunk_frames = max(student.config.block_forms.chunk_frames, HybridConfig.chunk_frames)
+    at, within = chunk_changes(videos.shape[1], 1, chunk_frames)
+    changes = frame_changes(videos).mean(0)
+    jump = float(changes[at].mean() / changes[within].mean())
+    return Judge.fit().score(videos, captions)._asdict() | {"chunk_jump": jump}
 
 
 MEASURES = {
@@ -117,6 +125,7 @@ MEASURES = {
             "frame_accuracy": Metric("frame accuracy", False),
             "digit_accuracy": Metric("digit accuracy", False),
             "motion_accuracy": Metric("motion accuracy", False),
+            "chunk_jump": Metric("change at boundaries / within chunks", True),
         },
         _samples,
         needs_student=False,
@@ -126,7 +135,8 @@ MEASURES = {
 
   attention_error: mean relative L1 error of each block's attention on the block's inputs in the softmax teacher.
   velocity_error: mean |v - v_teacher| / mean |v_teacher| of the complete model.
-  samples: videos of all captions, read by the digits' judge; see `rehyat_jax.demo.judge.Score`.
+  samples: videos of all captions, read by the digits' judge; see `rehyat_jax.demo.judge.Score`. Models without chunks
+    have the change where those of the default hybrid form would begin.
 """
 
 METRICS = {name: metric for measure in MEASURES.values() for name, metric in measure.metrics.items()}
@@ -147,9 +157,10 @@ def measure_model(model: Path, teacher: Path, measures: list[str], videos: int) 
     """
     student, softmax = load_wan(model), load_wan(teacher)
     values: dict[str, Any] = {}
+    sampled = Sampled(videos, digits.solver_of(model), digits.samples_by_chunk(model))
     for name in measures:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        values |= MEASURES[name].run(student, softmax, Sampled(videos, digits.solver_of(model)))
+        values |= MEASURES[name].run(student, softmax, sampled)
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise InputError(f"{model}: its {name} is {shown(value)}; look at the losses of its training run")

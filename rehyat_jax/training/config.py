@@ -116,11 +116,6 @@ def _check_noise(config: ml_collections.ConfigDict) -> None:
             f"config.teacher_forcing must be False in stage {config.stage!r} with config.noise_by_chunk = "
             f"{config.noise_by_chunk}: it is for chunks with their own noise levels, after those of a real video"
         )
-    if config.past_noise and not config.teacher_forcing:
-        raise InputError(
-            f"config.past_noise must be 0 with config.teacher_forcing = False, found {config.past_noise}: only then do "
-            f"chunks read others that have another noise level"
-        )
     if not config.noise_by_chunk:
         return
     if not stage.noises_by_chunk:

@@ -423,15 +423,8 @@ FIELDS = (
         False,
         Boolean(),
         REFUSED,
-        "With noise_by_chunk. True: every chunk learns after finished chunks of the real video, as it is sampled. "
+        "With noise_by_chunk. True: every chunk learns after clean chunks of the real video, as it is sampled later. "
         'False: after noisy ones (diffusion forcing). Stage "dmd" has neither: its chunks follow the student\'s own.',
-    ),
-    Field(
-        "past_noise",
-        0.0,
-        Real(0, 0.9),
-        CHANGED,
-        "With teacher_forcing: largest noise level of the finished chunks. Each video has a random one below it.",
     ),
     Field("caption_dropout", 0.1, Real(0, 1), CHANGED, "Share of the captions that are replaced by the empty caption."),
     Field("mesh.data", 1, _DEVICES, ROUNDED, "Devices along the batch, each with all parameters. -1 takes the rest."),

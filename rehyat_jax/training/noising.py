@@ -16,8 +16,7 @@ class NoisyBatch(NamedTuple):
 
     The timestep is [B], or [B, T] if chunks have their own. Frames at timestep 0 are clean then.
 
-    With teacher forcing, `past` has what later chunks read in place of the noisy latents: the finished video [B, ...],
-    and its timestep [B].
+    With teacher forcing, `past` has what later chunks read in place of the noisy latents: the clean ones.
     """
 
     latents: jax.Array
@@ -47,7 +46,7 @@ def noise_batch(
         and come with "timestep" [B], their noise level.
       null_text: [L, text_dim], the embedding of no caption; replaces a share `config.caption_dropout` of captions.
       key: random key.
-      config: flow_shift, timestep_sampling, caption_dropout, teacher_forcing and past_noise are read.
+      config: flow_shift, timestep_sampling, caption_dropout and teacher_forcing are read.
       chunk_frames: latent frames of the chunks that have their own noise levels, see `chunk_sigmas`; None for one level
         in all frames of a video.
     """
@@ -63,11 +62,8 @@ def noise_batch(
     if chunk_frames is None:
         sigma = draw(sigma_key, latents.shape[0])
     elif config.teacher_forcing:
-        level_key, sigma_key, past_key = jax.random.split(sigma_key, 3)
         sigma = chunk_sigmas(draw, sigma_key, latents.shape[:2], chunk_frames, some_clean=False)
-        level = config.past_noise * jax.random.uniform(level_key, latents.shape[:1])
-        finished = flow.add_noise(latents, jax.random.normal(past_key, latents.shape), level)
-        past = finished, flow.sigma_to_timestep(level)
+        past = (latents,)
     else:
         sigma = chunk_sigmas(draw, sigma_key, latents.shape[:2], chunk_frames)
     return NoisyBatch(

@@ -1,6 +1,6 @@
 """The transformer in training, over one chunk of a video after another, as it samples chunk by chunk.
 
-Every chunk reads the states of the chunks before it. These are finished: clean, or nearly so.
+Every chunk reads the states of the finished chunks before it.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def make_apply(config: ml_collections.ConfigDict) -> Callable[[nnx.GraphDef], Ca
 
 
 def apply_after_chunks(model_def: nnx.GraphDef) -> Callable[..., jax.Array]:
-    """Teacher forcing: every chunk of a video after the finished chunks before it, which are those of a real video.
+    """Teacher forcing: every chunk of a video after the clean chunks of the real video before it.
 
     Gradients pass through the states.
 
@@ -38,25 +38,16 @@ def apply_after_chunks(model_def: nnx.GraphDef) -> Callable[..., jax.Array]:
       model_def: graph definition of a transformer that is causal in every block.
 
     Returns:
-      (params, latents [B, T, H, W, C], timestep [B, T], text [B, L, text_dim], finished [B, T, H, W, C], their timestep
-      [B]) -> velocity [B, T, H, W, C]. Timesteps are equal within chunks.
+      (params, latents [B, T, H, W, C], timestep [B, T], text [B, L, text_dim], clean latents [B, T, H, W, C]) ->
+      velocity [B, T, H, W, C]. Timesteps are equal within chunks.
     """
 
-    def apply(
-        params: Any,
-        latents: jax.Array,
-        timestep: jax.Array,
-        text: jax.Array,
-        finished: jax.Array,
-        finished_timestep: jax.Array,
-    ) -> jax.Array:
+    def apply(params: Any, latents: jax.Array, timestep: jax.Array, text: jax.Array, clean: jax.Array) -> jax.Array:
         def read(velocity: Velocity, _: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-            noisy, timestep, finished = inputs
-            return velocity(noisy, timestep[:, 0]), finished
+            noisy, timestep, clean = inputs
+            return velocity(noisy, timestep[:, 0]), clean
 
-        inputs = (latents, timestep, finished)
-        how = dict(finished_timestep=finished_timestep, learn_states=True)
-        return over_chunks(model_def, params, text, inputs, read, **how)
+        return over_chunks(model_def, params, text, (latents, timestep, clean), read, learn_states=True)
 
     return apply
 
@@ -68,7 +59,6 @@ def over_chunks(
     inputs: Any,
     run: Callable[[Velocity, jax.Array, Any], tuple[Any, jax.Array]],
     *,
-    finished_timestep: jax.Array | float = 0.0,
     learn_states: bool = False,
 ) -> Any:
     """Runs a function on one chunk of a video after another.
@@ -79,7 +69,6 @@ def over_chunks(
       inputs: arrays [B, T, ...], the first one [B, T, H, W, C]; T need not be a whole number of chunks.
       run: (velocity of the chunk after the finished ones, number of the chunk int32 [], the chunk's frames of inputs)
         -> (results of the same frames, the finished chunk that later ones read).
-      finished_timestep: timestep of the finished chunks, [B] or the same for all videos; 0 if they are clean.
       learn_states: whether gradients pass through the states.
 
     Returns:
@@ -99,11 +88,10 @@ def over_chunks(
         return run(velocity, number, inputs)
 
     def write(states: Any, finished: jax.Array, positions: PartPositions) -> Any:
-        timestep = jnp.broadcast_to(jnp.asarray(finished_timestep, jnp.float32), batch)
         arguments = (params, states, finished)
         if not learn_states:
             arguments = jax.lax.stop_gradient(arguments)
-        return apply_part(model_def)(*arguments, timestep, text, positions)[1]
+        return apply_part(model_def)(*arguments, jnp.zeros(batch), text, positions)[1]
 
     # For gradients, the device holds what one chunk needs at a time.
     read_chunk, write_states = (jax.checkpoint(function, prevent_cse=False) for function in (chunk, write))
