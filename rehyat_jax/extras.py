@@ -11,9 +11,11 @@ from rehyat_jax.errors import InputError
 EXTRAS = {
     "diffusers": "torch",
     "libtpu": "tpu",
+    "pyarrow": "data",
     "shtab": "completion",
     "sklearn": "demo",
     "torch": "torch",
+    "webdataset": "data",
 }
 """Name of an optional package, as it is imported -> the extra of this project that installs it."""
 

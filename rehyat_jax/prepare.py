@@ -1,6 +1,6 @@
 """Prepares training examples: latents and text embeddings in ArrayRecord shards, for `data.source = "prepared"`.
 
-  python -m rehyat_jax.prepare SRC DST [options]                       a folder of videos and captions
+  python -m rehyat_jax.prepare SRC DST [options]                       videos and captions: files, tar shards, tables
   python -m rehyat_jax.prepare SRC DST --codec wan_vae --text-encoder umt5 --models DIR   for Wan, with its pipeline
   python -m rehyat_jax.prepare latents SRC DST [options]               examples that were encoded elsewhere
   python -m rehyat_jax.prepare teacher-trajectories MODEL DST [options]   inputs of a model while it samples
@@ -17,9 +17,13 @@ import sys
 from pathlib import Path
 
 from rehyat_jax.cli import CommandParser, report_input_errors
+from rehyat_jax.data.manifest import NULL_TEXT
+from rehyat_jax.errors import InputError
 from rehyat_jax.generation.hub import open_models
 from rehyat_jax.generation.options import SamplingOptions, number
 from rehyat_jax.preparation.latent_files import prepare_latent_files
+from rehyat_jax.preparation.latent_tables import LAYOUTS, LatentColumn, prepare_latent_table
+from rehyat_jax.preparation.tables import has_table
 from rehyat_jax.preparation.trajectories import prepare_trajectories
 from rehyat_jax.preparation.units import STORED, Hosts
 from rehyat_jax.preparation.videos import Size, prepare_videos
@@ -47,15 +51,17 @@ def make_parser(command: str = "") -> CommandParser:
     option = parser.add_argument
     default = " (default: %(default)s)"
     count = number(int, 1, 1_000_000)
-    source = {LATENTS: "folder of safetensors files", TRAJECTORIES: "model checkpoint, or PyTorch folder"}
-    option(
-        "source", metavar="MODEL" if command == TRAJECTORIES else "SRC", type=Path, help=source.get(command, "folder")
-    )
+    source = {
+        "": "folder of videos, of tar shards or of Parquet files, or a data set's folder",
+        LATENTS: "folder of safetensors files or of Parquet files, or a data set's folder",
+        TRAJECTORIES: "model checkpoint, or PyTorch folder",
+    }
+    option("source", metavar="MODEL" if command == TRAJECTORIES else "SRC", type=Path, help=source[command])
     option("destination", metavar="DST", type=Path, help="folder to fill")
     option("--store", choices=STORED, default="float32", help="dtype of stored latents and text" + default)
     option("--num-hosts", type=count, default=1, help="that share the work" + default)
     option("--host", type=number(int, 0, 1_000_000), default=0, help="which of them this is" + default)
-    units = {LATENTS: ("files", 256), TRAJECTORIES: ("trajectories", 16)}
+    units = {LATENTS: ("files or rows", 256), TRAJECTORIES: ("trajectories", 16)}
     what, size = units.get(command, ("videos", 64))
     option("--unit", type=count, default=size, help=f"{what} of a shard, done again if stopped within" + default)
     if command == TRAJECTORIES:
@@ -68,8 +74,14 @@ def make_parser(command: str = "") -> CommandParser:
     elif command == LATENTS:
         option("--codec", required=True, help="that made the latents; the model to be trained must name it too")
         option("--text-encoder", required=True, help="that made the text; the same holds")
-        models = "with the codec's weights, for the contact sheet: folder of Wan2.1, or its Hub name"
+        models = "with the weights for the contact sheet and for captions: folder of Wan2.1, or its Hub name"
         option("--models", metavar="PIPELINE", help=models)
+        normalised = "whether a table's latents are normalised as the codec does, which FastVideo's are not"
+        option("--normalised", choices=("yes", "no"), help=normalised)
+        option("--layout", choices=LAYOUTS, help="order of the axes of a table's latents (FastVideo's: CTHW)")
+        option("--latents", metavar="COLUMN", default="latents", help="of a table that is not FastVideo's" + default)
+        option("--caption", metavar="COLUMN", default="caption", help="of a table" + default)
+        option("--embed-captions", action="store_true", help="in place of the text embeddings of FastVideo's tables")
     else:
         option("--codec", default="space_to_depth", help="of the model to be trained, wan_vae for Wan" + default)
         option("--text-encoder", default="word_vectors", help="of the model to be trained, umt5 for Wan" + default)
@@ -89,6 +101,9 @@ def make_parser(command: str = "") -> CommandParser:
             default=[],
             help="of videos to make; each goes where it loses least (default: the codec's)",
         )
+        option("--video", metavar="COLUMN", default="video", help="of a table, with the videos' bytes" + default)
+        text = "column of a table, or field of JSON files in tar shards"
+        option("--caption", metavar="NAME", default="caption", help=text + default)
         option("--workers", type=count, default=min(16, os.cpu_count() or 1), help="videos decoded at a time" + default)
     return parser
 
@@ -103,6 +118,27 @@ def parse_arguments(argv: list[str]) -> tuple[str, argparse.Namespace]:
     return command, arguments
 
 
+def latent_column(arguments: argparse.Namespace) -> LatentColumn | None:
+    """The user's description of a table of latents; None for a folder of safetensors files. Raises InputError."""
+    source, normalised = arguments.source, arguments.normalised
+    files = source.glob("*.safetensors") if source.is_dir() else ()
+    if any(file.name != NULL_TEXT for file in files) or not has_table(source):
+        if normalised or arguments.layout or arguments.embed_captions:
+            raise InputError(
+                f"{source}: expected a table for --normalised, --layout and --embed-captions, found none; safetensors "
+                f"files have normalised latents [T, H, W, C]: leave the options out"
+            )
+        return None
+    if normalised is None:
+        raise InputError(
+            f"{source}: nothing in a table says whether its latents are normalised; give --normalised no for what "
+            f"FastVideo's text-to-video preprocessing stores, or what else is right"
+        )
+    return LatentColumn(
+        normalised == "yes", arguments.layout, arguments.latents, arguments.caption, arguments.embed_captions
+    )
+
+
 def run(command: str, arguments: argparse.Namespace) -> str:
     """Runs the chosen preparation; returns a message for the user. Raises InputError."""
     places = arguments.source, arguments.destination
@@ -113,11 +149,16 @@ def run(command: str, arguments: argparse.Namespace) -> str:
     names = dict(codec=arguments.codec, text_encoder=arguments.text_encoder)
     models = open_models(arguments.models).folder if arguments.models else None
     if command == LATENTS:
-        return prepare_latent_files(*places, **names, models=models, **common)
+        about = latent_column(arguments)
+        if about is None:
+            return prepare_latent_files(*places, **names, models=models, **common)
+        return prepare_latent_table(*places, about, **names, models=models, **common)
     return prepare_videos(
         *places,
         **names,
         models=models,
+        video=arguments.video,
+        caption=arguments.caption,
         sizes=arguments.size,
         compute_dtype=arguments.dtype,
         workers=arguments.workers,

@@ -188,6 +188,36 @@ COMMANDS = {
         ("new/dataset.json",),
         weight=0.3,
     ),
+    "prepare-shards": Command(
+        prepare.main,
+        (("tar_shards",), ("new",), ("--size", "5x8x8"), ("--caption", "caption"), ("--workers", "2")),
+        ("tar_shards",),
+        ("new/dataset.json",),
+    ),
+    "prepare-table": Command(
+        prepare.main,
+        (("table",), ("new",), ("--size", "5x8x8"), ("--video", "video"), ("--caption", "caption")),
+        ("table",),
+        ("new/dataset.json",),
+    ),
+    "latents-table": Command(
+        prepare.main,
+        (
+            *(("latents",), ("saved_table",), ("new",), ("--codec", "space_to_depth")),
+            *(("--text-encoder", "word_vectors"), ("--normalised", "yes"), ("--layout", "THWC")),
+        ),
+        ("saved_table",),
+        ("new/dataset.json",),
+    ),
+    "latents-fastvideo": Command(
+        prepare.main,
+        (
+            *(("latents",), ("fastvideo",), ("new",), ("--codec", "wan_vae")),
+            *(("--text-encoder", "umt5"), ("--normalised", "no"), ("--unit", "2")),
+        ),
+        ("fastvideo",),
+        ("new/dataset.json",),
+    ),
     "trajectories": Command(
         prepare.main,
         (("teacher-trajectories",), ("model",), ("new",), ("--prompts", "prompts.txt"), ("--keep", "1"), *SMALL_VIDEO),
@@ -263,8 +293,12 @@ def get_config():
 def make_inputs(folder: Path) -> None:
     """Valid inputs of all commands, made by the commands themselves."""
     sys.path.insert(0, str(Path(__file__).parent))
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from test_compare import make_run
     from test_pipeline import save_random_pipeline
+    from test_prepare_sources import fastvideo_row, write_fastvideo, write_shards
     from test_sample_cli import CONFIG as MODEL
     from test_sample_cli import save_random_model
     from test_study import record, write_record
@@ -290,6 +324,13 @@ def make_inputs(folder: Path) -> None:
         write_video(Path(f"videos/{number}.mp4"), np.random.default_rng(number).random((8, 16, 16, 3)))
     rows = [json.dumps({"file": f"{number}.mp4", "caption": f"number {number}"}) for number in range(4)]
     Path("videos/captions.jsonl").write_text("\n".join(rows))
+    videos = [Path(f"videos/{number}.mp4").read_bytes() for number in range(4)]
+    write_shards(Path("tar_shards"), [*videos, *videos[:2]])
+    Path("table").mkdir()
+    pq.write_table(pa.table({"video": videos, "caption": list("abcd")}), "table/0.parquet", row_group_size=2)
+    latents = np.random.default_rng(0).normal(size=(4, 2, 2, 2, 16)).tolist()
+    datasets.Dataset.from_dict({"latents": latents, "caption": list("abcd")}).save_to_disk("saved_table")
+    write_fastvideo(Path("fastvideo"), [fastvideo_row(number) for number in range(4)])
     assert convert.main(["to-torch", "model", "torch", "--layout", "diffusers"]) == 0
     assert prepare.main(["videos", "data", "--size", "5x8x8"]) == 0
     small = [text for option in SMALL_VIDEO for text in option]

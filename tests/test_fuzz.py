@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from absl import flags
 from fuzzing import EXAMPLES, JSON, SCALARS, damaged_bytes, damaged_json_text, fuzzed, only_input_errors
@@ -30,7 +33,10 @@ from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.plan import parse_arguments as plan_arguments
 from rehyat_jax.preparation.captions import read_captions
+from rehyat_jax.preparation.tables import Damaged, Table
+from rehyat_jax.preparation.tar_shards import TarShards
 from rehyat_jax.preparation.units import Hosts
+from rehyat_jax.preparation.video_sources import Rejected
 from rehyat_jax.preparation.videos import prepare_videos
 from rehyat_jax.sample import parse_arguments as sample_arguments
 from rehyat_jax.train import parse_arguments as train_arguments
@@ -202,6 +208,56 @@ def test_captions(folder, name, data):
     with only_input_errors(name):
         captions = read_captions(folder / name)
         assert all(isinstance(text, str) for pair in captions.items() for text in pair)
+
+
+@pytest.fixture(scope="module")
+def tables(folder) -> dict[str, bytes]:
+    """The same rows as Parquet and as Arrow's stream."""
+    latents = np.arange(96.0).reshape(6, 2, 2, 2, 2).tolist()
+    rows = pa.table({"video": [b"0123", b"45", None] * 2, "caption": list("abcdef"), "latents": latents})
+    pq.write_table(rows, folder / "seed.parquet", row_group_size=4)
+    with pa.OSFile(str(folder / "seed.arrow"), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows, 4)
+    return {name: (folder / f"seed{name}").read_bytes() for name in (".parquet", ".arrow")}
+
+
+@fuzzed
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@given(data=st.data())
+def test_tables(folder, tables, suffix, data):
+    file = folder / f"table{suffix}"
+    file.unlink(missing_ok=True)  # it may be mapped into memory
+    file.write_bytes(data.draw(damaged_bytes(tables[suffix])))
+    with only_input_errors(file.name):
+        table = Table(file, "caption")
+        for number in set(range(len(table.inputs))) - table.faults.keys():
+            with contextlib.suppress(Damaged):
+                row = table.row(number, table.schema.names)
+                assert all(len(str(value)) < 10_000 for value in row.values())
+
+
+def small_shard(name: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for suffix, content in {".mp4": b"a video", ".txt": b"a seven", ".json": b'{"caption": "a"}'}.items():
+            member = tarfile.TarInfo(name + suffix)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+SHARD = small_shard("key") + small_shard("n" * 200)
+
+
+@fuzzed
+@given(data=st.data())
+def test_shards(folder, data):
+    (folder / "a.tar").write_bytes(data.draw(damaged_bytes(SHARD)))
+    with only_input_errors("a.tar"):
+        found = TarShards(folder, [folder / "a.tar"], "caption")
+        for number in set(range(len(found.videos))) - found.faults.keys():
+            with contextlib.suppress(Rejected), found.file(number) as path:
+                assert path.stat().st_size == found.videos[number].size
 
 
 @pytest.fixture(scope="module")

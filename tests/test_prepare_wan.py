@@ -17,6 +17,7 @@ import torch
 from oracles import random_wan_vae
 from safetensors.numpy import save_file
 from test_prepare import contents
+from test_prepare_sources import fastvideo_row, write_fastvideo
 from test_umt5 import WIDTH, random_umt5, train_tokenizer
 from tiny_runs import tiny_config, tiny_model
 
@@ -181,6 +182,22 @@ def test_text_is_that_of_the_encoder(models, prepared):
         assert about["caption"] == CAPTIONS[about["name"]]
         np.testing.assert_array_equal(example["text"], encode([about["caption"]])[0])
     np.testing.assert_array_equal(PreparedExamples(prepared).null_text, encode([""])[0])
+
+
+def test_captions_of_a_table_of_latents_are_embedded_and_latents_normalised(models, prepared, tmp_path):
+    source = write_fastvideo(tmp_path / "source", [fastvideo_row(0, caption="a cat runs")], null_text=False)
+    command = ["latents", str(source), str(tmp_path / "data"), "--codec", "wan_vae", "--text-encoder", "umt5"]
+    options = ["--models", str(models), "--normalised", "no", "--embed-captions"]
+    assert main([*command, *options]) == 0
+    ((about, example),) = examples(tmp_path / "data")
+    expected = {found["caption"]: video["text"] for found, video in examples(prepared)}
+    np.testing.assert_array_equal(example["text"], expected[about["caption"]])
+    null_text = PreparedExamples(tmp_path / "data").null_text
+    np.testing.assert_array_equal(null_text, PreparedExamples(prepared).null_text)
+    config = json.loads((models / "vae/config.json").read_text())
+    stored = np.moveaxis(np.frombuffer(fastvideo_row(0)["vae_latent_bytes"], np.float32).reshape(16, 2, 4, 6), 0, -1)
+    normalised = (stored - np.float32(config["latents_mean"])) / np.float32(config["latents_std"])
+    np.testing.assert_array_equal(example["latents"], normalised)
 
 
 def test_summary_names_captions_that_were_cut_and_rejected_videos(prepared):

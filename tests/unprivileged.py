@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import webdataset
 from test_compare import make_run
 from test_sample_cli import arguments as sampling
 from test_sample_cli import save_random_model
@@ -143,6 +146,28 @@ def test_a_video_that_may_not_be_read_is_read_later(tmp_path, refused, capsys):
         refused(prepare.main, command, "data")
     assert prepare.main([str(argument) for argument in command]) == 0
     assert "3 examples" in capsys.readouterr().out
+
+
+def test_shards_and_tables_that_may_not_be_read_are_read_later(tmp_path, refused):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_video(source / "0.mp4", np.zeros((4, 8, 8, 3)))
+    video = (source / "0.mp4").read_bytes()
+    (source / "0.mp4").unlink()
+    for name, write in {
+        "0.parquet": lambda file: pq.write_table(pa.table({"video": [video], "caption": ["a"]}), file),
+        "0.tar": lambda file: write_shard(file, video),
+    }.items():
+        write(source / name)
+        command = [source / name, tmp_path / f"data of {name}", "--size", "4x8x8"]
+        with mode(source / name, 0):
+            refused(prepare.main, command, name)
+        assert prepare.main([str(argument) for argument in command]) == 0
+
+
+def write_shard(file: Path, video: bytes) -> None:
+    with webdataset.TarWriter(str(file)) as writer:
+        writer.write({"__key__": "0", "mp4": video, "txt": "a"})
 
 
 def test_comparisons_and_studies_that_may_not_read_or_write_say_where(tmp_path, refused):

@@ -30,10 +30,10 @@ from rehyat_jax.models.umt5.config import UMT5_PRESETS, UMT5Config
 from rehyat_jax.models.wan_vae.config import WanVaeConfig
 from rehyat_jax.models.wan_vae.flops import encode_flops
 from rehyat_jax.preparation.caption_embeddings import CaptionEmbeddings, open_caption_encoder
-from rehyat_jax.preparation.captions import captioned_videos
 from rehyat_jax.preparation.clips import ClipReader, read_best_clip
 from rehyat_jax.preparation.units import Hosts
 from rehyat_jax.preparation.video_encoder import VaeEncoder
+from rehyat_jax.preparation.video_sources import VideoFolder
 from rehyat_jax.preparation.videos import prepare_videos
 from rehyat_jax.weights.models import spec_of
 from rehyat_jax.weights.streamed import StreamedArray, StreamedModel
@@ -105,19 +105,17 @@ def measured(folder: Path, count: int, workers: int) -> Iterator[tuple[str, int,
     source.mkdir()
     write_models(models)
     write_videos(source, count)
-    videos = captioned_videos(source)
+    videos = VideoFolder(source)
 
     encoder = VaeEncoder("wan_vae", models, "float32")
-    with ClipReader(
-        lambda n: read_best_clip(source, videos[n], [SIZE], 16), range(count), workers=workers, waiting=1
-    ) as clips:
+    with ClipReader(lambda n: read_best_clip(videos, n, [SIZE], 16), range(count), workers=workers, waiting=1) as clips:
         yield "decoding the videos", count, seconds(lambda: [clips.take(n) for n in range(count)])
     batch = np.zeros((encoder.rows, *SIZE, 3), np.uint8)
     np.asarray(encoder(batch))  # compiles
     batches = -(-count // encoder.rows)
     yield "the VAE", batches * encoder.rows, seconds(lambda: [np.asarray(encoder(batch)) for _ in range(batches)])
 
-    texts = list(dict.fromkeys(str(video.caption) for video in videos))
+    texts = list(dict.fromkeys(str(video.caption) for video in videos.videos))
     embeddings = CaptionEmbeddings(folder / "text", open_caption_encoder("umt5", models), np.dtype(np.float32))
     yield "umT5, loaded and compiled, different captions", len(texts), seconds(lambda: embeddings.compute(texts))
 

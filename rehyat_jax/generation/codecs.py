@@ -65,6 +65,10 @@ class WanVaeLatents:
             )
         return (frames - 1) // 4 + 1, height // 8, width // 8, 16
 
+    def video_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Frames, height and width of the video that latents of this size encode."""
+        return 4 * (frames - 1) + 1, 8 * height, 8 * width
+
 
 class SpaceToDepth:
     """The demo's lossless codec for grey videos: every 4x4 block of pixels becomes one latent pixel of 16 channels.
@@ -109,6 +113,10 @@ class SpaceToDepth:
             )
         return frames, height // self.block, width // self.block, self.block**2
 
+    def video_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Frames, height and width of the video that latents of this size encode."""
+        return frames, self.block * height, self.block * width
+
 
 LATENT_SIZES: dict[str, SpaceToDepth | WanVaeLatents] = {"space_to_depth": SpaceToDepth(), "wan_vae": WanVaeLatents()}
-"""`fps`, the defaults and `latent_shape` (see `Codec`), by the codec's name."""
+"""`fps`, the defaults, `latent_shape` (see `Codec`) and its inverse `video_size`, by the codec's name."""

@@ -29,8 +29,8 @@ from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.generation.tokenizer import MAX_TOKENS
 from rehyat_jax.generation.umt5 import find_text_encoder, sharding_mesh
 from rehyat_jax.parallel.memory import check_device_memory, device_bytes
-from rehyat_jax.preparation.clips import Rejected
 from rehyat_jax.preparation.units import TEXT, NotNow
+from rehyat_jax.preparation.video_sources import Rejected
 from rehyat_jax.weights.load import checkpoint_files
 from rehyat_jax.weights.models import TEXT_ENCODERS
 from rehyat_jax.weights.safetensors_file import StoredTensor, read_header, read_tensor

@@ -3,22 +3,16 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from rehyat_jax.files.shown import is_text
 from rehyat_jax.files.video import UnreadableVideo, frame_size, read_clip
-from rehyat_jax.preparation.captions import Captioned
 from rehyat_jax.preparation.units import NotNow
+from rehyat_jax.preparation.video_sources import Rejected, VideoSource, checked
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video."""
-
-
-class Rejected(Exception):
-    """A video gives no example; the arguments are (reason, detail)."""
 
 
 class ClipReader:
@@ -72,7 +66,7 @@ class ClipReader:
             self._later.popleft()
 
 
-def read_best_clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: int) -> np.ndarray:
+def read_best_clip(source: VideoSource, number: int, sizes: Sequence[Size], fps: int) -> np.ndarray:
     """The start of a video, in the size that loses least; see `prepare_videos`.
 
     Returns:
@@ -82,31 +76,26 @@ def read_best_clip(folder: Path, video: Captioned, sizes: Sequence[Size], fps: i
       Rejected: the video gives no example.
       OSError: this machine cannot read it now.
     """
-    if video.size is None:
-        raise Rejected("no such video", "it has a caption")
-    if not is_text(video.name):
-        raise Rejected("name refused", "expected a name in UTF-8; rename the file")
-    if video.caption is None:
-        raise Rejected("no caption")
-    if not is_text(video.caption):
-        raise Rejected("caption refused", "expected Unicode text, found half of a surrogate pair; correct the caption")
-    path = folder / video.name
-    try:
-        height, width = frame_size(path)
-        fitting = sorted(
-            (size for size in sizes if size[1] <= height and size[2] <= width),
-            key=lambda size: _kept(height / size[1], width / size[2]),
-            reverse=True,
-        )
-        if not fitting:
-            smallest = min(sizes, key=lambda size: size[1] * size[2])
-            raise Rejected("too small", f"{height}x{width}, expected at least {smallest[1]}x{smallest[2]}")
-        for frames, height, width in fitting:
-            clip = read_clip(path, fps=fps, frames=frames, height=height, width=width)
-            if len(clip) == frames:
-                return clip
-    except UnreadableVideo as error:
-        raise Rejected("unreadable", str(error).removeprefix(f"{path}: ")) from error
+    checked(source.videos[number], source.faults.get(number))
+    with source.file(number) as path:
+        try:
+            height, width = frame_size(path)
+            fitting = sorted(
+                (size for size in sizes if size[1] <= height and size[2] <= width),
+                key=lambda size: _kept(height / size[1], width / size[2]),
+                reverse=True,
+            )
+            if not fitting:
+                smallest = min(sizes, key=lambda size: size[1] * size[2])
+                raise Rejected("too small", f"{height}x{width}, expected at least {smallest[1]}x{smallest[2]}")
+            for frames, height, width in fitting:
+                clip = read_clip(path, fps=fps, frames=frames, height=height, width=width)
+                if len(clip) == frames:
+                    return clip
+        except UnreadableVideo as error:
+            # ffmpeg may repeat the path, which is another one each time if the video was copied out of a shard.
+            reason = str(error).removeprefix(f"{path}: ").replace(str(path), "the video")
+            raise Rejected("unreadable", reason) from error
     raise Rejected("too short", f"{len(clip)} frames at {fps} a second, expected at least {min(fitting)[0]}")
 
 

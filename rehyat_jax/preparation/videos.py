@@ -9,15 +9,20 @@ import numpy as np
 from tqdm import tqdm
 
 from rehyat_jax.data.records import CorruptRecord
+from rehyat_jax.errors import InputError
 from rehyat_jax.files.shown import is_text
-from rehyat_jax.files.video import find_ffmpeg
+from rehyat_jax.files.video import SUFFIXES, find_ffmpeg
 from rehyat_jax.generation.codecs import Array
 from rehyat_jax.parallel.memory import check_host_memory
 from rehyat_jax.preparation.caption_embeddings import CaptionEmbeddings, open_caption_encoder
-from rehyat_jax.preparation.captions import Captioned, captioned_videos
-from rehyat_jax.preparation.clips import ClipReader, Rejected, Size, read_best_clip
+from rehyat_jax.preparation.captions import Captioned
+from rehyat_jax.preparation.clips import ClipReader, Size, read_best_clip
+from rehyat_jax.preparation.tables import has_table
+from rehyat_jax.preparation.tar_shards import TarShards, find_shards
 from rehyat_jax.preparation.units import STORED, Hosts, Plan, UnitWriter, prepare
 from rehyat_jax.preparation.video_encoder import VideoEncoder, latent_sizes, open_video_encoder
+from rehyat_jax.preparation.video_sources import Rejected, VideoFolder, VideoSource
+from rehyat_jax.preparation.video_tables import VideoTable
 
 
 def prepare_videos(
@@ -27,6 +32,8 @@ def prepare_videos(
     codec: str,
     text_encoder: str,
     models: Path | None,
+    video: str = "video",
+    caption: str = "caption",
     sizes: Sequence[Size],
     compute_dtype: str,
     dtype: str,
@@ -34,7 +41,7 @@ def prepare_videos(
     workers: int,
     hosts: Hosts,
 ) -> str:
-    """Fills `destination` with the videos of a folder; see `captioned_videos` and `prepare`.
+    """Fills `destination` with the videos of a folder, of shards or of a table; see `open_video_source` and `prepare`.
 
     A video becomes one example: its start, at the codec's frame rate, scaled and cropped to one of `sizes`. The video
     must be long and large enough for that size. Among such sizes it is the one that crops least, then the longest, then
@@ -46,6 +53,7 @@ def prepare_videos(
     Args:
       codec, text_encoder: their names.
       models: path of their weights, for those that have some; see `rehyat_jax.generation.opening`.
+      video, caption: see `open_video_source`.
       sizes: sizes of the clips; by default the size for which the codec's models were made.
       compute_dtype: dtype in which a VAE computes.
       dtype: a key of STORED.
@@ -63,12 +71,14 @@ def prepare_videos(
     sizes = sorted(set(sizes or [about.default_size]), reverse=True)
     for size in sizes:
         about.latent_shape(*size)
-    videos = captioned_videos(source)
+    opened = open_video_source(source, video=video, caption=caption)
+    videos = opened.videos
     encoder, caption_encoder = (
         open_video_encoder(codec, models, compute_dtype),
         open_caption_encoder(text_encoder, models),
     )
-    options = {"sizes": sizes, "fps": about.fps, "dtype": dtype, **encoder.options, **caption_encoder.options}
+    options = {"sizes": sizes, "fps": about.fps, "dtype": dtype, **opened.options}
+    options |= {**encoder.options, **caption_encoder.options}
     plan = Plan("examples", codec, text_encoder, options, videos, unit)
     embeddings = CaptionEmbeddings(destination, caption_encoder, STORED[dtype])
 
@@ -86,7 +96,7 @@ def prepare_videos(
                 "choose fewer workers or smaller videos",
             )
             embeddings.compute([videos[n].caption for n in numbers if _is_embedded(videos[n])])
-            decode = lambda number: read_best_clip(source, videos[number], sizes, about.fps)
+            decode = lambda number: read_best_clip(opened, number, sizes, about.fps)
             reader = stack.enter_context(ClipReader(decode, numbers, workers=workers, waiting=encoder.rows))
 
         def fill(writer: UnitWriter, numbers: range, progress: tqdm) -> None:
@@ -104,6 +114,32 @@ def prepare_videos(
         return prepare(
             destination, plan, fill, embeddings.null_text, hosts, item="video", begin=begin, codec=encoder.codec
         )
+
+
+def open_video_source(source: Path, *, video: str, caption: str) -> VideoSource:
+    """The videos of a path.
+
+    Args:
+      source: a folder with videos, or else with tar shards, or else with a table; or one shard or table file.
+      video: column of a table with the videos.
+      caption: column of a table, or field of the JSON files in shards, with the captions.
+
+    Raises:
+      InputError: the path has none of these, or a list of captions or a schema is wrong; or an optional package is
+        missing.
+    """
+    if source.is_dir() and any(path.suffix.lower() in SUFFIXES and path.is_file() for path in source.rglob("*")):
+        return VideoFolder(source)
+    if shards := find_shards(source):
+        return TarShards(source, shards, caption)
+    if has_table(source):
+        return VideoTable(source, video, caption)
+    if not source.is_dir():
+        raise InputError(
+            f"{source}: expected a folder of videos, tar shards, Parquet or Arrow files, or one of the last three, "
+            f"found none; check the path"
+        )
+    return VideoFolder(source)
 
 
 def _is_embedded(video: Captioned) -> bool:
