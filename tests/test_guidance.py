@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import TINY, digits_config, tiny_batch, tiny_config, tiny_model
+from tiny_runs import TINY, digits_config, pretrained, tiny_batch, tiny_config, tiny_model
 
 from rehyat_jax.attention.features.config import FeatureMapConfig
 from rehyat_jax.attention.forms.hybrid import HybridConfig
@@ -18,6 +18,7 @@ from rehyat_jax.training.config import check_config
 from rehyat_jax.training.noising import noise_batch
 from rehyat_jax.training.stages import STAGES
 from rehyat_jax.training.velocity import make_teacher
+from rehyat_jax.weights import load_wan, save_model
 from rehyat_jax.weights.load import read_model_metadata
 
 STUDENT = TINY.replace(
@@ -53,9 +54,11 @@ def test_the_target_by_chunk_is_the_guided_velocity_of_the_initial_model_in_nois
 
 
 def test_a_student_by_chunk_starts_at_its_own_velocity_and_keeps_its_solver(tmp_path):
-    changes = {"hybrid.blocks": "all", "hybrid.feature_map.features": 16, "steps": 3, "batch_size": 2}
-    config = digits_config(tmp_path, "finetune", noise_by_chunk=True, teacher_forcing=True, **changes)
-    by_chunk = train(config, tmp_path / "by_chunk", jax.devices()[:1])
+    form = HybridConfig(feature_map=FeatureMapConfig(features=16))
+    wan = load_wan(pretrained(tmp_path, num_layers=1)).config.replace(hybrid_blocks="all", hybrid=form)
+    parts = {"codec": "space_to_depth", "text_encoder": "word_vectors", "noise_by_chunk": True}
+    by_chunk = tmp_path / "by_chunk"
+    save_model(by_chunk, wan, tiny_model(wan)[1], **parts)
     changes = {"noise_by_chunk": True, "teacher_forcing": True, "steps": 3, "log_every": 1}
     changes |= {"few_step.steps": 7, "velocity.guidance_scale": 2.0}
     config = digits_config(tmp_path, "guidance", init_from=str(by_chunk), **changes)

@@ -18,7 +18,7 @@ from rehyat_jax.training.over_chunks import make_apply
 from rehyat_jax.training.stages import STAGES
 
 FORM = HybridConfig(chunk_frames=2, overlap_frames=1, feature_map=FeatureMapConfig(features=16), linear_window=True)
-STUDENT = TINY.replace(num_layers=2, hybrid_blocks="all", hybrid=FORM)
+STUDENT = TINY.replace(num_layers=1, hybrid_blocks="all", hybrid=FORM)
 NULL_TEXT = jnp.full((TINY.text_length, TINY.text_dim), 0.5)
 FORCED = {"noise_by_chunk": True, "teacher_forcing": True}
 
