@@ -169,8 +169,8 @@ def initial_model(config: ml_collections.ConfigDict, *, with_values: bool = True
         checkpoint = open_checkpoint(config.init_from)
         if SAMPLING in checkpoint.metadata:
             raise InputError(
-                f"config.init_from: {config.init_from} is a model of few steps, which knows the noise levels of its "
-                f"steps alone; give the model that it was made from"
+                f"config.init_from: {config.init_from} is a model of few steps, which has learned guidance and "
+                f"perhaps only the noise levels of its steps; give the model that it was made from"
             )
         if STAGES[config.stage].few_steps and config.noise_by_chunk and NOISE_LEVELS not in checkpoint.metadata:
             raise InputError(
