@@ -81,7 +81,7 @@ def test_its_teacher_costs_two_forward_passes_of_the_student():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r'guidance_scale must be above 1 in stage "guidance", found 1.0'),
+        ({}, r"guidance_scale must be above 1 in stage 'guidance', found 1.0"),
         (
             {"velocity.guidance_scale": 3.0, "noise_by_chunk": True, "velocity.teacher": "softmax"},
             r"velocity.teacher must be empty with .*noise_by_chunk = True in stage 'guidance', found 'softmax'",
@@ -94,5 +94,8 @@ def test_configurations_that_make_no_sense_are_refused(changes, message):
 
 
 def test_trajectories_have_no_levels_by_chunk():
-    kinds = lambda **changes: STAGES["guidance"].data_kinds(tiny_config("guidance", **changes))
-    assert kinds() == ("examples", "trajectories") and kinds(noise_by_chunk=True) == ("examples",)
+    kinds = lambda stage, **changes: STAGES[stage].data_kinds(tiny_config(stage, **changes))
+    assert kinds("guidance") == ("examples", "trajectories")
+    assert kinds("guidance", noise_by_chunk=True) == ("examples",)
+    # It only reads how large they are.
+    assert kinds("dmd", noise_by_chunk=True) == ("examples", "trajectories")

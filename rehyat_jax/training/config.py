@@ -73,9 +73,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"config.init_from is empty; stage {config.stage!r} starts from a model: give its path")
     _check_lora(config)
     _check_noise(config)
-    if config.stage == "guidance" and config.velocity.guidance_scale <= 1:
+    if stage.learns_guidance and config.velocity.guidance_scale <= 1:
         raise InputError(
-            f'config.velocity.guidance_scale must be above 1 in stage "guidance", found '
+            f"config.velocity.guidance_scale must be above 1 in stage {config.stage!r}, found "
             f"{config.velocity.guidance_scale}: it is the guidance that the student learns"
         )
     if stage.teacher_weight(config) and not stage.freezes(config) and not stage.teacher_path(config):
@@ -111,7 +111,7 @@ def _check_lora(config: ml_collections.ConfigDict) -> None:
 
 def _check_noise(config: ml_collections.ConfigDict) -> None:
     stage = STAGES[config.stage]
-    if config.teacher_forcing and (not config.noise_by_chunk or stage.sampler == "renoise"):
+    if config.teacher_forcing and (not config.noise_by_chunk or stage.own_videos):
         raise InputError(
             f"config.teacher_forcing must be False in stage {config.stage!r} with config.noise_by_chunk = "
             f"{config.noise_by_chunk}: it is for chunks with their own noise levels, after those of a real video"
@@ -125,13 +125,13 @@ def _check_noise(config: ml_collections.ConfigDict) -> None:
             f"config.stage is {config.stage!r}, which learns from a softmax model that knows one level for all frames; "
             f"set it to False, or choose another stage"
         )
-    if config.mesh.context != 1 and (stage.sampler == "renoise" or config.teacher_forcing):
+    if config.mesh.context != 1 and (stage.own_videos or config.teacher_forcing):
         raise InputError(
             f"config.mesh.context must be 1 with config.noise_by_chunk = True in stage {config.stage!r}"
             f"{' and with config.teacher_forcing = True' * config.teacher_forcing}, found {config.mesh.context}: one "
             f"chunk comes after another; shard along the other axes"
         )
-    if stage.sampler == "renoise":
+    if stage.own_videos:
         return  # scores judge complete videos, with one level
     if stage.own_teacher:
         if config.velocity.teacher:

@@ -44,6 +44,8 @@ class Stage:
       own_teacher: whether the teacher, without `velocity.teacher`, is the initial model in its own forms. With LoRA,
         its feature maps are then frozen too.
       sampler: the sampler of the result, if that is a model of few steps without guidance, `config.few_step`.
+      learns_guidance: whether the teacher's velocity must be one after guidance, `velocity.guidance_scale`.
+      own_videos: whether it learns from videos that the student makes. Of the data's latents it reads only the size.
     """
 
     make_update: Callable[[nnx.GraphDef, ml_collections.ConfigDict, optax.GradientTransformation], UpdateFn]
@@ -61,6 +63,8 @@ class Stage:
     teacher_weight: Callable[[ml_collections.ConfigDict], float] = lambda config: 0.0
     own_teacher: bool = False
     sampler: Sampler | None = None
+    learns_guidance: bool = False
+    own_videos: bool = False
 
     @property
     def few_steps(self) -> bool:
@@ -72,7 +76,8 @@ class Stage:
 
         Trajectories hold no clean latents, and have one noise level in all frames.
         """
-        needs_clean = not self.converts and (self.teacher_weight(config) < 1 or config.noise_by_chunk)
+        by_chunk = config.noise_by_chunk and not self.own_videos
+        needs_clean = not self.converts and (self.teacher_weight(config) < 1 or by_chunk)
         return ("examples",) if needs_clean else ("examples", "trajectories")
 
     def teacher_path(self, config: ml_collections.ConfigDict) -> str:
@@ -255,6 +260,7 @@ STAGES = {
         teacher_weight=lambda config: 1.0,
         own_teacher=True,
         sampler="unipc",
+        learns_guidance=True,
     ),
     "consistency": Stage(
         _update_to_few_steps(consistency.make_update),
@@ -272,6 +278,7 @@ STAGES = {
         start=dmd.start,
         noises_by_chunk=True,
         result=dmd.GENERATOR,
+        own_videos=True,
         teacher_weight=lambda config: 1.0,
         own_teacher=True,
         sampler="renoise",
