@@ -1,4 +1,4 @@
-"""What makes chunks join smoothly when a student finishes one before the next: what it reads, or how it is trained?
+"""Why do chunks jump where they meet: because of the frames that they read, or of how they were trained?
 
     python -m rehyat_jax.study configs/studies/by_chunk.py
 
