@@ -11,7 +11,7 @@ print("orbax" in sys.modules)
 import rehyat_jax.evaluate, rehyat_jax.plan, rehyat_jax.prepare, rehyat_jax.sample
 print([name for name in ("grain", "matplotlib.figure", "torch", "transformers") if name in sys.modules])
 import rehyat_jax.train
-ours = tuple("rehyat_jax.attention." + name for name in ("tpu", "hybrid.tpu", "hybrid.gpu", "softmax.splash"))
+ours = tuple("rehyat_jax.attention." + name for name in ("tpu", "hybrid.tpu", "hybrid.gpu", "softmax.tpu"))
 print([name for name in sys.modules if name.startswith((*ours, "jax.experimental.pallas"))])
 """
 

@@ -31,7 +31,7 @@ from tpu_topologies import compiled_for_tpu
 from rehyat_jax.attention import FeatureMap, FeatureMapConfig, hybrid_attention, interpreted_tpu
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
 from rehyat_jax.attention.hybrid.tpu import backward, forward, states, tiling
-from rehyat_jax.attention.tpu import kernel_call
+from rehyat_jax.attention.tpu import kernel_call, score_tiles
 from rehyat_jax.benchmarks import tpu_cases
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
@@ -84,7 +84,7 @@ def test_blocks_and_tiles_of_every_size_equal_the_reference(form, blocks, simula
     monkeypatch.setattr(
         tiling.Tiling, "choose", lambda *args, **kwargs: dataclasses.replace(choose(*args, **kwargs), **blocks)
     )
-    monkeypatch.setattr(forward, "_STRETCH", 256)
+    monkeypatch.setattr(forward, "STRETCH", 256)
     for module in (forward, states, backward):
         monkeypatch.setattr(module, "FEATURE_ROWS", 128)
     found = found_results(form, make_arrays(*form[:2], **INPUTS))
@@ -158,7 +158,7 @@ def test_scores_at_and_beyond_the_bound_of_the_fixed_shift_are_right(compiled_on
     """All scores of the second chunk and its overlap are the bound times `exponent`, positive or negative."""
     form, stabilizer, attend = compiled_once
     query, key, value, phi_query, phi_key = make_arrays(*form[:2], **INPUTS)
-    exponent *= forward.FIXED_SHIFT_LIMIT
+    exponent *= score_tiles.FIXED_SHIFT_LIMIT
     direction = np.zeros(64, np.float32)
     direction[0] = np.sqrt(exponent * FROM_EXPONENT)
     # A thousandth of what they are besides, which the bound has to count too.
@@ -176,7 +176,7 @@ def test_fixed_shift_and_running_maximum_agree_to_rounding(stabilizer, monkeypat
     arrays = make_arrays(*form[:2], **INPUTS)
     results = {}
     for limit in (0.0, 1e9):
-        monkeypatch.setattr(forward, "FIXED_SHIFT_LIMIT", limit)
+        monkeypatch.setattr(score_tiles, "FIXED_SHIFT_LIMIT", limit)
         results[limit] = found_results(form, arrays, stabilizer)
     assert_close(results[0.0], results[1e9], TPU_F32)
     assert any((results[0.0][name] != results[1e9][name]).any() for name in results[0.0])  # two ways indeed
@@ -187,7 +187,7 @@ def test_only_chunks_that_see_large_tokens_need_a_running_maximum():
     geometry = ChunkGeometry(*form)
     blocks = tiling.Tiling.choose(geometry, head_dim=64, source_width=64, dtype=jnp.float32)
     small, large = np.ones((1, 1, 7), np.float32), np.ones((1, 1, 7), np.float32)
-    large[..., 3] = (forward.FIXED_SHIFT_LIMIT * FROM_EXPONENT) ** 2 * 1.01
+    large[..., 3] = (score_tiles.FIXED_SHIFT_LIMIT * FROM_EXPONENT) ** 2 * 1.01
     needs = lambda query, key: forward.needs_running_maximum(query, key, 64, blocks, continues=False)[0, 0].tolist()
     assert needs(small, small) == [0, 0, 0, 0]
     assert needs(large, small) == [0, 1, 0, 0]  # frame 3 is in chunk 1

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
-from rehyat_jax.attention import softmax_attention
-from rehyat_jax.attention.softmax import splash
-from rehyat_jax.attention.softmax.heads_first import heads_first, tokens_first
+from rehyat_jax.attention import interpreted_tpu, softmax_attention
+from rehyat_jax.attention.softmax.tpu import blocks
+from rehyat_jax.attention.softmax.tpu.blocks import Blocks
 from rehyat_jax.models.wan.config import WAN_PRESETS
 
 pytestmark = pytest.mark.usefixtures("programs_compiled_once")
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("programs_compiled_once")
 # Rounding of sums of some thousands of terms; 16-bit queries, weights and outputs are each rounded by up to 2^-9.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
-interpreted = functools.partial(splash.splash_attention, interpret=True)
 xla = functools.partial(softmax_attention, implementation="xla")
+kernels = functools.partial(softmax_attention, implementation="pallas_tpu")
 
 
 def random_arrays(queries, keys, *, heads=1, head_dim=64, batch=1, dtype="float32"):
@@ -32,8 +32,9 @@ def random_arrays(queries, keys, *, heads=1, head_dim=64, batch=1, dtype="float3
 
 def output_and_gradients(attend, query, key, value, cotangent):
     # A function of its own, or jit would remember what an equal one did before a constant was changed.
-    output, pullback = jax.vjp(jax.jit(lambda *arrays: attend(*arrays)), query, key, value)
-    return dict(zip(("output", "query", "key", "value"), (output, *pullback(cotangent)), strict=True))
+    with interpreted_tpu():
+        output, pullback = jax.vjp(jax.jit(lambda *arrays: attend(*arrays)), query, key, value)
+        return dict(zip(("output", "query", "key", "value"), (output, *pullback(cotangent)), strict=True))
 
 
 def of_pytorch(*arrays):
@@ -55,29 +56,30 @@ def assert_equal_to_pytorch(attend, arrays):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("attend", [xla, interpreted], ids=["xla", "splash"])
+@pytest.mark.parametrize("attend", [xla, kernels], ids=["xla", "pallas_tpu"])
 def test_every_implementation_equals_pytorch(attend, dtype):
     assert_equal_to_pytorch(attend, random_arrays(70, 150, heads=3, head_dim=128, batch=2, dtype=dtype))
 
 
-@pytest.mark.parametrize("most_copies", [0, splash._MOST_DQ_COPIES_BYTES], ids=["two passes back", "one pass back"])
-@pytest.mark.parametrize("queries, keys", [(1100, 1100), (256, 512), (130, 2048), (1024, 129)])
-def test_splash_equals_pytorch_at_one_or_several_blocks_padded_or_not(queries, keys, most_copies, monkeypatch):
-    monkeypatch.setattr(splash, "_MOST_DQ_COPIES_BYTES", most_copies)
-    assert_equal_to_pytorch(interpreted, random_arrays(queries, keys))
+# One block of queries and keys, or several; complete blocks of keys or a shorter last one; and queries that are padded.
+@pytest.mark.parametrize("queries, keys", [(1100, 1100), (256, 512), (130, 2100), (1024, 129)])
+def test_the_kernels_equal_pytorch_at_any_number_of_blocks(queries, keys):
+    assert_equal_to_pytorch(kernels, random_arrays(queries, keys))
 
 
-@pytest.mark.parametrize("count, length", [(130, 384), (256, 256), (1000, 2048)])
-def test_heads_come_first_and_go_back_with_their_gradients(count, length):
-    tokens = random_arrays(count, 1, heads=3, head_dim=128, batch=2, dtype="bfloat16")[0]
-    expected = jnp.pad(jnp.swapaxes(tokens, 1, 2).reshape(6, count, 128), ((0, 0), (0, length - count), (0, 0)))
-    found, back = jax.vjp(lambda tokens: heads_first(tokens, length, interpret=True), tokens)
-    np.testing.assert_array_equal(found, expected)
-    cotangent = jax.random.normal(jax.random.key(0), found.shape, jnp.bfloat16)
-    returned, forth = jax.vjp(lambda by_head: tokens_first(by_head, 2, count, interpret=True), cotangent)
-    np.testing.assert_array_equal(back(cotangent)[0], returned)
-    np.testing.assert_array_equal(returned, jnp.swapaxes(cotangent[:, :count].reshape(2, 3, count, 128), 1, 2))
-    np.testing.assert_array_equal(forth(tokens)[0], expected)
+def test_gradients_that_do_not_fit_into_vmem_are_summed_group_by_group(monkeypatch):
+    monkeypatch.setattr(blocks, "_UNKNOWN_VMEM", 20 * 2**20)
+    # The interpreter cannot alias an array whose last block is shorter.
+    assert Blocks.choose(4096, 1280, head_dim=64, dtype=jnp.float32).group == 2048
+    assert_equal_to_pytorch(kernels, random_arrays(4096, 1280))
+
+
+@pytest.mark.parametrize("queries", [16 * 1560, 21 * 1560, 21 * 3600, 81 * 1560, 161 * 3600])
+def test_blocks_of_queries_divide_wans_videos(queries):
+    chosen = Blocks.choose(queries, queries, head_dim=128, dtype=jnp.bfloat16)
+    for block in (chosen.forward_queries, chosen.backward_queries):
+        assert queries % block == 0
+        assert -(-block // 128) * 128 / block < 1.05  # the share of lanes in use
 
 
 def test_padded_keys_weigh_nothing_where_all_scores_are_low():
@@ -85,7 +87,9 @@ def test_padded_keys_weigh_nothing_where_all_scores_are_low():
     arrays = (query + 30, key - 30, value, cotangent)  # scores of about -7000, where a padded key would have 0
     expected = of_pytorch(*arrays)["output"]
     # float32 scores of 7000 are off by up to 5e-4 each, and so are the weights.
-    np.testing.assert_allclose(interpreted(*arrays[:3]), expected, atol=5e-3)
+    with interpreted_tpu():
+        found = kernels(*arrays[:3])
+    np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
 def test_the_default_for_long_sequences_differentiates_through_a_scan_with_remat():
@@ -118,43 +122,55 @@ def compiled_gradient(topology, queries, keys):
     return compiled_for_tpu(topology, gradients, *arrays, quickly=True)
 
 
-def count_kernels(compiled):
-    """Of attention; the others take heads before tokens and back."""
+def kernel_names(compiled):
+    """The names of a program's kernels."""
     calls = re.findall(r'%([\w.\-]+) = .*custom_call_target="tpu_custom_call"', compiled.as_text())
-    return sum("heads_first" not in name and "tokens_first" not in name for name in calls)
+    names = ("softmax_attend", "softmax_backward", "token_dots")
+    return sorted(next(name for name in names if name in call) for call in calls)
 
 
-# Attention to the text is the same kernels with shorter blocks of keys, so the chip with the least VMEM stands for all.
+# The kernels of a long video take the most VMEM, of which v5p has the least. Short ones have less code to compile.
 @pytest.mark.parametrize(
-    "topology, keys",
-    [*((topology, 21 * TOKENS_PER_FRAME) for topology in TOPOLOGIES), ("v5e:2x2", WAN.text_length)],
-    ids=[*TOPOLOGIES, "text"],
+    "topology, queries, keys",
+    [
+        ("v5p:2x2x1", 21 * TOKENS_PER_FRAME, 21 * TOKENS_PER_FRAME),
+        ("v5p:2x2x1", 21 * TOKENS_PER_FRAME, WAN.text_length),
+        *((topology, 1024, 1000) for topology in TOPOLOGIES),
+    ],
 )
-def test_on_tpus_wan_attention_is_a_forward_and_a_backward_kernel_and_no_branch(topology, keys):
-    compiled = compiled_gradient(topology, 21 * TOKENS_PER_FRAME, keys)
-    assert count_kernels(compiled) == 2
+def test_on_tpus_wan_attention_is_a_forward_and_a_backward_kernel_and_no_branch(topology, queries, keys):
+    compiled = compiled_gradient(topology, queries, keys)
+    # Norms of queries and keys, and one number a query for the backward pass.
+    assert kernel_names(compiled) == ["softmax_attend", "softmax_backward", *["token_dots"] * 3]
     assert " conditional(" not in compiled.as_text()
-    # 2.2 GiB, most of it copies of the queries' gradient. The scores would be 48 GiB.
-    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * 2**30
+    # The scores would be 48 GiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * 2**30
 
 
-def test_on_tpus_memory_grows_linearly_once_videos_are_long():
-    compiled = compiled_gradient("v5e:2x2", 41 * TOKENS_PER_FRAME, 41 * TOKENS_PER_FRAME)
-    assert count_kernels(compiled) == 3  # the backward pass in two, without copies: those would be 6 GiB
-    tokens = 4 * 41 * TOKENS_PER_FRAME * WAN.width * 2
-    assert compiled.memory_analysis().temp_size_in_bytes < 3 * tokens
+def test_on_tpus_gradients_that_do_not_fit_into_vmem_take_a_kernel_for_each_group_of_queries(monkeypatch):
+    monkeypatch.setattr(blocks, "_vmem_bytes", lambda: 24 * 2**20)
+    compiled = compiled_gradient("v5e:2x2", 8192, 1000)
+    assert kernel_names(compiled) == ["softmax_attend", *["softmax_backward"] * 2, *["token_dots"] * 3]
 
 
 def test_on_tpus_short_sequences_are_left_to_xla():
-    assert count_kernels(compiled_gradient("v5e:2x2", 300, 300)) == 0
+    assert not kernel_names(compiled_gradient("v5e:2x2", 300, 300))
 
 
 @pytest.mark.parametrize(
     "implementation, arguments, message",
     [
-        ("flash", {}, r"implementation must be one of .*'splash'.* or None, found 'flash'"),
-        ("splash", {"dtype": "float16"}, r'dtype bfloat16 or float32 for "splash", found float16; "xla" takes it'),
-        ("splash", {"head_dim": 32}, r'head_dim must be one of \(64, 128\) for "splash", found 32; "xla" takes any'),
+        ("flash", {}, r"implementation must be one of .*'pallas_tpu'.* or None, found 'flash'"),
+        (
+            "pallas_tpu",
+            {"dtype": "float16"},
+            r'dtype bfloat16 or float32 for "pallas_tpu", found float16; "xla" takes it',
+        ),
+        (
+            "pallas_tpu",
+            {"head_dim": 32},
+            r'one of \(64, 128\) for "pallas_tpu", found 32; "xla" takes any',
+        ),
         ("cudnn", {}, r'dtype bfloat16 or float16 for "cudnn", found float32; "xla" takes it'),
         ("cudnn", {"dtype": "float16", "head_dim": 36}, r'multiple of 8 up to 128 for "cudnn", found 36; "xla" takes'),
         ("cudnn", {"dtype": "float16"}, r'"cudnn" needs an NVIDIA GPU, this program is made for cpu; use "xla"'),

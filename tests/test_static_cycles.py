@@ -204,11 +204,13 @@ def test_command_line_writes_rows(tmp_path, capsys):
         ("forward", "splash"),
         ("backward", "splash_fused"),
         ("backward", "splash_unfused"),
+        ("forward", "softmax"),
+        ("backward", "softmax"),
         ("forward", "xla"),
         ("backward", "xla"),
         ("phi_backward", "xla"),
     ]
-    forward, fused, unfused, hybrid, backward, phi_backward = rows
+    forward, fused, unfused, _, _, hybrid, backward, phi_backward = rows
     assert {(row["topology"], row["preset"], row["frames"]) for row in rows} == {("v5e:2x2", "tiny", 3)}
     assert forward["ratio_to_splash"] == 1
     assert forward["cycles"] == forward["kernel_cycles"] + forward["xla_cycles"]
@@ -221,11 +223,10 @@ def test_command_line_writes_rows(tmp_path, capsys):
 
 
 def test_softmax_as_a_form_takes_at_least_the_cycles_of_its_products():
-    """Its kernel reads from a mask which blocks to skip; none of full attention is."""
-    shape = dict(heads=1, head_dim=128, frames=21, tokens_per_frame=384)
+    shape = dict(heads=1, head_dim=128, frames=8, tokens_per_frame=128)
     case = tpu_static.Case("v5e:2x2", "", "softmax", "form", shape | {"name": "softmax", "direction": "forward"})
-    (result,) = tpu_static.costs(case)
-    assert result.cost.cycles > 4 * (21 * 384) ** 2 * 128 / 131_072  # FLOP a cycle
+    fixed_shift, running_maximum = (result.cost.cycles for result in tpu_static.costs(case))
+    assert running_maximum > fixed_shift > 4 * (8 * 128) ** 2 * 128 / 131_072  # FLOP a cycle
 
 
 def test_a_clip_of_the_vae_is_told_with_what_its_products_need():

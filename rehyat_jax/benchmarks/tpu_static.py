@@ -2,8 +2,8 @@
 
 Compiles the layer for the TPU ahead of time, and computes its cost from the compiler's listings
 (docs/static_cycles.md). Compares hybrid attention (3 frames a chunk, 1 of overlap, with feature maps, bfloat16) with
-full softmax attention by JAX's splash kernels. Cycles are issue cycles without stalls: they show ratios and
-bottlenecks, not seconds.
+full softmax attention, by JAX's splash kernels and by this package's. Cycles are issue cycles without stalls: they
+show ratios and bottlenecks, not seconds.
 """
 
 import argparse
@@ -134,8 +134,11 @@ def groups(arguments: argparse.Namespace) -> Iterator[list[Case]]:
             (name, {"implementation": name, "direction": direction})
             for name, direction in itertools.product(arguments.implementations, DIRECTIONS)
         ]
-        yield [Case(topology, preset, name, "full_softmax", shape | keywords) for name, keywords in splash] + [
-            Case(topology, preset, name, "hybrid", shape | keywords) for name, keywords in hybrid
+        softmax = [{"name": "softmax", "direction": direction} for direction in ("forward", "backward")]
+        yield [
+            *(Case(topology, preset, name, "full_softmax", shape | keywords) for name, keywords in splash),
+            *(Case(topology, preset, "softmax", "form", shape | keywords) for keywords in softmax),
+            *(Case(topology, preset, name, "hybrid", shape | keywords) for name, keywords in hybrid),
         ]
 
 

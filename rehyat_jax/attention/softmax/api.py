@@ -6,9 +6,9 @@ import jax
 
 from rehyat_jax.attention.platform import target_platform
 
-IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "cudnn")
 
-SPLASH_DTYPES, SPLASH_HEAD_DIMS = ("bfloat16", "float32"), (64, 128)
+TPU_DTYPES, TPU_HEAD_DIMS = ("bfloat16", "float32"), (64, 128)
 
 # With fewer queries or keys than this, the scores are small enough to be stored.
 _SHORTEST_FUSED = 512
@@ -24,7 +24,7 @@ def softmax_attention(
       key, value: [batch, keys, heads, head_dim].
       implementation: one of
         - "xla" (any platform): stores all scores; from 512 queries and keys on it recomputes them for the gradient;
-        - "splash" (TPUs; bfloat16 or float32, head_dim 64 or 128): stores no scores;
+        - "pallas_tpu" (TPUs; bfloat16 or float32, head_dim 64 or 128): stores no scores;
         - "cudnn" (NVIDIA GPUs from Ampere on; bfloat16 or float16, head_dim a multiple of 8 up to 128): stores none;
         - None: the best that these arrays allow on the platform that the program is compiled for (`target_platform`).
         Only "xla" supports forward mode (`jax.jvp`).
@@ -45,7 +45,7 @@ def softmax_attention(
 def _default_implementation(query: jax.Array, key: jax.Array) -> str:
     if min(query.shape[1], key.shape[1]) < _SHORTEST_FUSED:
         return "xla"
-    fused = {"tpu": "splash", "gpu": "cudnn"}.get(target_platform(), "xla")
+    fused = {"tpu": "pallas_tpu", "gpu": "cudnn"}.get(target_platform(), "xla")
     return "xla" if _problem(fused, query) else fused
 
 
@@ -60,14 +60,14 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
-def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _pallas_tpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     # TPU kernels are imported where they are used.
-    from rehyat_jax.attention.softmax.splash import splash_attention
+    from rehyat_jax.attention.softmax.tpu.op import attention
 
-    return splash_attention(query, key, value)
+    return attention(query, key, value)
 
 
-_FORMS = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
+_FORMS = {"xla": _xla, "pallas_tpu": _pallas_tpu, "cudnn": _cudnn}
 
 
 def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array):
@@ -88,11 +88,11 @@ def _problem(implementation: str, query: jax.Array) -> str | None:
     dtype, head_dim = query.dtype.name, query.shape[-1]
     if implementation not in IMPLEMENTATIONS:
         return f"implementation must be one of {IMPLEMENTATIONS} or None, found {implementation!r}"
-    if implementation == "splash":
-        if dtype not in SPLASH_DTYPES:
-            return f'query must be of dtype {" or ".join(SPLASH_DTYPES)} for "splash", found {dtype}; "xla" takes it'
-        if head_dim not in SPLASH_HEAD_DIMS:
-            return f'head_dim must be one of {SPLASH_HEAD_DIMS} for "splash", found {head_dim}; "xla" takes any'
+    if implementation == "pallas_tpu":
+        if dtype not in TPU_DTYPES:
+            return f'query must be of dtype {" or ".join(TPU_DTYPES)} for "pallas_tpu", found {dtype}; "xla" takes it'
+        if head_dim not in TPU_HEAD_DIMS:
+            return f'head_dim must be one of {TPU_HEAD_DIMS} for "pallas_tpu", found {head_dim}; "xla" takes any'
     if implementation == "cudnn":
         if dtype not in ("bfloat16", "float16"):
             return f'query must be of dtype bfloat16 or float16 for "cudnn", found {dtype}; "xla" takes it'

@@ -7,10 +7,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.flat_tokens import flat, with_heads
 
 LANES = 128
+
+FEATURE_ROWS = 768
+"""Rows of queries, keys and features in one stretch of code that involves no scores."""
 
 # Contractions of two matrices: over the columns of both (a b^T), as usual (a b), and over the rows of both (a^T b).
 NT = (((1,), (1,)), ((), ()))
@@ -73,6 +77,19 @@ def unview(view: jax.Array, heads: int) -> jax.Array:
     if view.ndim == 3:
         return with_heads(view, heads)
     return jnp.moveaxis(view, 1, 2)
+
+
+def block_unit(dtype: jnp.dtype, lengths: list[int]) -> int:
+    """The number of tokens of which every block is a multiple, for arrays of these lengths in tokens.
+
+    It is 8, the height of a vector register. But a block must be whole tiles of its array, and from TPU v7 on, XLA
+    stores a 16-bit array in tiles of 16 rows if its length is a multiple of 16.
+    """
+    try:
+        rows = pltpu.get_tpu_info().get_sublane_tiling(dtype)
+    except ValueError:  # interpreted, on another platform
+        rows = 8
+    return rows if any(length % rows == 0 for length in lengths) else 8
 
 
 def for_tiles(length: int, width: int, unroll: int, body: Callable[[list[tuple[int | jax.Array, int]]], None]) -> None:

@@ -24,7 +24,6 @@ def call_kernel(
     parallel: int,
     aliases: dict[str, str] | None = None,
     vmem_bytes: int | None = None,
-    interpret: bool = False,
 ) -> dict[str, jax.Array]:
     """Runs `kernel(inputs, outputs, scratch)`, three dictionaries of references, over a grid.
 
@@ -35,7 +34,6 @@ def call_kernel(
       parallel: number of leading grid axes that carry nothing from step to step; the others run in order.
       aliases: output name -> name of the input whose memory it reuses; blocks that are never written keep their values.
       vmem_bytes: VMEM that the kernel may use, if more than the compiler's limit for kernels.
-      interpret: interpret the kernel, on any platform and slowly.
 
     Returns: name -> array or tuple of arrays, as `outputs`.
     """
@@ -57,7 +55,6 @@ def call_kernel(
             vmem_limit_bytes=vmem_bytes,
         ),
         name=name,
-        interpret=interpret,
     )
     # Mosaic has only one product of 16-bit matrices, which is exact anyway.
     is_short = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arrays))

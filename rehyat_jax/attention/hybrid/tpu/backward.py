@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.features.inline import InlineFeatures
-from rehyat_jax.attention.hybrid.tpu.forward import is_in_window, query_gain_rows, score_scale, window_block
+from rehyat_jax.attention.hybrid.tpu.forward import is_in_window, query_gain_rows, window_block
 from rehyat_jax.attention.hybrid.tpu.gain import column, gain_gradient, gain_of_rows
 from rehyat_jax.attention.hybrid.tpu.states import has_linear_keys, state_rows
-from rehyat_jax.attention.hybrid.tpu.tiling import FEATURE_ROWS, Tiling, is_key
-from rehyat_jax.attention.tpu.blocks import NN, NT, TN, HeadBlocks, dot, for_tiles
+from rehyat_jax.attention.hybrid.tpu.tiling import Tiling, is_key
+from rehyat_jax.attention.tpu.blocks import FEATURE_ROWS, NN, TN, HeadBlocks, dot, for_tiles
 from rehyat_jax.attention.tpu.kernel_call import (
     call_kernel,
     new_rows,
@@ -34,12 +34,11 @@ from rehyat_jax.attention.tpu.kernel_call import (
     token_blocks,
     weight_gradients,
 )
+from rehyat_jax.attention.tpu.score_tiles import GRADIENT_COLUMNS, add_gradients, score_scale
 
 # The cap of 1 / denominator. Where nothing linear was added, the gradient is zero times it, so products with it must
 # stay finite.
 _LARGEST_EXPONENT = 92.0
-# Columns (queries) of a score tile.
-_COLUMNS = 512
 
 
 def readout_backward(
@@ -275,7 +274,7 @@ def _window_part_backward(
 
         @pl.when(is_query_block & is_key_block)
         def _():
-            for_tiles(rows, _COLUMNS, rows // _COLUMNS or 1, add)
+            for_tiles(rows, GRADIENT_COLUMNS, rows // GRADIENT_COLUMNS or 1, add)
 
         # A step out of range gets its neighbour's blocks again, and must not change them.
         @pl.when((query_step == query_steps - 1) & (key_block < num_key_blocks))
@@ -329,33 +328,13 @@ def _window_part_backward(
 
 
 def _add_tiles(inputs, gradients, key_block, first_row, tiling: Tiling, scale: float, tiles) -> None:
-    """Adds the gradients of the scores between a block of keys and tiles of a block of queries.
-
-    Args:
-      inputs: the kernel's "query", "cotangent", "log_sum_exp", "delta", "key" and "value".
-      gradients: float32 references: of queries, of which the block's begin at `first_row`, of the keys and the values.
-      key_block: number of the block of keys among all.
-      scale: see `score_scale`.
-      tiles: (start, size) of the tiles, in queries of the block.
-    """
-    d_query, d_key, d_value = gradients
-    key, value = inputs["key"], inputs["value"]
-    for start, size in tiles:
-        columns = pl.ds(start, size)
-        tile_query, cotangent = inputs["query"][columns, :], inputs["cotangent"][columns, :]
-        tile_log_sum_exp, tile_delta = inputs["log_sum_exp"][:, columns], inputs["delta"][:, columns]
-        d_rows = pl.ds(pl.multiple_of(first_row + start, 8), size)
-        for low, high in tiling.key_tiles():
-            part_key, part_value = key[low:high, :], value[low:high, :]
-            weights = jnp.exp2(dot(part_key, tile_query, NT) * scale - tile_log_sum_exp)
-            if tiling.is_padded:
-                part = jax.lax.rem(key_block, tiling.key_blocks_per_frame)
-                weights = jnp.where(is_key(part, low, high - low, tiling), weights, 0)
-            d_value[low:high, :] += dot(weights.astype(cotangent.dtype), cotangent, NN)
-            d_scores = weights * (dot(part_value, cotangent, NT) - tile_delta)
-            d_scores = d_scores.astype(tile_query.dtype)
-            d_key[low:high, :] += dot(d_scores, tile_query, NN)
-            d_query[d_rows, :] += dot(d_scores, part_key, TN)
+    """`add_gradients` of the kernel's inputs. `key_block` is the number of the block of keys among all."""
+    valid = None
+    if tiling.is_padded:
+        part = jax.lax.rem(key_block, tiling.key_blocks_per_frame)
+        valid = lambda low, high: is_key(part, low, high - low, tiling)
+    operands = (inputs[name] for name in ("query", "cotangent", "log_sum_exp", "delta", "key", "value"))
+    add_gradients(*operands, gradients, tiles, tiling.key_tiles(), first_row=first_row, scale=scale, valid=valid)
 
 
 def _anchor_backward(
@@ -386,7 +365,7 @@ def _anchor_backward(
         @pl.when(block < inputs["anchors"][jax.lax.div(query_block, blocks_per_chunk)] * parts)
         def _():
             add = functools.partial(_add_tiles, inputs, (d_query, d_key, d_value), block, 0, tiling, scale)
-            for_tiles(rows, _COLUMNS, rows // _COLUMNS or 1, add)
+            for_tiles(rows, GRADIENT_COLUMNS, rows // GRADIENT_COLUMNS or 1, add)
 
         outputs["d_query"][...] = (d_query[...] * score_gradient).astype(outputs["d_query"].dtype)
 

@@ -1,11 +1,6 @@
-"""The kernel that attends to the softmax window and to the state of the keys outside it.
-
-Score tiles are transposed, [keys, queries]. A statistic of queries (maximum, sum, log-sum-exp) is then a row that fills
-complete registers, and reductions over keys are elementwise. Exponents are in base 2.
-"""
+"""The kernel that attends to the softmax window and to the state of the keys outside it."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -17,8 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from rehyat_jax.attention.features.inline import InlineFeatures
 from rehyat_jax.attention.hybrid.tpu.gain import gain_rows
 from rehyat_jax.attention.hybrid.tpu.states import has_linear_keys
-from rehyat_jax.attention.hybrid.tpu.tiling import FEATURE_ROWS, Tiling, is_key
-from rehyat_jax.attention.tpu.blocks import NT, TN, HeadBlocks, dot, for_tiles
+from rehyat_jax.attention.hybrid.tpu.tiling import Tiling, is_key
+from rehyat_jax.attention.tpu.blocks import FEATURE_ROWS, NT, HeadBlocks, dot, for_tiles
 from rehyat_jax.attention.tpu.kernel_call import (
     call_kernel,
     new_rows,
@@ -28,28 +23,16 @@ from rehyat_jax.attention.tpu.kernel_call import (
     state_block,
     token_blocks,
 )
+from rehyat_jax.attention.tpu.score_tiles import add_keys, clear_sums, fits_fixed_shift, new_sums, score_scale
 
-# A finite stand-in for minus infinity: differences of two such scores are zero, not NaN.
-_LOWEST = -1e30
-# The largest scores, in base 2, that are exponentiated without a shift: 2**90 times a million keys and values of 2**16
-# stays below 2**127, and 2**-90 is a normal number.
-FIXED_SHIFT_LIMIT = 90.0
-# Tiles whose scores are issued before the maximum of the current tile; columns in one stretch of code.
-_LOOK_AHEAD = 3
-_STRETCH = 1536
-
-
-def score_scale(head_dim: int) -> float:
-    """The factor from q.k to the exponent of 2."""
-    return 1 / (math.sqrt(head_dim) * math.log(2))
+# Columns in one stretch of code.
+STRETCH = 1536
 
 
 def needs_running_maximum(
     query_squares: jax.Array, key_squares: jax.Array, head_dim: int, tiling: Tiling, *, continues: bool
 ) -> jax.Array:
     """1 where a chunk's scores may be too large to be exponentiated without a shift, int32 [batch, heads, chunks].
-
-    Scores are bounded by |q||k| (Cauchy and Schwarz).
 
     Args:
       query_squares: largest squared norm of every frame's queries, [batch, heads, frames].
@@ -69,10 +52,9 @@ def needs_running_maximum(
     )
     largest = lambda squares, frames: jnp.where(frames, squares[:, :, None], 0).max(axis=-1)
     query_frames = in_chunk[:, -query_squares.shape[2] :]
-    bound = score_scale(head_dim) * jnp.sqrt(
-        largest(query_squares, query_frames) * largest(key_squares, in_chunk | in_overlap | is_anchor)
-    )
-    return jnp.where(bound <= FIXED_SHIFT_LIMIT, 0, 1).astype(jnp.int32)
+    key_frames = in_chunk | in_overlap | is_anchor
+    fits = fits_fixed_shift(largest(query_squares, query_frames), largest(key_squares, key_frames), head_dim)
+    return jnp.where(fits, 0, 1).astype(jnp.int32)
 
 
 def attend(
@@ -135,49 +117,19 @@ def attend(
             if len(rows) == 1:
                 rows = {tiling.query_block: True}
             for length, is_length in rows.items():
-                run = functools.partial(for_tiles, length, width, _STRETCH // width, body)
+                run = functools.partial(for_tiles, length, width, STRETCH // width, body)
                 pl.when(condition & is_length)(run)
 
         @pl.when(step == 0)
         def _():
-            maximum[...] = jnp.full_like(maximum, _LOWEST)
-            total[...] = jnp.zeros_like(total)
-            sums[...] = jnp.zeros_like(sums)
-            if row_max is not None:
-                row_max[...] = jnp.full_like(row_max, _LOWEST)
+            clear_sums(scratch)
 
-        def scores(tile, part):
-            (start, size), (low, high) = tile, part
-            tile_scores = dot(key[low:high, :], query[pl.ds(start, size), :], NT)
-            if tiling.is_padded:
-                valid = is_key(jax.lax.rem(key_block, parts), low, high - low, tiling)
-                tile_scores = jnp.where(valid, tile_scores, _LOWEST)
-            return tile_scores
+        valid = None
+        if tiling.is_padded:
+            valid = lambda low, high: is_key(jax.lax.rem(key_block, parts), low, high - low, tiling)
 
         def add_window(tiles, *, running: bool):
-            work = [(tile, part) for tile in tiles for part in tiling.key_tiles()]
-            look_ahead = _LOOK_AHEAD if running else 1
-            ahead = [scores(*item) for item in work[:look_ahead]]
-            for n, (tile, (low, high)) in enumerate(work):
-                tile_scores = ahead.pop(0)
-                if n + look_ahead < len(work):
-                    ahead.append(scores(*work[n + look_ahead]))
-                columns = pl.ds(*tile)
-                tile_total, tile_sums = total[:, columns], sums[:, columns]
-                if running or row_max is not None:
-                    tile_max = tile_scores.max(axis=0, keepdims=True)
-                if row_max is not None:
-                    row_max[:, columns] = jnp.maximum(row_max[:, columns], tile_max)
-                if running:
-                    before = maximum[:, columns]
-                    after = jnp.maximum(before, tile_max)
-                    shrink = jnp.exp2((before - after) * scale)
-                    tile_total, tile_sums = tile_total * shrink, tile_sums * shrink
-                    maximum[:, columns] = after
-                    tile_scores = tile_scores - after
-                weights = jnp.exp2(tile_scores * scale)
-                total[:, columns] = tile_total + weights.sum(axis=0, keepdims=True)
-                sums[:, columns] = tile_sums + dot(value[low:high, :], weights.astype(value.dtype), TN)
+            add_keys(query, key, value, scratch, tiles, tiling.key_tiles(), scale=scale, running=running, valid=valid)
 
         is_key_block = (key_block >= 0) & (key_block < num_key_blocks)
         if missing_frames is not None:
@@ -271,12 +223,7 @@ def attend(
         },
         {"output": (output.shape, output.spec(tiling.query_block, queries)), "log_sum_exp": row}
         | ({"stabilizer": row} if is_row_max else {}),
-        {
-            "maximum": pltpu.VMEM((1, tiling.query_block), jnp.float32),
-            "total": pltpu.VMEM((1, tiling.query_block), jnp.float32),
-            "sums": pltpu.VMEM((head_dim, tiling.query_block), jnp.float32),
-        }
-        | ({"row_max": pltpu.VMEM((1, tiling.query_block), jnp.float32)} if is_row_max else {}),
+        new_sums(head_dim, tiling.query_block, row_max=is_row_max),
         parallel=3,
     )
     return output.unview(results["output"]), results["log_sum_exp"], results.get("stabilizer")

@@ -37,9 +37,9 @@ from rehyat_jax.attention.hybrid.tpu.states import (
     first_chunk_with_past,
 )
 from rehyat_jax.attention.hybrid.tpu.tiling import Tiling
-from rehyat_jax.attention.hybrid.tpu.token_dots import token_dots
 from rehyat_jax.attention.residuals import kept
 from rehyat_jax.attention.tpu.blocks import HeadBlocks, unview
+from rehyat_jax.attention.tpu.token_dots import token_dots
 
 
 def run(request: Request) -> tuple[jax.Array, HybridState | None]:

@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.features.inline import InlineFeatures
 from rehyat_jax.attention.hybrid.tpu.gain import column, gain_gradient, gain_of_rows, gain_rows, multiplied
-from rehyat_jax.attention.hybrid.tpu.tiling import FEATURE_ROWS, Tiling, is_key
-from rehyat_jax.attention.tpu.blocks import LANES, NN, NT, TN, HeadBlocks, dot, for_tiles
+from rehyat_jax.attention.hybrid.tpu.tiling import Tiling, is_key
+from rehyat_jax.attention.tpu.blocks import FEATURE_ROWS, LANES, NN, NT, TN, HeadBlocks, dot, for_tiles
 from rehyat_jax.attention.tpu.kernel_call import (
     call_kernel,
     new_rows,

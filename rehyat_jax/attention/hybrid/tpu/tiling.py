@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -12,20 +11,18 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
-from rehyat_jax.attention.tpu.blocks import LANES
+from rehyat_jax.attention.tpu.blocks import LANES, block_unit
+from rehyat_jax.attention.tpu.score_tiles import key_tiles
 
 # XLA's default VMEM for a kernel on the chips with the least (v5e, v5p). The tile sizes below bound what a kernel holds
 # there in addition to its blocks: score tiles and spilled registers.
 _VMEM_BYTES = 16 * 2**20
 _VMEM_FOR_TILES = 4 * 2**20
 
-# Rows of queries, keys and features in one product that involves no scores.
-FEATURE_ROWS = 768
-
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Blocks and tiles, in tokens. All blocks are multiples of `_block_unit`, 8 or 16 tokens.
+    """Blocks and tiles, in tokens. All blocks are multiples of `block_unit`, 8 or 16 tokens.
 
     Attributes:
       geometry: frames of `frame` tokens.
@@ -81,10 +78,8 @@ class Tiling:
         return self.frame // self.key_block
 
     def key_tiles(self) -> list[tuple[int, int]]:
-        """(start, stop) of the parts of a key block, divided at multiples of 128, the depth of a matrix unit."""
-        parts = min(self.key_parts, -(-self.key_block // LANES))
-        edges = [self.key_block * n // parts // LANES * LANES for n in range(parts)] + [self.key_block]
-        return [(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
+        """(start, stop) of the parts of a key block."""
+        return key_tiles(self.key_block, self.key_parts)
 
     @classmethod
     def choose(
@@ -100,7 +95,7 @@ class Tiling:
         """
         before = geometry.anchor_frames + geometry.overlap_frames if continues else 0
         lengths = [geometry.num_frames, geometry.num_frames + before]
-        unit = _block_unit(dtype, [frames * geometry.tokens_per_frame for frames in lengths])
+        unit = block_unit(dtype, [frames * geometry.tokens_per_frame for frames in lengths])
         chunk_frames = min(geometry.chunk_frames, geometry.num_frames)
         vmem = _Vmem(max(head_dim, LANES), max(source_width, LANES), np.dtype(dtype).itemsize)
         for frame, group in _cuts(geometry.tokens_per_frame, chunk_frames, unit):
@@ -141,19 +136,6 @@ class _Vmem:
 
     def holds_keys(self, group: int, key_block: int) -> bool:
         return self.holds_backward(group, key_block, min(key_block, 4 * LANES))
-
-
-def _block_unit(dtype: jnp.dtype, lengths: list[int]) -> int:
-    """The number of tokens of which every block is a multiple, for arrays of these lengths in tokens.
-
-    It is 8, the height of a vector register. But a block must be whole tiles of its array, and from TPU v7 on, XLA
-    stores a 16-bit array in tiles of 16 rows if its length is a multiple of 16.
-    """
-    try:
-        rows = pltpu.get_tpu_info().get_sublane_tiling(dtype)
-    except ValueError:  # interpreted, on another platform
-        rows = 8
-    return rows if any(length % rows == 0 for length in lengths) else 8
 
 
 def _cuts(tokens_per_frame: int, chunk_frames: int, unit: int) -> Iterator[tuple[int, int]]:

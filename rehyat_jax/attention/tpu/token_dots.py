@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from rehyat_jax.attention.hybrid.tpu.tiling import FEATURE_ROWS
-from rehyat_jax.attention.tpu.blocks import for_tiles
+from rehyat_jax.attention.tpu.blocks import FEATURE_ROWS, for_tiles
 from rehyat_jax.attention.tpu.kernel_call import call_kernel, new_rows, token_blocks
 
 
@@ -16,10 +15,10 @@ def token_dots(left: jax.Array, right: jax.Array, rows: int) -> jax.Array:
 
     Args:
       left, right: [batch, tokens, heads, head_dim].
-      rows: tokens of a block, a divisor of the tokens.
+      rows: tokens of a block. What lies behind the last token in the last block may be anything.
     """
     batch, tokens, heads, _ = left.shape
-    index = lambda block: block
+    index, blocks = lambda block: block, pl.cdiv(tokens, rows)
 
     def kernel(inputs, outputs, scratch):
         def dots(tiles):
@@ -33,9 +32,9 @@ def token_dots(left: jax.Array, right: jax.Array, rows: int) -> jax.Array:
     results = call_kernel(
         "token_dots",
         kernel,
-        (batch, heads, tokens // rows),
+        (batch, heads, blocks),
         {"left": token_blocks(left, rows, index), "right": token_blocks(right, rows, index)},
-        {"dots": new_rows(batch, heads, tokens // rows, rows, index)},
+        {"dots": new_rows(batch, heads, blocks, rows, index)},
         parallel=3,
     )
     return results["dots"]

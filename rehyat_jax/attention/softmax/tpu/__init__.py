@@ -1,0 +1,1 @@
+"""Full softmax attention as fused TPU kernels, forward and backward."""
