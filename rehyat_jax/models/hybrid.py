@@ -1,8 +1,9 @@
 """Several forms of attention in one scan over depth, for any backbone: feature maps, and the choice of a block's form.
 
 Every layer of a scan has the same inputs. So each layer gets, as its slice of `per_block`, its number, the index of its
-form, and a row of every stack of feature maps. `jax.lax.switch` runs the form: compile time grows with the number of
-different forms, not with depth.
+form, and a row of every stack of feature maps. If the forms repeat after a few blocks, the scan runs over such groups
+of blocks, whose forms are known when it is traced. Otherwise `jax.lax.switch` runs the form. Compile time grows with
+the number of blocks in a group, or of different forms, not with depth.
 """
 
 from collections.abc import Callable
@@ -86,18 +87,57 @@ def per_block_arguments(forms: BlockForms, feature_maps: nnx.Module | None) -> d
     return arguments | {"feature_maps": rows_over_blocks(forms, nnx.to_pure_dict(nnx.state(feature_maps)))}
 
 
+LONGEST_GROUP = 4
+"""The most blocks that a scan runs at a time. Each is compiled: more blocks take longer to compile than a switch."""
+
+
+def scan_blocks(
+    run_block: Callable[[Any, Any, int | None], tuple[Any, Any]],
+    x: Any,
+    layers: tuple[Any, dict[str, Any]],
+    forms: BlockForms,
+) -> tuple[Any, Any]:
+    """All blocks of a model, one after the other.
+
+    Args:
+      run_block: (x, a block's slice of `layers`, the index of its form or None) -> (x, auxiliary output). None stands
+        for the index in the slice.
+      x: the first block's input.
+      layers: arrays with a leading axis over all blocks: parameters, and arguments as of `per_block_arguments`.
+      forms: of the blocks.
+
+    Returns:
+      (the last block's output, auxiliary outputs with a leading axis over all blocks).
+    """
+    period = forms.period
+    if period == 1 or period > LONGEST_GROUP:
+        return jax.lax.scan(lambda x, layer: run_block(x, layer, None), x, layers)
+
+    def run_group(x: Any, group: Any) -> tuple[Any, Any]:
+        outputs = []
+        for place in range(period):
+            x, output = run_block(x, jax.tree.map(lambda leaf, place=place: leaf[place], group), forms.indices[place])
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers)
+    x, outputs = jax.lax.scan(run_group, x, groups)
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+
+
 def by_form(forms: BlockForms, per_block: dict[str, Any], branch: Callable[[Form], Callable[[], T]]) -> T:
     """Runs branch(form)() of the block's form.
 
     Args:
-      per_block: one block's slice of `per_block_arguments`.
+      per_block: one block's slice of `per_block_arguments`. Its "form" may be a Python integer.
       branch: of every form in the model; all branches return arrays of the same shapes.
     """
+    index = 0 if len(forms.forms) == 1 else per_block["form"]
+    if isinstance(index, int):
+        return branch(forms.forms[index])()
     branches = [branch(form) for form in forms.forms]
-    if len(branches) == 1:
-        return branches[0]()
     with jax.named_scope(FORM_SWITCH):
-        return jax.lax.switch(per_block["form"], branches)
+        return jax.lax.switch(index, branches)
 
 
 def block_features(
