@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+import jax
+
 from rehyat_jax.cli import CommandParser, print_message, report_input_errors
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.mp4 import read_settings
@@ -32,6 +34,7 @@ from rehyat_jax.generation.options import Order, SamplingOptions, number
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.generation.video_files import SHEET_FRAMES, has_encoder, write_videos
+from rehyat_jax.training.profile import trace_options
 
 
 def sample(arguments: argparse.Namespace) -> list[Path]:
@@ -151,6 +154,7 @@ def make_parser() -> CommandParser:
     option("--continue", type=Path, dest="continued", metavar="FILE", help=help_text)
     longest = "latent frames; positions of a video in parts stay below it (default: they grow with the video)"
     option("--longest", type=number(int, 1, 10**9), metavar="N", help=longest)
+    option("--profile", type=Path, metavar="FOLDER", help="also trace everything by JAX's profiler, for XProf")
     SamplingOptions.add_to(parser)
     return parser
 
@@ -183,7 +187,13 @@ def run(arguments: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         # Those of libraries name a line of their code.
         warnings.showwarning = lambda message, *_: print_message(f"warning: {message}")
-        sample(arguments)
+        if arguments.profile is None:
+            sample(arguments)
+            return
+        check_place(arguments.profile / "trace")
+        with jax.profiler.trace(str(arguments.profile), profiler_options=trace_options()):
+            sample(arguments)
+        print_message(f"wrote {arguments.profile}: a trace for XProf", result=True)
 
 
 def main(argv: list[str] | None = None) -> int:

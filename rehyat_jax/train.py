@@ -59,6 +59,7 @@ from rehyat_jax.training.fields_page import fields_help
 from rehyat_jax.training.inputs import input_fingerprints
 from rehyat_jax.training.metrics import MetricWriter
 from rehyat_jax.training.optimizer import learning_rate_schedule
+from rehyat_jax.training.profile import StepTrace
 from rehyat_jax.training.run_control import RunControl
 from rehyat_jax.training.run_data import RunData
 from rehyat_jax.training.setup import (
@@ -172,8 +173,9 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
     writer = MetricWriter(
         workdir, first_step=first_step, steps=config.steps, description=config.stage, is_silent=not is_main
     )
+    trace = StepTrace(config.profile, workdir / "profile")
     # A save in progress is always finished.
-    with closing(data), closing(writer), closing(checkpoints):
+    with closing(data), closing(writer), closing(checkpoints), closing(trace):
         control = RunControl(config, first_step, writer, stop_signal, schedule, make_evaluators(situation))
         for number in range(first_step + 1, config.steps + 1):
             try:
@@ -183,7 +185,9 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop_signal: StopSi
                     check_finite(state, number - 1, checkpoints.latest_step)
                     checkpoints.save(number - 1, state, describe())
                 raise
-            state, metrics = step(state, context, data.on_mesh(batch))
+            with trace.step(number):
+                state, metrics = step(state, context, data.on_mesh(batch))
+            trace.after(number, metrics)
             decision = control.after_step(number, metrics, more=data.metrics, params=result)
             if decision.save:
                 check_finite(state, number, checkpoints.latest_step)

@@ -86,6 +86,7 @@ DEFAULTS = {
     "spike_factor": 10.0,
     "max_skipped": 10,
     "log_every": 10,
+    "profile": (),
     "evals": (),
     "checkpoint_every": 500,
     "keep_checkpoints": 2,
@@ -95,7 +96,7 @@ DEFAULTS = {
 }
 
 EFFECT_OF = {
-    SAME: "log_every checkpoint_every keep_checkpoints keep_every keep_best evals checkpoint_dir data.workers "
+    SAME: "log_every checkpoint_every keep_checkpoints keep_every keep_best evals profile checkpoint_dir data.workers "
     "max_skipped",
     ROUNDED: "remat attention_implementation mesh.data mesh.fsdp mesh.context mesh.tensor",
     CHANGED: "steps accumulation_steps dtype data.path data.corrupt ema_decay flow_shift timestep_sampling "

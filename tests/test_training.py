@@ -527,7 +527,9 @@ def test_logged_metrics_are_means_of_useful_updates_since_the_last_log(tmp_path,
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stage, changes):
     config = digits_config(tmp_path, stage, **changes)
+    config.profile = (2, 3)
     whole = train(config, tmp_path / "whole")
+    assert len(list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))) == 1
 
     # Interrupted after its fourth step; the newest checkpoint is that of the third.
     stopped = tmp_path / "stopped"

@@ -59,6 +59,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.optimizer.warmup_steps ({config.optimizer.warmup_steps}) must be less than config.steps "
             f"({config.steps}); lower it"
         )
+    if config.profile and (len(config.profile) != 2 or config.profile[0] > config.profile[1]):
+        raise InputError(
+            f"config.profile must be empty or the first and the last step of a trace, as (10, 12), found "
+            f"{shown_value(tuple(config.profile))}"
+        )
     stage = STAGES[config.stage]
     if stage.updates_per_step(config) > 1:
         needed = {"optimizer.name": "adamw", "optimizer.clip_norm": 0, "accumulation_steps": 1}

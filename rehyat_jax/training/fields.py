@@ -454,6 +454,14 @@ FIELDS = (
         SAME,
         'Evaluators, such as ({"type": "attention_error", "every": 500},); see docs/forms.md.',
     ),
+    Field(
+        "profile",
+        (),
+        Several(Integer(1)),
+        SAME,
+        "First and last step of a trace by JAX's profiler, as (10, 12); written into profile/ of the workdir, for "
+        "XProf (docs/profiles.md).",
+    ),
     Field("checkpoint_every", 500, Integer(1), SAME, "Steps from one checkpoint to the next."),
     Field("keep_checkpoints", 2, Integer(1), SAME, "Number of the newest checkpoints that are kept."),
     Field(
