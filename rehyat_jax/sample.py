@@ -34,6 +34,7 @@ from rehyat_jax.generation.options import Order, SamplingOptions, number
 from rehyat_jax.generation.pipeline import Pipeline
 from rehyat_jax.generation.text_encoders import read_prompts
 from rehyat_jax.generation.video_files import SHEET_FRAMES, has_encoder, write_videos
+from rehyat_jax.parallel.compile_cache import keep_compiled_programs
 from rehyat_jax.training.profile import trace_options
 
 
@@ -187,6 +188,7 @@ def run(arguments: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         # Those of libraries name a line of their code.
         warnings.showwarning = lambda message, *_: print_message(f"warning: {message}")
+        keep_compiled_programs()
         if arguments.profile is None:
             sample(arguments)
             return

@@ -46,6 +46,7 @@ from rehyat_jax.errors import InputError, RunStoppedError
 from rehyat_jax.evaluation.evaluators import Situation, check_evaluators, make_evaluators
 from rehyat_jax.files.write import reported_write_errors
 from rehyat_jax.models.lora import is_adapter, merged, split_tree
+from rehyat_jax.parallel.compile_cache import keep_compiled_programs
 from rehyat_jax.parallel.mesh import check_batch, make_mesh
 from rehyat_jax.parallel.sharding import abstract_arrays, on_all_devices
 from rehyat_jax.planning.memory import check_memory, reported_memory_errors
@@ -255,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         config, workdir, *processes = parse_arguments(argv)
         initialize(*processes)
+        keep_compiled_programs()
         model = train(config, workdir)
         if is_main_process():
             print_message(f"wrote {model}", result=True)

@@ -1,0 +1,20 @@
+"""Compiled programs that a second start of a command finds on disk."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep its compiled programs on disk, unless the user has chosen a folder or this machine is a CPU.
+
+    JAX names a program by its code, its options, the chip and the versions of compiler and JAX, so another shape or
+    version is compiled anew. It does not unpickle what it reads. On CPUs nothing is kept: such programs may not run on
+    another processor that sees the same home directory.
+
+    The folder is that of JAX_COMPILATION_CACHE_DIR, else `rehyat_jax` in XDG_CACHE_HOME, else in ~/.cache.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "rehyat_jax" / "compiled"))
