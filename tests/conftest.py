@@ -32,6 +32,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Plans that tests make are not kept among the user's.
+caches = tempfile.mkdtemp(prefix="rehyat_jax_caches_")
+atexit.register(shutil.rmtree, caches, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = caches
+
 # Tests press Ctrl-C in processes that they start, which ignore it if a shell started the tests in the background.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

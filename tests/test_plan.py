@@ -1,5 +1,6 @@
 """Planning a run: what is counted is checked against something else that counts, what is compiled against the plan."""
 
+import contextlib
 import dataclasses
 import json
 from fractions import Fraction
@@ -30,7 +31,8 @@ from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_f
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.plan import main, parse_arguments
-from rehyat_jax.planning import table
+from rehyat_jax.planning import compiled, table
+from rehyat_jax.planning.compiled import Outcome
 from rehyat_jax.planning.estimate import GpuCost, TpuCost, bytes_asked_for, cycles_of_kernels, shares_of_forms
 from rehyat_jax.planning.planner import Plan, Request, make_plan, placement
 from rehyat_jax.planning.remedies import estimated_peak, smallest_remedy
@@ -400,9 +402,43 @@ def test_a_small_run_is_planned_from_end_to_end(tmp_path, monkeypatch):
     assert f"{row} {data['static_cycles'] / 1e6:,.0f} M | {data['least_cycles'] / 1e6:,.0f} M |" in page
 
 
+def test_a_plan_made_before_is_read_unless_the_code_has_changed(monkeypatch):
+    program = dict(module="m", case={"a": 1}, topology="v5e:1x1", arguments={"parameters": 2**30}, devices=1, wan=None)
+    asked = []
+
+    @contextlib.contextmanager
+    def compiled_for_tpu(case, *_, **__):
+        asked.append(case)
+        raise DoesNotFitError("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.")
+        yield
+
+    monkeypatch.setattr(compiled, "compiled_for_tpu", compiled_for_tpu)
+    monkeypatch.setattr(compiled, "step_cost", lambda *_: None)
+    plan = lambda **changes: compiled.compiled_outcome(**program | changes, flops=1.0, vmem_remedy="")
+    first, again, other = plan(), plan(), plan(case={"a": 2})
+    assert again == dataclasses.replace(first, is_earlier=True) and first.peak == int(20.5 * 2**30)
+    assert not other.is_earlier and asked == ["m:lowered"] * 2
+
+    (file,) = {compiled._file("m", {"a": 1}, "v5e:1x1")}
+    file.write_text('{"memory": ')  # damaged
+    assert plan() == dataclasses.replace(first, compile_seconds=plan().compile_seconds, is_earlier=False)
+    monkeypatch.setattr(compiled, "_code", lambda: "other code")
+    assert not plan().is_earlier
+
+
+def test_the_outcome_of_a_program_that_fits_survives_its_file():
+    chip = chip_of("v5e:1x1")
+    sizes = dict(cycles=5, least_cycles=4, kernel_cycles=3, hbm_traffic=8, host_bytes=9)
+    cost = TpuCost(**sizes, collective_bytes={"all-gather": 7}, chip=chip)
+    outcome = compiled.Outcome({"program": 3}, 3, cost, 1.5)
+    found = compiled.Outcome.from_json(json.loads(json.dumps(outcome.to_json())), chip)
+    assert found == dataclasses.replace(outcome, is_earlier=True)
+
+
 def test_a_small_run_is_planned_for_gpus(monkeypatch):
     # CI has no CUDA plugin; the program is then made for as many CPU devices.
     monkeypatch.setattr("rehyat_jax.planning.planner.devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr("rehyat_jax.planning.compiled.devices_of", lambda topology: jax.devices())
     plan = make_plan(dataclasses.replace(small_request(batch_size=8), topology="h100:8"))
     data = json.loads(json.dumps(plan.to_json()))
     assert data["fits"] and data["devices"] == data["chips"] == 8 and data["mesh"]["fsdp"] == 8
@@ -416,7 +452,7 @@ def test_a_small_run_is_planned_for_gpus(monkeypatch):
 def too_large(request: Request, peak: float) -> Plan:
     arguments = {"parameters": 2**30, "optimizer state": 2 * 2**30, "average (EMA)": 2**30, "frozen teacher": 0}
     mesh = {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
-    return Plan(request, 4, mesh, arguments, {}, round(peak * 2**30), None, 1.0)
+    return Plan(request, 4, mesh, arguments, Outcome({}, round(peak * 2**30), None, 1.0))
 
 
 def test_the_smallest_change_that_fits_is_found_by_compiling_at_most_twice():
@@ -426,7 +462,7 @@ def test_the_smallest_change_that_fits_is_found_by_compiling_at_most_twice():
     def compile_plan(request):
         asked.append(request)
         cost = object() if len(asked) == 2 else None
-        return dataclasses.replace(plan, request=request, cost=cost)
+        return dataclasses.replace(plan, request=request, outcome=dataclasses.replace(plan.outcome, cost=cost))
 
     remedy = smallest_remedy(plan, compile_plan)
     assert [request.config.remat for request in asked] == ["block", "block"]
@@ -445,7 +481,8 @@ def test_beyond_two_compilations_a_remedy_says_that_it_is_arithmetic():
     # What is on the host already stays there.
     request = small_request(batch_size=16, remat="attention_offload", **{"mesh.data": 2})
     plan = too_large(request, peak=60)
-    remedy = smallest_remedy(plan, lambda request: dataclasses.replace(plan, request=request, cost=object()))
+    fits = dataclasses.replace(plan.outcome, cost=object())
+    remedy = smallest_remedy(plan, lambda request: dataclasses.replace(plan, request=request, outcome=fits))
     assert remedy.changes == {"remat": "offload"} and remedy.verified
     # The first compilation may say what rematerialisation leaves.
     request = small_request(batch_size=16, **{"mesh.data": 2})
@@ -540,7 +577,8 @@ def test_a_kernel_that_does_not_fit_vmem_is_no_matter_of_hbm(monkeypatch):
     def compiled_for_tpu(*_, **__):
         raise DoesNotFitError("Ran out of memory in memory space vmem. Used 130.50M of 128.00M vmem.")
 
-    monkeypatch.setattr("rehyat_jax.planning.planner.compiled_for_tpu", compiled_for_tpu)
+    monkeypatch.setattr(compiled, "compiled_for_tpu", compiled_for_tpu)
+    monkeypatch.setattr(compiled, "_code", lambda: "code of no earlier plan")
     with pytest.raises(InputError, match="a kernel does not fit the chip's VMEM"):
         make_plan(small_request())
 

@@ -16,6 +16,8 @@ from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.models.wan_vae.config import WAN_VAE_PRESETS, WanVaeConfig
 from rehyat_jax.parallel.mesh import AXES, make_mesh
 from rehyat_jax.plan import main
+from rehyat_jax.planning import compiled
+from rehyat_jax.planning.compiled import Outcome
 from rehyat_jax.planning.sampling import plan, programs
 from rehyat_jax.planning.sampling.command import parser, request_of, with_hybrid_blocks
 from rehyat_jax.planning.sampling.plan import Companions, PartPlan, Program, SamplingPlan, SamplingRequest, chosen_mesh
@@ -94,7 +96,7 @@ def test_sampling_is_planned_from_end_to_end_on_one_chip(tmp_path, monkeypatch, 
     assert "Nothing was run" in out and "20 steps with guidance, in one pass" in out and "latents of 5x4x6" in out
 
     # The same programs in another number: nothing is compiled again, and time is proportional.
-    monkeypatch.setattr(plan, "_compiled", lambda program: pytest.fail(f"{program} was compiled again"))
+    monkeypatch.setattr(compiled, "_compiled", lambda *program: pytest.fail(f"{program} was compiled again"))
     assert main([*TINY, "--hybrid-blocks=3", "--frames=17", "--steps=40", f"--json={file}"]) == 0
     twice = json.loads(file.read_text())["parts"]
     assert twice["transformer"]["seconds"]["low"] == pytest.approx(2 * parts["transformer"]["seconds"]["low"])
@@ -103,7 +105,8 @@ def test_sampling_is_planned_from_end_to_end_on_one_chip(tmp_path, monkeypatch, 
 
 def test_on_gpus_arithmetic_gives_the_time(monkeypatch):
     # CI has no CUDA plugin; the program is then made for a CPU device.
-    monkeypatch.setattr(plan, "devices_of", lambda topology: jax.devices()[: int(topology.split(":")[1])])
+    for module in (plan, compiled):
+        monkeypatch.setattr(module, "devices_of", lambda topology: jax.devices()[: int(topology.split(":")[1])])
     asked = request("--preset=tiny", "--size=32x48", "--frames=17", "--topology=h100:2", "--hybrid-blocks=3")
     programs_of = asked.programs()
     found = plan.part_plan(programs_of["text_encoder"])
@@ -178,7 +181,9 @@ def test_hybrid_blocks_are_evenly_spaced():
 def too_large(asked: SamplingRequest, peak: float | None, failing: str = "transformer") -> SamplingPlan:
     def part(program: Program) -> PartPlan:
         size = peak and round(peak * GIB) if program.part == failing else GIB
-        return PartPlan(program, {"weights": GIB}, {}, size, None if program.part == failing else object(), 1.0)
+        return PartPlan(
+            program, {"weights": GIB}, Outcome({}, size, None if program.part == failing else object(), 1.0)
+        )
 
     return SamplingPlan(asked, {name: part(program) for name, program in asked.programs().items()})
 
@@ -193,8 +198,9 @@ def test_sampling_that_does_not_fit_ends_with_code_3_and_what_would_fit(tmp_path
             cost = dataclasses.make_dataclass(
                 "Cost", ["step_seconds", "assumptions", "collective_bytes", "hbm_traffic"]
             )
-            return PartPlan(program, {"weights": GIB}, {"weights": GIB}, GIB, cost((1, 2), "assumed", {}, 0), 1.0)
-        return PartPlan(program, {"weights": GIB}, {}, 20 * GIB, None, 1.0)
+            fits = Outcome({"weights": GIB}, GIB, cost((1, 2), "assumed", {}, 0), 1.0)
+            return PartPlan(program, {"weights": GIB}, fits)
+        return PartPlan(program, {"weights": GIB}, Outcome({}, 20 * GIB, None, 1.0))
 
     monkeypatch.setattr(plan, "planned_part", planned_part)
     file = tmp_path / "plan.json"
@@ -211,36 +217,37 @@ def test_sampling_that_does_not_fit_ends_with_code_3_and_what_would_fit(tmp_path
 def test_after_two_compilations_arithmetic_decides():
     found = too_large(request("--preset=t2v-14B", "--size=720p", "--topology=v5e:2x2", "--hybrid-blocks=none"), peak=40)
     limit = chip_of("v5e:1x1").hbm_bytes
-    compiled = []
+    asked = []
 
     def plan_part(program: Program) -> PartPlan:
-        compiled.append(program.topology)
-        return dataclasses.replace(found.parts["transformer"], program=program, peak=round(1.4 * limit))
+        asked.append(program.topology)
+        return PartPlan(program, found.parts["transformer"].arguments, Outcome({}, round(1.4 * limit), None, 1.0))
 
     remedy = smallest_remedy(found, plan_part)
-    assert compiled == ["v5e:4x4", "v5e:4x8"]  # 2x4 is ruled out, and softmax blocks cannot be streamed
+    assert asked == ["v5e:4x4", "v5e:4x8"]  # 2x4 is ruled out, and softmax blocks cannot be streamed
     assert not remedy.compiled and remedy.peak < limit
     assert str(remedy).startswith("--topology v5e:8x8 (by arithmetic, not compiled: ")
 
 
 def test_a_larger_slice_helps_the_vae():
     found = too_large(request("--preset=t2v-1.3B", "--size=720p", "--topology=v5e:1x1"), peak=20, failing="vae")
-    remedy = smallest_remedy(found, lambda program: dataclasses.replace(found.parts["vae"], cost=object(), peak=GIB))
+    fits = Outcome({}, GIB, object(), 1.0)
+    remedy = smallest_remedy(found, lambda program: dataclasses.replace(found.parts["vae"], outcome=fits))
     assert remedy.options == "--topology v5e:2x2" and remedy.compiled
 
 
 def test_weights_that_do_not_fit_are_not_compiled(monkeypatch):
-    monkeypatch.setattr(plan, "_compiled", lambda program: pytest.fail("compiled"))
+    monkeypatch.setattr(compiled, "_compiled", lambda *_: pytest.fail("compiled"))
     program = request("--preset=t2v-14B", "--topology=v5e:1x1").programs()["transformer"]
     found = plan.part_plan(program)
     assert not found.fits and found.peak is None and found.arguments["weights"] > 2 * 14_288_491_584
 
 
 def test_the_compilers_own_refusal_is_a_part_that_does_not_fit(monkeypatch):
-    def refused(program):
+    def refused(*_):
         raise DoesNotFitError("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.")
 
-    monkeypatch.setattr(plan, "_compiled", refused)
+    monkeypatch.setattr(compiled, "_compiled", refused)
     # A size that no other test has: plans are kept.
     program = request("--preset=tiny", "--size=16x16", "--topology=v5e:1x1").programs()["transformer"]
     found = plan.part_plan(program)
@@ -292,7 +299,7 @@ def test_the_table_has_a_row_for_every_topology_and_keeps_what_is_planned(tmp_pa
     ],
 )
 def test_mistakes_are_named_before_anything_is_compiled(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "_compiled", lambda program: pytest.fail("compiled"))
+    monkeypatch.setattr(compiled, "_compiled", lambda *_: pytest.fail("compiled"))
     try:
         code = main(["--sample", *options])
     except SystemExit as end:  # of argparse

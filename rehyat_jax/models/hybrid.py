@@ -91,6 +91,11 @@ LONGEST_GROUP = 4
 """The most blocks that a scan runs at a time. Each is compiled: more blocks take longer to compile than a switch."""
 
 
+def blocks_at_a_time(forms: BlockForms) -> int:
+    """The number of blocks that `scan_blocks` runs at a time."""
+    return forms.period if forms.period <= LONGEST_GROUP else 1
+
+
 def scan_blocks(
     run_block: Callable[[Any, Any, int | None], tuple[Any, Any]],
     x: Any,
@@ -109,8 +114,8 @@ def scan_blocks(
     Returns:
       (the last block's output, auxiliary outputs with a leading axis over all blocks).
     """
-    period = forms.period
-    if period == 1 or period > LONGEST_GROUP:
+    period = blocks_at_a_time(forms)
+    if period == 1:
         return jax.lax.scan(lambda x, layer: run_block(x, layer, None), x, layers)
 
     def run_group(x: Any, group: Any) -> tuple[Any, Any]:

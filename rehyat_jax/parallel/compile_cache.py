@@ -15,6 +15,8 @@ def keep_compiled_programs() -> None:
 
     The folder is that of JAX_COMPILATION_CACHE_DIR, else `rehyat_jax` in XDG_CACHE_HOME, else in ~/.cache.
     """
-    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+    # JAX defines its options at run time.
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if chosen is None and jax.default_backend() != "cpu":
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "rehyat_jax" / "compiled"))

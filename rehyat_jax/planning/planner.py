@@ -1,23 +1,20 @@
 """The plan of one run on one topology: its compiled step, and the figures from it."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import time
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
 from rehyat_jax.cost_model.chips import chip_of, devices_of
-from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
-from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import StepFlops
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning import train_step
-from rehyat_jax.planning.estimate import Cost, TpuCost, bytes_asked_for, memory_by_kind, step_cost
+from rehyat_jax.planning.compiled import Outcome, compiled_outcome
+from rehyat_jax.planning.estimate import Cost, TpuCost
 from rehyat_jax.training.stages import STAGES
 
 
@@ -54,20 +51,26 @@ class Plan:
     Attributes:
       mesh: the resolved sizes of its axes.
       arguments: bytes on a device of a step's arguments, by kind.
-      memory: bytes on a device by kind; empty if the compiler could not fit the program.
-      peak: bytes on a device that the program needs; None if it does not fit and the compiler does not say.
-      cost: cost of a step; None if the program does not fit.
-      compile_seconds: wall-clock time of compilation, next to the machine's other work.
+      outcome: the compiled step.
     """
 
     request: Request
     devices: int
     mesh: dict[str, int]
     arguments: dict[str, int]
-    memory: dict[str, int]
-    peak: int | None
-    cost: Cost | None
-    compile_seconds: float
+    outcome: Outcome
+
+    @property
+    def memory(self) -> dict[str, int]:
+        return self.outcome.memory
+
+    @property
+    def peak(self) -> int | None:
+        return self.outcome.peak
+
+    @property
+    def cost(self) -> Cost | None:
+        return self.outcome.cost
 
     @property
     def fits(self) -> bool:
@@ -108,7 +111,7 @@ class Plan:
             "memory": self.memory or self.arguments,
             "flops_per_step": self.model_flops,
             "recomputed_flops_per_step": self.recomputed_flops,
-            "compile_seconds": round(self.compile_seconds, 1),
+            "compile_seconds": round(self.outcome.compile_seconds, 1),
             "versions": {name: importlib.metadata.version(name) for name in ("jax", self._compiler)},
         }
         if self.cost is None:
@@ -131,15 +134,6 @@ class Plan:
             "hours": hours,
             "chip_hours": {end: value * self.chips for end, value in hours.items()},
         }
-
-
-def _compiled(request: Request) -> contextlib.AbstractContextManager[CompiledProgram]:
-    """The compiled step for all devices; its listings last as long as the context."""
-    if chip_of(request.topology).is_gpu:
-        compiled = train_step.lowered(devices_of(request.topology), **request.case()).compile()
-        return contextlib.nullcontext(compiled_program(compiled, request.topology))
-    case = f"{train_step.__name__}:lowered"
-    return compiled_for_tpu(case, request.case(), request.topology, for_all_devices=True)
 
 
 class Placement(NamedTuple):
@@ -175,25 +169,15 @@ def make_plan(request: Request) -> Plan:
       InputError: see `placement`; or a kernel needs more VMEM than the chip has.
     """
     placed = placement(request)
-    common = dict(request=request, **placed._asdict())
-    chip, start = chip_of(request.topology), time.monotonic()
-    try:
-        with _compiled(request) as program:
-            seconds = time.monotonic() - start
-            flops = request.flops.model + request.flops.recomputed
-            cost = step_cost(
-                program, chip, placed.devices, request.wan, flops * request.config.batch_size / placed.devices
-            )
-    except DoesNotFitError as error:
-        seconds = time.monotonic() - start
-        if "vmem" in str(error).lower():
-            raise InputError(
-                f"--topology {request.topology}: a kernel does not fit the chip's VMEM ({error}); choose another "
-                f"config.attention_implementation or another form of config.hybrid"
-            ) from error
-        peak = bytes_asked_for(error, sum(placed.arguments.values()))
-        return Plan(**common, memory={}, peak=peak, cost=None, compile_seconds=seconds)
-    memory = memory_by_kind(program, placed.arguments)
-    peak = sum(memory.values())
-    fits = peak <= chip.hbm_bytes
-    return Plan(**common, memory=memory, peak=peak, cost=cost if fits else None, compile_seconds=seconds)
+    flops = request.flops.model + request.flops.recomputed
+    outcome = compiled_outcome(
+        train_step.__name__,
+        request.case(),
+        request.topology,
+        arguments=placed.arguments,
+        devices=placed.devices,
+        wan=request.wan,
+        flops=flops * request.config.batch_size / placed.devices,
+        vmem_remedy="choose another config.attention_implementation or another form of config.hybrid",
+    )
+    return Plan(request, **placed._asdict(), outcome=outcome)

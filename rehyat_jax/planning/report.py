@@ -30,7 +30,13 @@ def report(plan: Plan) -> str:
         rows += _cost_rows(plan)
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+    if plan.outcome.is_earlier:
+        lines += ["", EARLIER]
     return "\n".join([*lines, *(["", f"Nothing was run. Step time, {plan.cost.assumptions}."] if plan.fits else [])])
+
+
+EARLIER = "An earlier plan compiled the same program with the same code and compiler; its result was read."
+"""A line of the report of a plan that compiled nothing."""
 
 
 def forms_of(wan: WanConfig) -> str:

@@ -37,5 +37,5 @@ def rows(sizes: Sizes) -> Iterator[Row]:
             "peak_bytes": plan.peak,
             "seconds_low": low,
             "seconds_high": high,
-            "compile_seconds": plan.compile_seconds,
+            "compile_seconds": plan.outcome.compile_seconds,
         }

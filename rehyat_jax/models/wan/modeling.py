@@ -28,6 +28,7 @@ from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
 from rehyat_jax.models.hybrid import (
     block_features,
+    blocks_at_a_time,
     by_form,
     make_feature_maps,
     per_block_arguments,
@@ -416,8 +417,10 @@ class WanTransformer(nnx.Module):
             return block(x, conditions.text, conditions.time_modulation, rope, sizes, run)
 
         if self.remat != "none":
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            options = dict(policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass. With several
+            # blocks in a loop, XLA would compute all of them again before the gradients of the last.
+            alone = self.scan_layers and blocks_at_a_time(self.config.block_forms) == 1
+            options = dict(policy=REMAT_POLICIES[self.remat], prevent_cse=not alone)
             run_block = jax.checkpoint(run_block, static_argnums=2, **options)
         layers = (block_params, per_block)
         if self.scan_layers:

@@ -1,21 +1,17 @@
 """The plan of sampling one video on a topology: memory and time of the text encoder, the transformer and the VAE."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import math
-import time
 from typing import Any, NamedTuple
 
 import jax
 
 from rehyat_jax.attention.hybrid.context_parallel import padded_frames
 from rehyat_jax.cost_model.chips import chip_of, device_count, devices_of
-from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
 from rehyat_jax.cost_model.traced_flops import traced_flops
-from rehyat_jax.errors import InputError
 from rehyat_jax.generation.codecs import WanVaeLatents
 from rehyat_jax.models.umt5.config import UMT5_PRESETS, UMT5Config
 from rehyat_jax.models.wan.config import WanConfig
@@ -23,7 +19,8 @@ from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.models.wan.streaming import check_streams
 from rehyat_jax.models.wan_vae.config import WAN_VAE_PRESETS, WanVaeConfig
 from rehyat_jax.parallel.mesh import AXES, resolve_sizes
-from rehyat_jax.planning.estimate import Cost, TpuCost, bytes_asked_for, memory_by_kind, step_cost
+from rehyat_jax.planning.compiled import Outcome, compiled_outcome
+from rehyat_jax.planning.estimate import Cost, TpuCost
 from rehyat_jax.planning.sampling import programs
 from rehyat_jax.planning.train_step import bytes_on_device
 
@@ -200,19 +197,24 @@ class PartPlan:
 
     Attributes:
       arguments: bytes of its program's arguments, by kind.
-      memory: bytes by kind; empty if the compiler could not fit the program.
-      peak: bytes that the program needs; None if it does not fit and nobody knows how much it needs.
-      cost: cost of one execution; None if the program does not fit.
-      compile_seconds: wall-clock time of compilation, next to the machine's other work; 0 if the arguments alone do not
-        fit, because nothing is compiled then.
+      outcome: the compiled program. If the arguments alone do not fit, nothing is compiled.
     """
 
     program: Program
     arguments: dict[str, int]
-    memory: dict[str, int]
-    peak: int | None
-    cost: Cost | None
-    compile_seconds: float
+    outcome: Outcome
+
+    @property
+    def memory(self) -> dict[str, int]:
+        return self.outcome.memory
+
+    @property
+    def peak(self) -> int | None:
+        return self.outcome.peak
+
+    @property
+    def cost(self) -> Cost | None:
+        return self.outcome.cost
 
     @property
     def fits(self) -> bool:
@@ -240,7 +242,7 @@ class PartPlan:
             "least_cycles": tpu and tpu.least_cycles,
             "collective_bytes": self.cost.collective_bytes if self.cost else None,
             "hbm_traffic_bytes": self.cost.hbm_traffic if self.cost else None,
-            "compile_seconds": round(self.compile_seconds, 1),
+            "compile_seconds": round(self.outcome.compile_seconds, 1),
         }
 
 
@@ -355,15 +357,6 @@ def _flops(case: dict[str, Any], abstract: programs.AbstractProgram) -> int:
     return videos * (of_frames(2 * frames) - of_frames(frames) if case["stream"] else of_frames(frames))
 
 
-def _compiled(program: Program) -> contextlib.AbstractContextManager[CompiledProgram]:
-    """The compiled program; its listings last as long as the context."""
-    if chip_of(program.topology).is_gpu:
-        compiled = programs.lowered(devices_of(program.topology), **program.arguments).compile()
-        return contextlib.nullcontext(compiled_program(compiled, program.topology))
-    case = f"{programs.__name__}:lowered"
-    return compiled_for_tpu(case, program.arguments, program.topology, for_all_devices=True)
-
-
 @functools.cache
 def planned_part(program: Program) -> PartPlan:
     """The plan of a program; equal programs are compiled once.
@@ -373,21 +366,15 @@ def planned_part(program: Program) -> PartPlan:
     """
     placed, chip, case = placement(program), chip_of(program.topology), program.arguments
     if sum(placed.arguments.values()) > chip.hbm_bytes:
-        return PartPlan(program, placed.arguments, {}, None, None, 0.0)
-    start = time.monotonic()
-    wan = WanConfig.from_dict(case["model"]) if program.part == "transformer" else None
-    try:
-        with _compiled(program) as compiled:
-            seconds = time.monotonic() - start
-            cost = step_cost(compiled, chip, math.prod(program.mesh.values()), wan, placed.flops)
-    except DoesNotFitError as error:
-        if "vmem" in str(error).lower():
-            raise InputError(
-                f"--topology {program.topology}: a kernel of the {program.part} does not fit the chip's VMEM "
-                f"({error}); choose another topology or --size"
-            ) from error
-        peak = bytes_asked_for(error, sum(placed.arguments.values()))
-        return PartPlan(program, placed.arguments, {}, peak, None, time.monotonic() - start)
-    memory = memory_by_kind(compiled, placed.arguments)
-    peak = sum(memory.values())
-    return PartPlan(program, placed.arguments, memory, peak, cost if peak <= chip.hbm_bytes else None, seconds)
+        return PartPlan(program, placed.arguments, Outcome({}, None, None, 0.0))
+    outcome = compiled_outcome(
+        programs.__name__,
+        case,
+        program.topology,
+        arguments=placed.arguments,
+        devices=math.prod(program.mesh.values()),
+        wan=WanConfig.from_dict(case["model"]) if program.part == "transformer" else None,
+        flops=placed.flops,
+        vmem_remedy="choose another --topology or --size",
+    )
+    return PartPlan(program, placed.arguments, outcome)

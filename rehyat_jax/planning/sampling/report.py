@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.cost_model.chips import chip_of
-from rehyat_jax.planning.report import forms_of, gib
+from rehyat_jax.planning.report import EARLIER, forms_of, gib
 from rehyat_jax.planning.sampling.plan import PartPlan, SamplingPlan
 from rehyat_jax.planning.table import PlanTable, memory_cell
 
@@ -34,6 +34,8 @@ def report(plan: SamplingPlan) -> str:
         rows.append(("a video, seconds", _span(*plan.seconds)))
     indent = max(len(name) for name, _ in rows)
     lines = [f"{name:<{indent}}  {value}" for name, value in rows]
+    if all(part.outcome.is_earlier for part in plan.parts.values()):
+        lines += ["", EARLIER]
     if costs := [part.cost for part in plan.parts.values() if part.cost is not None]:
         lines += ["", f"Nothing was run. The parts take turns in memory. Seconds, {costs[0].assumptions}."]
     return "\n".join(lines)
