@@ -153,9 +153,10 @@ def test_gradients_of_feature_maps_are_sums_over_all_devices(implementation, siz
     assert_close(found, expected, TPU_F32)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 2, 1), (2, 1, 2, 2), (1, 1, 8, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 2, 1), (2, 1, 2, 2), (1, 1, 4, 1), (1, 1, 8, 1)], ids=str)
 def test_softmax_attention_over_devices_is_that_of_one(sizes):
-    """Two heads: traded over two devices; on (2, 1, 2, 2) one head a device, and over 8: keys are gathered."""
+    """Two heads: traded over two devices; on (2, 1, 2, 2) one head a device, so that keys are gathered; over 4 and 8
+    devices both: pairs trade heads, and gather keys from the other pairs."""
     form = (5, 3, 1, 0)
     with jax.enable_x64(True):
         arrays = make_arrays(*form[:2], batch=2)[:3]

@@ -7,11 +7,13 @@ padding, and the attention of padding is zero.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from rehyat_jax.attention import softmax_attention
@@ -199,8 +201,9 @@ def _on_every_device(part: Callable, tokens: tuple, phis: tuple, results: Any, *
 def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array, *, num_tokens: int) -> jax.Array:
     """Softmax self-attention of a video over the mesh in use; `num_tokens` of its tokens are not padding.
 
-    Along "context", devices exchange tokens for heads by an all-to-all, as DeepSpeed-Ulysses does (arXiv 2309.14509).
-    If the heads cannot be divided among them, they gather keys and values instead.
+    Along "context", devices exchange tokens for heads by an all-to-all, as DeepSpeed-Ulysses does (arXiv 2309.14509),
+    as many together as divide the heads. Such groups of devices gather the keys and values of their heads from one
+    another: a device then has the queries of its group, all keys, and its share of the heads.
     """
     if not is_cut():
         return softmax_attention(query, key, value)
@@ -209,12 +212,19 @@ def softmax_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array
         devices = axis_size(CONTEXT)
         if devices == 1:
             return softmax_attention(query, key, value)
-        if query.shape[2] % devices == 0:
+        together = math.gcd(query.shape[2], devices)
+        if together == devices:
             return _with_all_tokens(softmax_attention, query, key, value, num_tokens=num_tokens)
-        key, value = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True)[:, :num_tokens] for x in (key, value))
-        token = jax.lax.axis_index(CONTEXT) * query.shape[1] + jnp.arange(query.shape[1])
-        y = softmax_attention(query, key, value)
-        return jnp.where((token < num_tokens)[:, None, None], y, 0)
+        number = np.arange(devices).reshape(-1, together)  # groups, and places in them
+        trade, trade_back = (_trade(number.tolist(), *axes) for axes in ((2, 1), (1, 2)))
+        gather = functools.partial(
+            jax.lax.all_gather, axis_name=CONTEXT, axis=1, tiled=True, axis_index_groups=number.T.tolist()
+        )
+        query, key, value = map(trade, (query, key, value))
+        y = softmax_attention(query, gather(key)[:, :num_tokens], gather(value)[:, :num_tokens])
+        first = jax.lax.axis_index(CONTEXT) // together * y.shape[1]
+        is_token = first + jnp.arange(y.shape[1]) < num_tokens
+        return trade_back(jnp.where(is_token[:, None, None], y, 0))
 
     return jax.shard_map(part, in_specs=(TOKENS,) * 3, out_specs=TOKENS, check_vma=False)(query, key, value)
 
@@ -246,11 +256,22 @@ def _with_all_tokens(attend: Callable[..., jax.Array], *arrays: jax.Array, num_t
     """attend(query, key, value) of all tokens by each device along "context", for its share of the heads."""
     if axis_size(CONTEXT) == 1:
         return attend(*arrays)
-    trade = lambda x, split, join: jax.lax.all_to_all(x, CONTEXT, split, join, tiled=True)
-    whole = [trade(x, 2, 1) for x in arrays]
+    whole = [_trade(None, 2, 1)(x) for x in arrays]
     y = attend(*(x[:, :num_tokens] for x in whole))
     y = jnp.pad(y, [(0, 0), (0, whole[0].shape[1] - num_tokens), (0, 0), (0, 0)])
-    return trade(y, 1, 2)
+    return _trade(None, 1, 2)(y)
+
+
+def _trade(groups: list[list[int]] | None, split: int, join: int) -> Callable[[jax.Array], jax.Array]:
+    """An all-to-all along "context" among the devices of each group; None for all devices together."""
+    return functools.partial(
+        jax.lax.all_to_all,
+        axis_name=CONTEXT,
+        split_axis=split,
+        concat_axis=join,
+        tiled=True,
+        axis_index_groups=groups,
+    )
 
 
 def cross_attention_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
