@@ -133,6 +133,10 @@ def test_weights_are_in_the_compute_dtype_except_where_the_model_computes_in_flo
     head = 2 * width + width * 64 + 64
     in_float32 = time + head + blocks * (6 * width + 2 * width + 4 * width)
     assert arguments["transformer"]["weights"] == 2 * (1_418_996_800 + in_float32)
+    # Two maps of a head are two matrices each, and a scale in float32.
+    hybrid = placed("--preset=t2v-1.3B", "--topology=v5e:1x1", "--hybrid-blocks=all")
+    maps = blocks * 12 * 2 * (128 * 256 + 256 * 256)
+    assert hybrid["transformer"]["weights"] == arguments["transformer"]["weights"] + 2 * maps + 4 * blocks * 12 * 2
     assert arguments["text_encoder"]["weights"] == 2 * 5_680_910_336
     assert arguments["vae"]["weights"] == 4 * 126_892_531
 

@@ -28,7 +28,14 @@ def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
     return nnx.vmap(create, in_axes=0, out_axes=0)(rngs.split(count))
 
 
-def make_feature_maps(forms: BlockForms, *, num_heads: int, head_dim: int, rngs: nnx.Rngs) -> nnx.Module | None:
+def make_feature_maps(
+    forms: BlockForms,
+    *,
+    num_heads: int,
+    head_dim: int,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Module | None:
     """A model's "feature_maps": every stack under its key, or the only stack itself; None if no form has maps."""
 
     def make(stack: MapStack) -> nnx.Module:
@@ -39,6 +46,7 @@ def make_feature_maps(forms: BlockForms, *, num_heads: int, head_dim: int, rngs:
             branch_gate=learned.branch_gate,
             heads=num_heads,
             head_dim=head_dim,
+            param_dtype=param_dtype,
             rngs=rngs,
         )
         return stacked(create, len(stack.blocks), rngs)

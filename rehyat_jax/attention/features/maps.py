@@ -16,8 +16,16 @@ _FIRST_DECAY = -4.0
 class HeadwiseLinear(nnx.Module):
     """A matrix of its own for every head, without bias: a 1x1 convolution with groups = heads."""
 
-    def __init__(self, heads: int, shape: tuple[int, int], initializer: nnx.Initializer, *, rngs: nnx.Rngs):
-        kernel = initializer(rngs.params(), (heads, *shape))
+    def __init__(
+        self,
+        heads: int,
+        shape: tuple[int, int],
+        initializer: nnx.Initializer,
+        *,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kernel = initializer(rngs.params(), (heads, *shape), param_dtype)
         self.kernel = nnx.Param(kernel, axes=("tensor", None, "fsdp"))  # of the mesh, see `parallel.sharding`
 
 
@@ -50,17 +58,29 @@ class FeatureFunction:
 class FeatureMap(nnx.Module):
     """phi_query or phi_key: a `FeatureFunction` with weights of its own for every head.
 
-    Parameters (float32): layer_i.kernel [heads, rows, columns], of the shapes that the kind states; log_scale [heads],
-    zero at first (see `calibration.linear_mass_log_scale`); and, if the configuration has a gate, gate [heads,
-    head_dim], zero at first. The features are multiplied by exp(log_scale), by 2 sigmoid(gate.x), and divided by the
-    kind's `divisor`.
+    Parameters: layer_i.kernel [heads, rows, columns], of the shapes that the kind states, in `param_dtype`; log_scale
+    [heads], float32, zero at first (see `calibration.linear_mass_log_scale`); and, if the configuration has a gate,
+    gate [heads, head_dim], float32, zero at first. The features are multiplied by exp(log_scale), by 2 sigmoid(gate.x),
+    and divided by the kind's `divisor`.
     """
 
-    def __init__(self, config: FeatureMapConfig, *, heads: int, head_dim: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: FeatureMapConfig,
+        *,
+        heads: int,
+        head_dim: int,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         self.num_kernels = len(shapes := config.kernel_shapes(head_dim))
         for i, shape in enumerate(shapes):
-            setattr(self, f"layer_{i}", HeadwiseLinear(heads, shape, config.row.initializer, rngs=rngs))
+            setattr(
+                self,
+                f"layer_{i}",
+                HeadwiseLinear(heads, shape, config.row.initializer, param_dtype=param_dtype, rngs=rngs),
+            )
         self.log_scale = nnx.Param(jnp.zeros(heads), axes=("tensor",))
         if config.gate:
             self.gate = nnx.Param(jnp.zeros((heads, head_dim)), axes=("tensor", None))
@@ -98,10 +118,12 @@ class LinearBranch(nnx.Module):
         branch_gate: bool = False,
         heads: int,
         head_dim: int,
+        param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.query = FeatureMap(config, heads=heads, head_dim=head_dim, rngs=rngs)
-        self.key = FeatureMap(config, heads=heads, head_dim=head_dim, rngs=rngs)
+        self.query, self.key = (
+            FeatureMap(config, heads=heads, head_dim=head_dim, param_dtype=param_dtype, rngs=rngs) for _ in range(2)
+        )
         if decay:
             self.decay = nnx.Param(jnp.full(heads, _FIRST_DECAY), axes=("tensor",))
         if branch_gate:

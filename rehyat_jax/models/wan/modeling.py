@@ -310,7 +310,7 @@ class WanTransformer(nnx.Module):
       dtype: compute dtype.
       param_dtype: dtype of the parameters of products that run in the compute dtype: float32 for training. For
         inference, the compute dtype gives the same outputs, because those products round their parameters to it. The
-        timestep path, modulation, norms, feature maps and the head stay float32.
+        timestep path, modulation, norms, the feature maps' scales and the head stay float32.
       scan_layers: scan the blocks (compile time independent of depth) or unroll them in Python.
       remat: name in `REMAT_POLICIES`.
       attention_implementation: passed to `hybrid_attention` for hybrid blocks; None picks the best.
@@ -353,7 +353,7 @@ class WanTransformer(nnx.Module):
         self.time_projection = linear(width, 6 * width, ("fsdp", None), kernel_init=zeros, precision=exact, rngs=rngs)
         self.blocks = stacked(lambda r: WanBlock(config, lora=lora, rngs=r, **dtypes), config.num_layers, rngs)
         self.head = Head(config, rngs=rngs)
-        sizes = dict(num_heads=config.num_heads, head_dim=config.head_dim)
+        sizes = dict(num_heads=config.num_heads, head_dim=config.head_dim, param_dtype=param_dtype)
         if (feature_maps := make_feature_maps(config.block_forms, **sizes, rngs=rngs)) is not None:
             self.feature_maps = feature_maps
 
