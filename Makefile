@@ -1,6 +1,8 @@
 # make demo: from a softmax video transformer to a ReHyAt model and back to PyTorch, on two cores.
 # make check: what to run before a commit: format, lint, layers, types, and the tests that take seconds.
 # make test: the complete test suite.
+# make docs: the documentation site, in build/site; make docs-links: checks its links to other sites, over the network.
+# make newcomer: the commands of README.md, from top to bottom, in a clone.
 # make dist: the source archive and the wheel of a release, in dist/.
 # make wheel-check: install that wheel into an empty environment, and run the quick demo there.
 # All of them install what they need into .venv.
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install demo test check fault-test fuzz lint clean-demo dist wheel-check
+.PHONY: install demo test check fault-test fuzz lint clean-demo docs docs-links newcomer dist wheel-check
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -53,6 +55,22 @@ lint: install
 
 demo: install
 	$(BIN)/rehyat demo --workdir $(RUNS)
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Warnings are errors. Among them are links inside the site to pages or headings that do not exist.
+SITE := PYTHONPATH=. $(BIN)/sphinx-build --fail-on-warning --keep-going --conf-dir docs/site
+
+docs: $(VENV)/.installed-docs
+	$(SITE) --builder html . build/site
+
+docs-links: $(VENV)/.installed-docs
+	$(SITE) --builder linkcheck . build/links
+
+newcomer: install
+	$(BIN)/python tests/newcomer.py
 
 dist: install
 	rm -rf dist
