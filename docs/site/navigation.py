@@ -4,11 +4,15 @@ That page is a list for readers of the repository. Every section becomes a part 
 that begins with a link becomes an entry with the link's text.
 """
 
+from __future__ import annotations
+
 import posixpath
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx  # tests read the list without Sphinx
 
 LIST = "docs/README.md"
 SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
