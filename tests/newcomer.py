@@ -109,6 +109,9 @@ def make_clone(folder: Path) -> dict[str, str]:
     """Clones the repository into a folder, with an environment in .venv; returns the environment's variables."""
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder / ".venv")], check=True)
+    # Python 3.11 brings one that is older than what the build needs, and it would come first.
+    pip = [str(folder / ".venv" / "bin" / "python"), "-m", "pip"]
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", "setuptools"], check=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / ".venv")}))
     (packages / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (folder / ".venv" / ".installed").touch()  # for make
@@ -131,6 +134,7 @@ def main() -> int:
     """Runs all steps and prints their times; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the steps and run none")
+    parser.add_argument("--keep-going", action="store_true", help="continue after a command that failed")
     arguments = parser.parse_args()
     todo = steps((ROOT / "README.md").read_text(encoding="utf-8"))
     rows, failed = [], False
@@ -147,6 +151,8 @@ def main() -> int:
                 outcome = run(step, folder, variables)
                 failed |= outcome != "ok"
             rows.append(f"{time.monotonic() - start:7.1f} s  line {step.line:3d}  {shown}  [{outcome or 'to run'}]")
+            if failed and not arguments.keep_going:
+                break
     print("\n" + "\n".join(rows))
     return int(failed)
 
