@@ -122,7 +122,7 @@ def make_clone(folder: Path) -> dict[str, str]:
 
 def run(step: Step, folder: Path, variables: dict[str, str]) -> str:
     """Runs a step; returns "ok" or why it failed. Its output is shown."""
-    program = ["bash", "-euo", "pipefail", "-c"] if step.language == "bash" else [sys.executable.split("/")[-1], "-c"]
+    program = ["bash", "-euo", "pipefail", "-c"] if step.language == "bash" else ["python", "-c"]
     try:
         ended = subprocess.run([*program, step.command], cwd=folder, env=variables, timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:

@@ -43,6 +43,7 @@ html_additional_pages = {"index": "index.html"}  # leads to the start page, READ
 myst_heading_anchors = 4
 myst_links_external_new_tab = True
 highlight_language = "text"  # of indented blocks: commands, equations and what programs print
+linkcheck_ignore = ["http://localhost"]
 nb_execution_mode = "off"  # tests run the notebooks and compare their outputs; the site shows what they stored
 
 # -------------------------------------------------------------------------------------------------------- docstrings
