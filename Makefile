@@ -42,7 +42,7 @@ fuzz: install
 # A wider selection is slower than a habit can be. Each of these modules takes seconds.
 FAST_TESTS := tests/test_imports.py tests/test_formats.py tests/test_flow.py tests/test_records.py tests/test_samplers.py \
     tests/test_hybrid_attention.py tests/test_launch.py tests/test_offline_wheels.py tests/test_compiler_options.py \
-    tests/test_extending.py
+    tests/test_extending.py tests/test_documentation.py
 
 check: lint
 	$(BIN)/pytest -n 2 $(FAST_TESTS)
