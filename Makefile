@@ -1,6 +1,7 @@
 # make demo: from a softmax video transformer to a ReHyAt model and back to PyTorch, on two cores.
 # make check: what to run before a commit: format, lint, layers, types, and the tests that take seconds.
 # make test: the complete test suite.
+# make notebooks: execute notebooks/ on the CPU, and store their outputs; NOTEBOOKS=NAME for one of them.
 # make docs: the documentation site, in build/site; make docs-links: checks its links to other sites, over the network.
 # make newcomer: the commands of README.md, from top to bottom, in a clone.
 # make dist: the source archive and the wheel of a release, in dist/.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install demo test check fault-test fuzz lint clean-demo docs docs-links newcomer dist wheel-check
+.PHONY: install demo test check fault-test fuzz notebooks lint clean-demo docs docs-links newcomer dist wheel-check
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -39,10 +40,18 @@ fuzz: install
 	FUZZ_EXAMPLES=20000 $(BIN)/pytest -n 2 tests/test_fuzz.py
 	$(BIN)/python tests/fuzz_commands.py --cases $(COMMANDS) --seed $(shell date +%G%V)
 
+# Prints the seconds of each. It fails on an error, and on a notebook that takes five minutes.
+notebooks: $(VENV)/.notebooks_installed
+	PYTHONPATH=. $(BIN)/python tests/run_notebooks.py $(NOTEBOOKS)
+
+$(VENV)/.notebooks_installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[notebooks]'
+	touch $@
+
 # A wider selection is slower than a habit can be. Each of these modules takes seconds.
 FAST_TESTS := tests/test_imports.py tests/test_formats.py tests/test_flow.py tests/test_records.py tests/test_samplers.py \
     tests/test_hybrid_attention.py tests/test_launch.py tests/test_offline_wheels.py tests/test_compiler_options.py \
-    tests/test_extending.py tests/test_documentation.py
+    tests/test_extending.py tests/test_documentation.py tests/test_notebooks.py
 
 check: lint
 	$(BIN)/pytest -n 2 $(FAST_TESTS)

@@ -6,7 +6,7 @@
 
 Every block's maps are trained on their own. One run therefore serves any choice of blocks in stage 2.
 
-Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip.
+Hardware: TPU v5e-16 (`v5e:4x4`), one video a chip. A single v5e chip trains with one video a step.
 
 Expectation, planned and not run: 2 to 3 seconds a step, 1.2 times the teacher's forward pass (docs/planned_runs.md).
 """
@@ -15,6 +15,7 @@ from rehyat_jax.training.config import default_config
 
 PLANNED_RUNS = (
     "--topology v5e:4x4",
+    "--topology v5e:1x1 --config.batch_size=1",
     "--topology v5p:2x2x1",
     "--topology h100:8",
 )

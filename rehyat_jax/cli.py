@@ -203,9 +203,5 @@ def _has_lost_its_reader() -> bool:
 
 
 def _is_news(record: LogRecord) -> bool:
-    """False for log records of Orbax that a user does not need.
-
-    It warns of every checkpoint without OCDBT, as this program writes them, that there is nothing to merge. It logs
-    errors that it also raises, and those are reported here.
-    """
-    return record.levelno < ERROR and "Skipping merge of OCDBT checkpoints" not in record.getMessage()
+    """False for errors that Orbax logs. It also raises them, and those are reported here."""
+    return record.levelno < ERROR

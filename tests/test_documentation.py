@@ -132,7 +132,7 @@ def test_every_row_of_the_page_about_hardware_was_planned_to_fit():
             _, config, options, topology, mesh = cells
             plan = training[" ".join(f"--config {config} --topology {topology} {options}".split())]
             sizes = {axis: size for axis, size in plan["mesh"].items() if size > 1}
-            assert mesh == ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+            assert mesh == (", ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device")
         elif cells[1].startswith("--preset"):
             plan = sampling[cells[1]]
         else:

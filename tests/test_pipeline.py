@@ -578,6 +578,7 @@ def test_trajectories_of_a_teacher_have_the_embeddings_of_its_pipeline(theirs, t
     assert prepare.main(command) == 2
     assert "codec 'wan_vae': has weights, and no folder of them was given; give --models" in capsys.readouterr().err
     assert prepare.main([*command, "--models", str(theirs[1])]) == 0
+    assert "a few of them: contact_sheet.png" in capsys.readouterr().out
     examples = PreparedExamples(tmp_path / "data")
     assert (examples.codec, examples.text_encoder) == ("wan_vae", "umt5")
     expected = Pipeline.from_pretrained(theirs[1], options()).embed([*PROMPTS, ""])

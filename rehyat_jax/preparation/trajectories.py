@@ -10,6 +10,7 @@ from rehyat_jax.data.records import CorruptRecord
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.fingerprint import BLOCKS, fingerprint
+from rehyat_jax.generation.codecs import Codec
 from rehyat_jax.generation.noise import initial_noise
 from rehyat_jax.generation.options import SamplingOptions
 from rehyat_jax.generation.pipeline import Pipeline
@@ -105,7 +106,11 @@ def prepare_trajectories(
             pipeline.sample_latents(text, negative_text, noise, on_step=store)
             progress.update(len(batch))
 
-    return prepare(destination, plan, fill, lambda: embeddings()[""], hosts, item="sample")
+    def codec() -> Codec:
+        pipeline.free("transformer")
+        return pipeline.codec(progress=True)
+
+    return prepare(destination, plan, fill, lambda: embeddings()[""], hosts, item="sample", codec=codec)
 
 
 def fingerprints(checkpoint: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def save_params(directory: Path, params: dict[str, StreamedArray]) -> None:
     check_path(directory)
     tree = traverse_util.unflatten_dict(params, sep=".")
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    with _without_word_of_nothing_to_merge(), ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
@@ -97,8 +98,20 @@ def save_arrays(directory: Path, params: dict[str, jax.Array]) -> None:
     check_path(directory)
     tree = traverse_util.unflatten_dict(params, sep=".")
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    with _without_word_of_nothing_to_merge(), ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+@contextlib.contextmanager
+def _without_word_of_nothing_to_merge() -> Iterator[None]:
+    """Silences one warning of Orbax: that a checkpoint without OCDBT has no parts that OCDBT would merge."""
+    is_news = lambda record: "Skipping merge of OCDBT checkpoints" not in record.getMessage()
+    logger = getLogger("absl")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def open_params(directory: Path) -> dict[str, StreamedArray]:
