@@ -70,7 +70,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	touch $@
 
 # Warnings are errors. Among them are links inside the site to pages or headings that do not exist.
-SITE := PYTHONPATH=. $(BIN)/sphinx-build --fail-on-warning --keep-going --conf-dir docs/site
+SITE := PYTHONPATH=. $(BIN)/sphinx-build --fail-on-warning --keep-going --conf-dir docs/site --doctree-dir build/doctrees
 
 docs: $(VENV)/.installed-docs
 	$(SITE) --builder html . build/site

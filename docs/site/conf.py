@@ -62,7 +62,7 @@ html_theme = "sphinx_book_theme"
 html_title = "rehyat_jax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_show_sourcelink = False
+html_copy_source = False
 html_theme_options = {
     "home_page_in_toc": True,
     "show_navbar_depth": 1,
