@@ -50,6 +50,8 @@ nb_execution_mode = "off"  # tests run the notebooks and compare their outputs; 
 
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
+add_module_names = False
+viewcode_follow_imported_members = False  # every name is documented by its own module
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 100
