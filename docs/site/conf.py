@@ -44,7 +44,7 @@ myst_heading_anchors = 4
 myst_links_external_new_tab = True
 highlight_language = "text"  # of indented blocks: commands, equations and what programs print
 linkcheck_ignore = ["http://localhost"]
-nb_execution_mode = "off"  # tests run the notebooks and compare their outputs; the site shows what they stored
+nb_execution_mode = "off"  # `make notebooks` executes them; the site shows the outputs that they store
 
 # -------------------------------------------------------------------------------------------------------- docstrings
 
