@@ -2,6 +2,8 @@
 # make check: what to run before a commit: format, lint, layers, types, and the tests that take seconds.
 # make test: the complete test suite.
 # make notebooks: execute notebooks/ on the CPU, and store their outputs; NOTEBOOKS=NAME for one of them.
+# make docs: the documentation site, in build/site; make docs-links: checks its links to other sites, over the network.
+# make newcomer: the commands of README.md, from top to bottom, in a clone.
 # make dist: the source archive and the wheel of a release, in dist/.
 # make wheel-check: install that wheel into an empty environment, and run the quick demo there.
 # All of them install what they need into .venv.
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install demo test check fault-test fuzz notebooks lint clean-demo dist wheel-check
+.PHONY: install demo test check fault-test fuzz notebooks lint clean-demo docs docs-links newcomer dist wheel-check
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -49,7 +51,7 @@ $(VENV)/.notebooks_installed: $(VENV)/.installed
 # A wider selection is slower than a habit can be. Each of these modules takes seconds.
 FAST_TESTS := tests/test_imports.py tests/test_formats.py tests/test_flow.py tests/test_records.py tests/test_samplers.py \
     tests/test_hybrid_attention.py tests/test_launch.py tests/test_offline_wheels.py tests/test_compiler_options.py \
-    tests/test_extending.py tests/test_notebooks.py
+    tests/test_extending.py tests/test_documentation.py tests/test_notebooks.py
 
 check: lint
 	$(BIN)/pytest -n 2 $(FAST_TESTS)
@@ -62,6 +64,22 @@ lint: install
 
 demo: install
 	$(BIN)/rehyat demo --workdir $(RUNS)
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Warnings are errors. Among them are links inside the site to pages or headings that do not exist.
+SITE := PYTHONPATH=. $(BIN)/sphinx-build --fail-on-warning --keep-going --conf-dir docs/site --doctree-dir build/doctrees
+
+docs: $(VENV)/.installed-docs
+	$(SITE) --builder html . build/site
+
+docs-links: $(VENV)/.installed-docs
+	$(SITE) --builder linkcheck . build/links
+
+newcomer: install
+	$(BIN)/python tests/newcomer.py
 
 dist: install
 	rm -rf dist

@@ -133,10 +133,10 @@ MEASURES = {
 }
 """The measures by name.
 
-  attention_error: mean relative L1 error of each block's attention on the block's inputs in the softmax teacher.
-  velocity_error: mean |v - v_teacher| / mean |v_teacher| of the complete model.
-  samples: videos of all captions, read by the digits' judge; see `rehyat_jax.demo.judge.Score`. Models without chunks
-    have the change where those of the default hybrid form would begin.
+- attention_error: mean relative L1 error of each block's attention on the block's inputs in the softmax teacher.
+- velocity_error: mean |v - v_teacher| / mean |v_teacher| of the complete model.
+- samples: videos of all captions, read by the digits' judge; see `rehyat_jax.demo.judge.Score`. Models without chunks
+  have the change where those of the default hybrid form would begin.
 """
 
 METRICS = {name: metric for measure in MEASURES.values() for name, metric in measure.metrics.items()}

@@ -167,11 +167,13 @@ def apply_block(
     Returns:
       (params, block, x, state, later, positions, conditions) -> (x after the block, state after the part; unchanged
       after the last one, sums over the part's keys of the next block), where
-        - block is the block's number, int32 scalar: one program serves all blocks;
-        - x is the part's tokens [B, N, D] in the compute dtype;
-        - state is the block's state after the parts before, at first `initial_state`;
-        - later is the sum over the keys of the parts after this one;
-        - positions are the part's `part_positions`, and conditions those of the model.
+
+      - block is the block's number, int32 scalar: one program serves all blocks;
+      - x is the part's tokens [B, N, D] in the compute dtype;
+      - state is the block's state after the parts before, at first `initial_state`;
+      - later is the sum over the keys of the parts after this one;
+      - positions are the part's `part_positions`, and conditions those of the model.
+
       After the last block the sums have no meaning.
     """
 
