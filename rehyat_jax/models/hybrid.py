@@ -101,7 +101,7 @@ LONGEST_GROUP = 4
 
 def blocks_at_a_time(forms: BlockForms) -> int:
     """The number of blocks that `scan_blocks` runs at a time."""
-    return forms.period if forms.period <= LONGEST_GROUP else 1
+    return forms.period if forms.period <= min(LONGEST_GROUP, len(forms.of_block) // 2) else 1
 
 
 def scan_blocks(
