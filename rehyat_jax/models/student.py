@@ -116,8 +116,8 @@ def make_student(
     options = {name: getattr(teacher, name) for name in names}
     structure = nnx.graphdef(nnx.eval_shape(lambda: type(teacher)(config, rngs=nnx.Rngs(0), **options)))
     params = nnx.to_pure_dict(nnx.state(teacher))
-    sizes = dict(num_heads=config.num_heads, head_dim=config.head_dim)
-    maps = make_feature_maps(config.block_forms, **sizes, rngs=nnx.Rngs(params=seed))
+    rngs = nnx.Rngs(params=seed)
+    maps = make_feature_maps(config.block_forms, num_heads=config.num_heads, head_dim=config.head_dim, rngs=rngs)
     if maps is None:
         return nnx.merge(structure, params)
     params["feature_maps"] = nnx.to_pure_dict(nnx.state(maps))
