@@ -100,7 +100,7 @@ LONGEST_GROUP = 4
 
 
 def blocks_at_a_time(forms: BlockForms) -> int:
-    """The number of blocks that `scan_blocks` runs at a time."""
+    """The number of blocks that `scan_blocks` can run at a time, so that each has a known form."""
     return forms.period if forms.period <= min(LONGEST_GROUP, len(forms.of_block) // 2) else 1
 
 
@@ -109,6 +109,8 @@ def scan_blocks(
     x: Any,
     layers: tuple[Any, dict[str, Any]],
     forms: BlockForms,
+    *,
+    together: int,
 ) -> tuple[Any, Any]:
     """All blocks of a model, one after the other.
 
@@ -118,22 +120,22 @@ def scan_blocks(
       x: the first block's input.
       layers: arrays with a leading axis over all blocks: parameters, and arguments as of `per_block_arguments`.
       forms: of the blocks.
+      together: `blocks_at_a_time`, or 1. For a gradient, the blocks of a group need more memory than one at a time.
 
     Returns:
       (the last block's output, auxiliary outputs with a leading axis over all blocks).
     """
-    period = blocks_at_a_time(forms)
-    if period == 1:
+    if together == 1:
         return jax.lax.scan(lambda x, layer: run_block(x, layer, None), x, layers)
 
     def run_group(x: Any, group: Any) -> tuple[Any, Any]:
         outputs = []
-        for place in range(period):
+        for place in range(together):
             x, output = run_block(x, jax.tree.map(lambda leaf, place=place: leaf[place], group), forms.indices[place])
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers)
+    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, together, *leaf.shape[1:]), layers)
     x, outputs = jax.lax.scan(run_group, x, groups)
     return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
 

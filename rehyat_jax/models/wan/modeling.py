@@ -417,14 +417,13 @@ class WanTransformer(nnx.Module):
             return block(x, conditions.text, conditions.time_modulation, rope, sizes, run)
 
         if self.remat != "none":
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass. With several
-            # blocks in a loop, XLA would compute all of them again before the gradients of the last.
-            alone = self.scan_layers and blocks_at_a_time(self.config.block_forms) == 1
-            options = dict(policy=REMAT_POLICIES[self.remat], prevent_cse=not alone)
+            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+            options = dict(policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
             run_block = jax.checkpoint(run_block, static_argnums=2, **options)
         layers = (block_params, per_block)
         if self.scan_layers:
-            x, aux = scan_blocks(run_block, x, layers, self.config.block_forms)
+            together = blocks_at_a_time(self.config.block_forms) if self.remat == "none" else 1
+            x, aux = scan_blocks(run_block, x, layers, self.config.block_forms, together=together)
         else:
             outputs = []
             for index in range(self.config.num_layers):
