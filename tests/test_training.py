@@ -52,9 +52,10 @@ NULL_TEXT = jnp.zeros((TINY.text_length, TINY.text_dim))
 # ---------------------------------------------------------------------------------------------- blocks of two kinds
 
 
-@pytest.mark.parametrize("blocks", [(1,), (0, 2), "all"])
-def test_mixed_blocks_equal_the_same_blocks_one_by_one(blocks):
-    config = TINY.replace(hybrid_blocks=blocks, hybrid=HybridConfig(chunk_frames=2))
+# Four blocks of two forms in turn are scanned two at a time.
+@pytest.mark.parametrize("blocks, num_layers", [((1,), 3), ((0, 2), 3), ("all", 3), ((1, 3), 4)])
+def test_mixed_blocks_equal_the_same_blocks_one_by_one(blocks, num_layers):
+    config = TINY.replace(hybrid_blocks=blocks, hybrid=HybridConfig(chunk_frames=2), num_layers=num_layers)
     graphdef, params = tiny_model(config)
     batch = tiny_batch()
     timestep = jnp.array([100.0, 900.0])
@@ -96,7 +97,8 @@ def test_every_block_s_feature_maps_get_their_own_gradient():
 
 
 def test_remat_saves_less_and_changes_no_gradient():
-    config = TINY.replace(num_layers=4, hybrid_blocks=(2, 3))
+    # Without remat, two blocks are scanned at a time.
+    config = TINY.replace(num_layers=4, hybrid_blocks=(1, 3))
     batch = tiny_batch()
 
     def grads(remat):

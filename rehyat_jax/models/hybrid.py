@@ -1,9 +1,9 @@
 """Several forms of attention in one scan over depth, for any backbone: feature maps, and the choice of a block's form.
 
 Every layer of a scan has the same inputs. So each layer gets, as its slice of `per_block`, its number, the index of its
-form, and a row of every stack of feature maps. If the forms repeat after a few blocks, the scan runs over such groups
-of blocks, whose forms are known when it is traced. Otherwise `jax.lax.switch` runs the form. Compile time grows with
-the number of blocks in a group, or of different forms, not with depth.
+form, and a row of every stack of feature maps. `jax.lax.switch` runs the form. If the forms repeat after a few blocks,
+the scan may run over such groups of blocks instead, whose forms are known when it is traced. Compile time grows with
+the number of different forms, or of blocks in a group, not with depth.
 """
 
 from collections.abc import Callable
