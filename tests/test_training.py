@@ -52,7 +52,6 @@ NULL_TEXT = jnp.zeros((TINY.text_length, TINY.text_dim))
 # ---------------------------------------------------------------------------------------------- blocks of two kinds
 
 
-# Four blocks of two forms in turn are scanned two at a time.
 @pytest.mark.parametrize("blocks, num_layers", [((1,), 3), ((0, 2), 3), ("all", 3), ((1, 3), 4)])
 def test_mixed_blocks_equal_the_same_blocks_one_by_one(blocks, num_layers):
     config = TINY.replace(hybrid_blocks=blocks, hybrid=HybridConfig(chunk_frames=2), num_layers=num_layers)
@@ -97,7 +96,6 @@ def test_every_block_s_feature_maps_get_their_own_gradient():
 
 
 def test_remat_saves_less_and_changes_no_gradient():
-    # Without remat, two blocks are scanned at a time.
     config = TINY.replace(num_layers=4, hybrid_blocks=(1, 3))
     batch = tiny_batch()
 

@@ -88,13 +88,6 @@ class BlockForms:
         return tuple(self.forms.index(form) for form in self.of_block)
 
     @property
-    def period(self) -> int:
-        """The smallest number of blocks after which the forms repeat, down to the last block."""
-        count = len(self.of_block)
-        repeats = lambda period: self.of_block == self.of_block[:period] * (count // period)
-        return next(period for period in range(1, count + 1) if repeats(period))
-
-    @property
     def converted(self) -> tuple[int, ...]:
         """The blocks whose form is not softmax."""
         return tuple(block for block, form in enumerate(self.of_block) if form != SOFTMAX)

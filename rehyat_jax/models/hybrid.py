@@ -1,9 +1,8 @@
 """Several forms of attention in one scan over depth, for any backbone: feature maps, and the choice of a block's form.
 
 Every layer of a scan has the same inputs. So each layer gets, as its slice of `per_block`, its number, the index of its
-form, and a row of every stack of feature maps. `jax.lax.switch` runs the form. If the forms repeat after a few blocks,
-the scan may run over such groups of blocks instead, whose forms are known when it is traced. Compile time grows with
-the number of different forms, or of blocks in a group, not with depth.
+form, and a row of every stack of feature maps. `jax.lax.switch` runs the form: compile time grows with the number of
+different forms, not with depth.
 """
 
 from collections.abc import Callable
@@ -95,64 +94,18 @@ def per_block_arguments(forms: BlockForms, feature_maps: nnx.Module | None) -> d
     return arguments | {"feature_maps": rows_over_blocks(forms, nnx.to_pure_dict(nnx.state(feature_maps)))}
 
 
-LONGEST_GROUP = 4
-"""The most blocks that a scan runs at a time. Each is compiled: more blocks take longer to compile than a switch."""
-
-
-def blocks_at_a_time(forms: BlockForms) -> int:
-    """The number of blocks that `scan_blocks` can run at a time, so that each has a known form."""
-    return forms.period if forms.period <= min(LONGEST_GROUP, len(forms.of_block) // 2) else 1
-
-
-def scan_blocks(
-    run_block: Callable[[Any, Any, int | None], tuple[Any, Any]],
-    x: Any,
-    layers: tuple[Any, dict[str, Any]],
-    forms: BlockForms,
-    *,
-    together: int,
-) -> tuple[Any, Any]:
-    """All blocks of a model, one after the other.
-
-    Args:
-      run_block: (x, a block's slice of `layers`, the index of its form or None) -> (x, auxiliary output). None stands
-        for the index in the slice.
-      x: the first block's input.
-      layers: arrays with a leading axis over all blocks: parameters, and arguments as of `per_block_arguments`.
-      forms: of the blocks.
-      together: `blocks_at_a_time`, or 1. For a gradient, the blocks of a group need more memory than one at a time.
-
-    Returns:
-      (the last block's output, auxiliary outputs with a leading axis over all blocks).
-    """
-    if together == 1:
-        return jax.lax.scan(lambda x, layer: run_block(x, layer, None), x, layers)
-
-    def run_group(x: Any, group: Any) -> tuple[Any, Any]:
-        outputs = []
-        for place in range(together):
-            x, output = run_block(x, jax.tree.map(lambda leaf, place=place: leaf[place], group), forms.indices[place])
-            outputs.append(output)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
-    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, together, *leaf.shape[1:]), layers)
-    x, outputs = jax.lax.scan(run_group, x, groups)
-    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
-
-
 def by_form(forms: BlockForms, per_block: dict[str, Any], branch: Callable[[Form], Callable[[], T]]) -> T:
     """Runs branch(form)() of the block's form.
 
     Args:
-      per_block: one block's slice of `per_block_arguments`. Its "form" may be a Python integer.
+      per_block: one block's slice of `per_block_arguments`.
       branch: of every form in the model; all branches return arrays of the same shapes.
     """
-    index = 0 if len(forms.forms) == 1 else per_block["form"]
-    if isinstance(index, int):
-        return branch(forms.forms[index])()
     branches = [branch(form) for form in forms.forms]
+    if len(branches) == 1:
+        return branches[0]()
     with jax.named_scope(FORM_SWITCH):
-        return jax.lax.switch(index, branches)
+        return jax.lax.switch(per_block["form"], branches)
 
 
 def block_features(

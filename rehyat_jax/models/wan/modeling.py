@@ -26,15 +26,7 @@ from rehyat_jax.attention.hybrid.context_parallel import padded_frames
 from rehyat_jax.attention.on_mesh import cross_attention_on_mesh
 from rehyat_jax.attention.product import accumulation_dtype
 from rehyat_jax.attention.residuals import ATTENTION_RESIDUALS
-from rehyat_jax.models.hybrid import (
-    block_features,
-    blocks_at_a_time,
-    by_form,
-    make_feature_maps,
-    per_block_arguments,
-    scan_blocks,
-    stacked,
-)
+from rehyat_jax.models.hybrid import block_features, by_form, make_feature_maps, per_block_arguments, stacked
 from rehyat_jax.models.linear import Linear, linear
 from rehyat_jax.models.lora import LoraConfig
 from rehyat_jax.models.modulation import modulated_norm
@@ -407,10 +399,8 @@ class WanTransformer(nnx.Module):
 
         block_def, block_params = nnx.split(self.blocks)
 
-        def run_block(x: jax.Array, layer: tuple[Any, Any], form: int | None) -> tuple[jax.Array, Any]:
+        def run_block(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             params, arguments = layer
-            if form is not None:
-                arguments = arguments | {"form": form}
             x = checkpoint_name(x, _BLOCK_INPUT)
             block = nnx.merge(block_def, gathered(params, self.dtype))
             run = lambda inputs: attend(inputs, arguments)
@@ -418,16 +408,14 @@ class WanTransformer(nnx.Module):
 
         if self.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            options = dict(policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
-            run_block = jax.checkpoint(run_block, static_argnums=2, **options)
+            run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         layers = (block_params, per_block)
         if self.scan_layers:
-            together = blocks_at_a_time(self.config.block_forms) if self.remat == "none" else 1
-            x, aux = scan_blocks(run_block, x, layers, self.config.block_forms, together=together)
+            x, aux = jax.lax.scan(run_block, x, layers)
         else:
             outputs = []
             for index in range(self.config.num_layers):
-                x, output = run_block(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers), None)
+                x, output = run_block(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
                 outputs.append(output)
             aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
         return self.velocity(x, conditions, grid)[:, : num_frames * self.config.patch_size[0]], aux
