@@ -1,9 +1,8 @@
 """Compiled programs that a second start of a command finds on disk."""
 
-import os
-from pathlib import Path
-
 import jax
+
+from rehyat_jax.files.caches import cache_folder
 
 
 def keep_compiled_programs() -> None:
@@ -13,10 +12,9 @@ def keep_compiled_programs() -> None:
     version is compiled anew. It does not unpickle what it reads. On CPUs nothing is kept: such programs may not run on
     another processor that sees the same home directory.
 
-    The folder is that of JAX_COMPILATION_CACHE_DIR, else `rehyat_jax` in XDG_CACHE_HOME, else in ~/.cache.
+    The folder is that of JAX_COMPILATION_CACHE_DIR, else `compiled` in `cache_folder`.
     """
     # JAX defines its options at run time.
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is None and jax.default_backend() != "cpu":
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "rehyat_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import rehyat_jax
 from rehyat_jax.cost_model.chips import Chip, chip_of, devices_of
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu, compiled_program
 from rehyat_jax.errors import InputError
+from rehyat_jax.files.caches import cache_folder
 from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.models.wan.config import WanConfig
@@ -57,6 +57,28 @@ class Outcome:
         return cls(**fields | {"cost": cost, "is_earlier": True})
 
 
+class HasOutcome:
+    """The parts of `outcome` that plans show, for the class of a plan."""
+
+    outcome: Outcome
+
+    @property
+    def memory(self) -> dict[str, int]:
+        return self.outcome.memory
+
+    @property
+    def peak(self) -> int | None:
+        return self.outcome.peak
+
+    @property
+    def cost(self) -> Cost | None:
+        return self.outcome.cost
+
+    @property
+    def fits(self) -> bool:
+        return self.outcome.cost is not None
+
+
 def compiled_outcome(
     module: str,
     case: Mapping[str, Any],
@@ -70,7 +92,7 @@ def compiled_outcome(
 ) -> Outcome:
     """Compiles a program, unless an earlier plan did: the same case, by the same code, with the same compiler.
 
-    Earlier outcomes are in `rehyat_jax/plans` of XDG_CACHE_HOME, else of ~/.cache.
+    Earlier outcomes are in `plans` of `cache_folder`.
 
     Args:
       module: whose function `lowered` makes the program: (devices, **case) -> `jax.stages.Lowered`.
@@ -123,8 +145,7 @@ def _file(module: str, case: Mapping[str, Any], topology: str) -> Path:
     compiler = "jaxlib" if chip_of(topology).is_gpu else "libtpu"
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", compiler)}
     content = json.dumps([module, case, topology, versions, _code()], sort_keys=True)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "rehyat_jax" / "plans" / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+    return cache_folder() / "plans" / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
 
 
 @functools.cache

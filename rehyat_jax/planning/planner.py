@@ -13,8 +13,8 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import StepFlops
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning import train_step
-from rehyat_jax.planning.compiled import Outcome, compiled_outcome
-from rehyat_jax.planning.estimate import Cost, TpuCost
+from rehyat_jax.planning.compiled import HasOutcome, Outcome, compiled_outcome
+from rehyat_jax.planning.estimate import TpuCost
 from rehyat_jax.training.stages import STAGES
 
 
@@ -45,7 +45,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(HasOutcome):
     """The memory and the cost of a run.
 
     Attributes:
@@ -59,22 +59,6 @@ class Plan:
     mesh: dict[str, int]
     arguments: dict[str, int]
     outcome: Outcome
-
-    @property
-    def memory(self) -> dict[str, int]:
-        return self.outcome.memory
-
-    @property
-    def peak(self) -> int | None:
-        return self.outcome.peak
-
-    @property
-    def cost(self) -> Cost | None:
-        return self.outcome.cost
-
-    @property
-    def fits(self) -> bool:
-        return self.cost is not None
 
     @property
     def chips(self) -> int:

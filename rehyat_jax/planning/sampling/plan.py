@@ -19,8 +19,8 @@ from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.models.wan.streaming import check_streams
 from rehyat_jax.models.wan_vae.config import WAN_VAE_PRESETS, WanVaeConfig
 from rehyat_jax.parallel.mesh import AXES, resolve_sizes
-from rehyat_jax.planning.compiled import Outcome, compiled_outcome
-from rehyat_jax.planning.estimate import Cost, TpuCost
+from rehyat_jax.planning.compiled import HasOutcome, Outcome, compiled_outcome
+from rehyat_jax.planning.estimate import TpuCost
 from rehyat_jax.planning.sampling import programs
 from rehyat_jax.planning.train_step import bytes_on_device
 
@@ -192,7 +192,7 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class PartPlan:
+class PartPlan(HasOutcome):
     """Memory and cost of one part on one device.
 
     Attributes:
@@ -203,22 +203,6 @@ class PartPlan:
     program: Program
     arguments: dict[str, int]
     outcome: Outcome
-
-    @property
-    def memory(self) -> dict[str, int]:
-        return self.outcome.memory
-
-    @property
-    def peak(self) -> int | None:
-        return self.outcome.peak
-
-    @property
-    def cost(self) -> Cost | None:
-        return self.outcome.cost
-
-    @property
-    def fits(self) -> bool:
-        return self.cost is not None
 
     @property
     def seconds(self) -> tuple[float, float] | None:
