@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from flax import nnx
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import flex_attention as flex
 
 from rehyat_jax import FeatureMap, FeatureMapConfig, HybridConfig, WanConfig, WanTransformer, hybrid_attention, load_wan
 from rehyat_jax.convert import main
@@ -186,16 +189,35 @@ GEOMETRIES = {
 }
 
 
+@pytest.fixture
+def flex_as_on_gpus(monkeypatch):
+    """PyTorch's dense flex attention does on CPUs what it refuses there: gradients, and a row's largest score."""
+    validate = flex._apply_kernel_options
+
+    def with_largest_scores(*arguments):
+        *arguments, wanted = arguments
+        return validate(*arguments, wanted._replace(max_scores=False)) | {"OUTPUT_MAX": True}
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "_apply_kernel_options", with_largest_scores)
+
+    def attend(*tensors, return_aux, **options):
+        return flex.flex_attention(*tensors, return_aux=return_aux._replace(max_scores=True), **options)
+
+    monkeypatch.setattr(rehyat_torch, "_flex_attention", lambda device: attend)
+    monkeypatch.setattr(rehyat_torch, "_takes_flex", lambda implementation, *tensors: implementation == "flex")
+
+
 @pytest.mark.parametrize("stabilizer", ["row_max", "joint"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize(("frames", "geometry"), GEOMETRIES.values(), ids=GEOMETRIES)
-def test_attention_and_its_gradients_match_the_definition(frames, geometry, causal, stabilizer):
+def test_attention_and_its_gradients_match_the_definition(frames, geometry, causal, stabilizer, flex_as_on_gpus):
     options = dict(geometry, causal=causal, stabilizer=stabilizer)
     arrays = attention_inputs(frames, geometry["tokens_per_frame"])
     arrays[3][:, ::3] = 0  # queries without linear mass
     tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
     found = {}
-    for implementation in ("plain", "sdpa"):
+    for implementation in ("plain", "sdpa", "flex"):
         y = rehyat_torch.hybrid_attention(*tensors, **options, implementation=implementation)
         cotangent = np.random.default_rng(1).standard_normal(y.shape)
         found[implementation] = (y.detach(), *torch.autograd.grad(y, tensors, torch.tensor(cotangent)))
@@ -218,39 +240,97 @@ OTHER_OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "flex"])
 @pytest.mark.parametrize("options", OTHER_OPTIONS.values(), ids=OTHER_OPTIONS)
-def test_sdpa_matches_plain_attention_in_every_form(options):
-    assert_sdpa_matches(rehyat_torch.hybrid_attention, chunk_frames=3, overlap_frames=1, **options)
+def test_fused_attention_matches_plain_attention_in_every_form(options, implementation, flex_as_on_gpus):
+    options = dict(chunk_frames=3, overlap_frames=1, **options)
+    assert_matches_plain(rehyat_torch.hybrid_attention, implementation, **options)
 
 
 @pytest.mark.parametrize("stabilizer", ["row_max", "joint"])
 def test_sdpa_matches_plain_attention_with_a_stride(stabilizer):
-    assert_sdpa_matches(rehyat_torch.strided_attention, stride=3, stabilizer=stabilizer)
+    assert_matches_plain(rehyat_torch.strided_attention, "sdpa", stride=3, stabilizer=stabilizer)
 
 
-def test_sdpa_matches_plain_attention_without_features():
+@pytest.mark.parametrize("implementation", ["sdpa", "flex"])
+def test_fused_attention_matches_plain_attention_without_features(implementation, flex_as_on_gpus):
     without = lambda *tensors, **options: rehyat_torch.window_attention(
         *tensors[:3], *(tensor[..., :0] for tensor in tensors[3:]), **options
     )
-    assert_sdpa_matches(without, chunk_frames=3, overlap_frames=1)
+    assert_matches_plain(without, implementation, chunk_frames=3, overlap_frames=1, anchor_frames=1)
 
 
-def assert_sdpa_matches(attend, dtype=torch.float64, tolerance=1e-13, **options):
-    tensors = [torch.tensor(array, dtype=dtype, requires_grad=True) for array in attention_inputs(8, 2)]
+def assert_matches_plain(attend, implementation, dtype=torch.float64, tolerance=1e-13, device="cpu", size=2, **options):
+    tensors = [torch.tensor(array, dtype=dtype, device=device) for array in attention_inputs(8, size)]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
     results = []
-    for implementation in ("plain", "sdpa"):
-        y = attend(*tensors, tokens_per_frame=2, **options, implementation=implementation)
+    for name in ("plain", implementation):
+        y = attend(*tensors, tokens_per_frame=size, **options, implementation=name)
         gradients = torch.autograd.grad(y.square().sum(), tensors, materialize_grads=True)
         results.append([y.detach(), *gradients])
     assert not torch.equal(results[0][0], results[1][0])  # two implementations, not one
     # Sums of a few dozen terms in another order.
-    for plain, sdpa in zip(*results, strict=True):
-        torch.testing.assert_close(sdpa, plain, rtol=0, atol=tolerance)
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=0, atol=tolerance)
 
 
-def test_sdpa_is_float32_where_plain_attention_is():
+@pytest.mark.parametrize("stabilizer", ["row_max", "joint"])
+@pytest.mark.parametrize("implementation", ["sdpa", "flex"])
+def test_fused_attention_is_float32_where_plain_attention_is(implementation, stabilizer, flex_as_on_gpus):
+    options = dict(chunk_frames=3, overlap_frames=1, stabilizer=stabilizer)
     # 6.0e-7 was seen, of outputs and gradients of up to 4.
-    assert_sdpa_matches(rehyat_torch.hybrid_attention, torch.float32, 5e-6, chunk_frames=3, overlap_frames=1)
+    assert_matches_plain(rehyat_torch.hybrid_attention, implementation, torch.float32, 5e-6, **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled flex attention needs a GPU")
+@pytest.mark.parametrize("stabilizer", ["row_max", "joint"])
+def test_compiled_flex_matches_plain_attention_on_a_gpu(stabilizer):
+    attend = lambda *tensors, **options: rehyat_torch.hybrid_attention(
+        *(F.pad(tensor, (0, 12)) for tensor in tensors), **options
+    )[..., :4]
+    # Several blocks of 128 queries, and sums of a few hundred terms in float32.
+    options = dict(size=50, chunk_frames=3, overlap_frames=1, stabilizer=stabilizer)
+    assert_matches_plain(attend, "flex", torch.float32, 2e-5, device="cuda", **options)
+
+
+@pytest.mark.parametrize(
+    ("stabilizer", "compiler"), [("row_max", None), ("joint", None), ("row_max", "eager")], ids=str
+)
+def test_flex_matches_plain_attention_on_cpus_within_compiled_models_too(stabilizer, compiler):
+    options = dict(tokens_per_frame=2, chunk_frames=3, overlap_frames=1, anchor_frames=1, stabilizer=stabilizer)
+    attend = functools.partial(rehyat_torch.hybrid_attention, **options)
+    flex_attend = functools.partial(attend, implementation="flex")
+    if compiler:
+        flex_attend = torch.compile(flex_attend, backend=compiler)
+    tensors = [torch.tensor(array) for array in attention_inputs(8, 2)]
+    # Float64: sums of a few dozen terms of unit size, in another order.
+    torch.testing.assert_close(flex_attend(*tensors), attend(*tensors, implementation="plain"), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "overlap", "anchors"),
+    [(700, 300, 100, 0), (640, 256, 128, 128), (700, 150, 150, 70), (500, 40, 0, 0), (90, 30, 10, 10)],
+)
+def test_window_masks_list_the_blocks_that_an_array_of_all_pairs_gives(tokens, chunk, overlap, anchors):
+    found = rehyat_torch._window_mask(tokens, chunk, overlap, anchors, torch.device("cpu"))
+    expected = flex.create_block_mask(found.mask_mod, None, None, tokens, tokens, device="cpu")
+    assert found.shape == expected.shape == (1, 1, tokens, tokens)
+    complete = lambda mask: flex.BlockMask.from_kv_blocks(mask.full_kv_num_blocks, mask.full_kv_indices).to_dense()
+    for blocks in (flex.BlockMask.to_dense, complete):
+        assert torch.equal(blocks(found), blocks(expected))
+
+
+def test_flex_is_refused_where_pytorch_cannot(monkeypatch):
+    tensors = [torch.tensor(array) for array in attention_inputs(7, 2, np.float32)]
+    options = dict(tokens_per_frame=2, chunk_frames=3, overlap_frames=1)
+    attend = functools.partial(rehyat_torch.hybrid_attention, *tensors, **options)
+    tensors[1].requires_grad_()
+    with pytest.raises(ValueError, match="\"flex\" has no gradients on the device 'cpu'"):
+        attend(implementation="flex")
+    attend(implementation="auto").sum().backward()
+    monkeypatch.delattr(flex, "AuxRequest")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"needs PyTorch 2\.9 or later, found 2"):
+        attend(implementation="flex")
 
 
 def test_auto_takes_sdpa_for_large_chunks():
@@ -267,9 +347,9 @@ def test_auto_takes_sdpa_for_large_chunks():
         assert not torch.equal(found, attend(tokens_per_frame, other))
 
 
-@pytest.mark.parametrize("implementation", ["plain", "sdpa"])
+@pytest.mark.parametrize("implementation", ["plain", "sdpa", "flex"])
 @pytest.mark.parametrize("stabilizer", ["row_max", "joint"])
-def test_attention_is_finite_at_extreme_scores_and_without_linear_mass(stabilizer, implementation):
+def test_attention_is_finite_at_extreme_scores_and_without_linear_mass(stabilizer, implementation, flex_as_on_gpus):
     options = dict(tokens_per_frame=1, chunk_frames=2, overlap_frames=1, stabilizer=stabilizer)
     query, key, value, phi_query, phi_key = attention_inputs(6, 1, np.float32, scale=200.0)
     query[0], key[0] = -np.abs(query[0]), np.abs(key[0])  # All scores far below zero.
@@ -284,7 +364,7 @@ def test_attention_is_finite_at_extreme_scores_and_without_linear_mass(stabilize
     np.testing.assert_allclose(y.detach().numpy(), exact.numpy(), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", ["plain", "sdpa"])
+@pytest.mark.parametrize("implementation", ["plain", "sdpa", "flex"])
 def test_attention_computes_in_float32_under_autocast(implementation):
     options = dict(tokens_per_frame=2, chunk_frames=3, overlap_frames=1, implementation=implementation)
     tensors = [torch.tensor(array) for array in attention_inputs(7, 2, np.float32)]

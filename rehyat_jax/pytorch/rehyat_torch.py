@@ -18,11 +18,13 @@ This file needs only torch, diffusers and safetensors. The method is that of ReH
 
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,16 +32,25 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORM = "rehyat.json"
 BRANCH = "rehyat_branch.safetensors"
 ADAPTER = "pytorch_lora_weights.safetensors"
 
-IMPLEMENTATIONS = ("auto", "plain", "sdpa")
+IMPLEMENTATIONS = ("auto", "plain", "sdpa", "flex")
 
 FUSED_QUERIES = 512
 """Queries of a chunk from which "auto" is "sdpa". Below, its copies cost more than they save, as measured on a CPU."""
+
+FLEX_BLOCK = 128
+"""Queries and keys of a block of flex attention's masks."""
+
+FLEX_SHARED_MEMORY = 160 * 1024
+"""Bytes of shared memory per thread block from which "auto" is "flex". For float32 and heads of 128, PyTorch's kernel
+on Ampere GPUs has a tile of 128 queries and, in three stages, tiles of 32 keys and 32 values. An RTX 4090 has 99 KiB.
+"""
 
 IDENTITY_VALUES = 64
 """Values of every tensor in the identity of a base."""
@@ -190,9 +201,9 @@ def hybrid_attention(
           / (sum_S exp(q.k_j / sqrt(head_dim) - c)     + scale * phi_query(q) sum_L phi_key(k_j))
 
     A frame enters the linear sums when it leaves the window, so the causal form's memory, except inputs and output,
-    does not grow with the video. All arithmetic is float32 (float64 for float64 inputs), also under autocast. With
-    bfloat16 inputs on a GPU, `torch.set_float32_matmul_precision("high")` loses nothing in the scores: a bfloat16 fits
-    into TF32.
+    does not grow with the video; only that of "flex" does. All arithmetic is float32 (float64 for float64 inputs), also
+    under autocast. With bfloat16 inputs on a GPU, `torch.set_float32_matmul_precision("high")` loses nothing in the
+    scores: a bfloat16 fits into TF32.
 
     Args:
       query, key, value: [batch, tokens, heads, head_dim], tokens frame-major; the last chunk may be shorter.
@@ -212,13 +223,16 @@ def hybrid_attention(
       implementation: one of
         - "plain": scores are arrays, [batch, heads, a chunk's tokens, its window's tokens];
         - "sdpa": `scaled_dot_product_attention` computes the window, and no such arrays are kept for the backward pass;
-        - "auto": "sdpa" if a chunk has at least `FUSED_QUERIES` tokens.
+        - "flex": one call of `flex_attention` computes the windows of all chunks. It needs PyTorch 2.9. On a GPU it is
+          compiled. On a CPU it is not, writes an array of all scores, and has no gradients;
+        - "auto": "flex" on a GPU that can run it, else "sdpa" if a chunk has at least `FUSED_QUERIES` tokens, else
+          "plain".
         They compute the same, to rounding.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`.
 
     Raises:
-      ValueError: the arguments do not fit together.
+      ValueError: the arguments do not fit together, or "flex" cannot compute this.
     """
     tokens = query.shape[1]
     if tokens_per_frame < 1 or tokens % tokens_per_frame:
@@ -254,24 +268,36 @@ def hybrid_attention(
         return phi.mT @ values(first, max(end, first))
 
     count = lambda n: torch.full((1,), n, device=query.device)
-    with torch.autocast(query.device.type, enabled=False):
+
+    def linear_reads() -> Iterator[Tensor]:
+        """What the queries of one chunk after another read from the linear branch, `linear` of `_merged`."""
         past, seen = linear_sums(0, 0), 0
         future = [past]  # the sums over all later chunks, for the chunks from last to first
         for start, end in [] if causal else reversed(bounds[1:]):
             future.append(decayed(future[-1], count(end - start)) + linear_sums(start, end, future=True))
-
-        outputs = []
         for start, end in bounds:
             window = max(start - overlap_frames, 0)
             past, seen = decayed(past, count(window - seen)) + linear_sums(seen, window), window
-            anchors = min(anchor_frames, window)
-            keys = torch.cat([part(key, 0, anchors), part(key, window, end)], dim=2)
-            window_values = torch.cat([part(value, 0, anchors), part(value, window, end)], dim=2)
-
             sums = past if causal else past + future.pop()
             if linear_window:
                 sums = sums + linear_sums(window, end)
-            linear = part(phi_query, start, end) @ sums if phi_key.shape[-1] else None
+            yield part(phi_query, start, end) @ sums
+
+    with torch.autocast(query.device.type, enabled=False):
+        reads = linear_reads() if phi_key.shape[-1] else itertools.repeat(None)
+        if _takes_flex(implementation, query, key, value):
+            sizes = (n * tokens_per_frame for n in (frames, chunk_frames, overlap_frames, anchor_frames))
+            arrays = (part(x, 0, frames) for x in (query, key, value))
+            linear = torch.cat(list(reads), dim=2) if phi_key.shape[-1] else None
+            y = _merged_by_flex(*arrays, linear, _window_mask(*sizes, query.device), stabilizer, branch_gate)
+            return y.transpose(1, 2).to(query.dtype)
+
+        outputs = []
+        for (start, end), linear in zip(bounds, reads, strict=False):
+            window = max(start - overlap_frames, 0)
+            anchors = min(anchor_frames, window)
+            keys = torch.cat([part(key, 0, anchors), part(key, window, end)], dim=2)
+            window_values = torch.cat([part(value, 0, anchors), part(value, window, end)], dim=2)
             queries, own_keys = part(query, start, end), part(key, start, end)
             y = _merged(queries, keys, window_values, linear, own_keys, stabilizer, branch_gate, implementation)
             outputs.append(y.transpose(1, 2).to(query.dtype))
@@ -292,7 +318,7 @@ def strided_attention(
 ) -> Tensor:
     """Attention Surgery's form (arXiv 2509.24899): softmax over every R-th token, linear attention to the others.
 
-    Args: as `hybrid_attention`, and stride: R. tokens_per_frame is not used.
+    Args: as `hybrid_attention`, and stride: R. tokens_per_frame is not used. There are no windows, so "flex" is "sdpa".
     """
     dtype = _accumulation_dtype(query)
     with torch.autocast(query.device.type, enabled=False):
@@ -361,7 +387,7 @@ def _merged(
       own_key: for every query one of the softmax keys, near it in the video [batch, heads, queries, head_dim].
       stabilizer, branch_gate, implementation: as in `hybrid_attention`.
     """
-    fused = implementation == "sdpa" or (implementation == "auto" and query.shape[2] >= FUSED_QUERIES)
+    fused = implementation in ("sdpa", "flex") or (implementation == "auto" and query.shape[2] >= FUSED_QUERIES)
     if linear is not None and branch_gate is None:
         merge = _merged_by_sdpa if fused else _merged_plainly
         return merge(query, key, value, linear, own_key, stabilizer)
@@ -369,8 +395,11 @@ def _merged(
         softmax = F.scaled_dot_product_attention(query, key, value)
     else:
         softmax = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1) @ value
-    if linear is None:
-        return softmax
+    return softmax if linear is None else _gated(softmax, linear, branch_gate)
+
+
+def _gated(softmax: Tensor, linear: Tensor, branch_gate: Tensor) -> Tensor:
+    """Both branches normalised separately, (1 - gate) softmax + gate linear. Args: as `_merged`."""
     read, mass = linear[..., :-1], linear[..., -1:]
     gate = torch.where(mass > 0, branch_gate.to(softmax.dtype)[:, None, None], 0)
     return softmax + gate * (read / torch.where(mass > 0, mass, 1) - softmax)
@@ -424,6 +453,88 @@ def _merged_by_sdpa(
     softmax = F.scaled_dot_product_attention(query, key, value, scale=scale)
     p = softmax[..., size : size + 1]
     return (softmax[..., :size] + p * linear_scale * linear[..., :-1]) / (1 - p + p * linear_scale * linear[..., -1:])
+
+
+def _takes_flex(implementation: str, *arrays: Tensor) -> bool:
+    """Whether `flex_attention` computes the windows of queries, keys and values. An impossible "flex" is an error."""
+    device, reason = arrays[0].device, None
+    if not hasattr(flex, "AuxRequest"):
+        reason = f"needs PyTorch 2.9 or later, found {torch.__version__}"
+    elif device.type != "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
+        reason = f"has no gradients on the device {device.type!r} in PyTorch"
+    if implementation == "flex" and reason:
+        raise ValueError(f'implementation "flex" {reason}; use "sdpa" or "auto"')
+    if implementation != "auto" or reason or device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return implementation == "flex"
+    memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return memory >= FLEX_SHARED_MEMORY and arrays[0].dtype != torch.float64
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # or the backward pass could not use it
+def _window_mask(tokens: int, chunk: int, overlap: int, anchors: int, device: torch.device) -> flex.BlockMask:
+    """The windows and anchors of a video's chunks for `flex_attention`; all sizes are in tokens.
+
+    A block of keys is skipped, read with the mask, or read completely. `create_block_mask` finds the same from an array
+    [tokens, tokens]. Here it follows from the first and the last query of a block, since windows only move forward.
+    """
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        start = query // chunk * chunk
+        return (key >= start - overlap) & (key < start + chunk) | (key < anchors)
+
+    first = torch.arange(0, tokens, FLEX_BLOCK, device=device)
+    last = first + FLEX_BLOCK - 1
+    starts, ends = (x.clamp(max=tokens - 1)[:, None] // chunk * chunk for x in (first, last))
+    some = (last >= starts - overlap) & (first < ends + chunk) | (first < anchors)
+    every = (first >= ends - overlap) & (last < starts + chunk) | (last < anchors)
+    every &= (last < tokens) & (last[:, None] < tokens)
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks of keys each block of queries reads, and their indices before all others."""
+        blocks = blocks[None, None].int()
+        return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).int()
+
+    lists = (*listed(some & ~every), *listed(every))
+    return flex.BlockMask.from_kv_blocks(*lists, FLEX_BLOCK, mask, seq_lengths=(tokens, tokens))
+
+
+@functools.cache
+def _flex_attention(device: str):
+    """`flex_attention`, compiled on a GPU. PyTorch's compiler for CPUs does not return the log-sum-exp."""
+    return torch.compile(flex.flex_attention) if device == "cuda" else torch.compiler.disable(flex.flex_attention)
+
+
+def _merged_by_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    linear: Tensor | None,
+    windows: flex.BlockMask,
+    stabilizer: str,
+    branch_gate: Tensor | None,
+) -> Tensor:
+    """Result of `_merged` for all chunks, from one call of `flex_attention` and its log-sum-exp.
+
+    Args: as `_merged`, but with all queries and keys of the video; windows: result of `_window_mask`.
+    """
+    one_normalisation = linear is not None and branch_gate is None
+    row_max = one_normalisation and stabilizer == "row_max"
+    wanted = flex.AuxRequest(lse=one_normalisation, max_scores=row_max and query.is_cuda)
+    softmax, aux = _flex_attention(query.device.type)(query, key, value, block_mask=windows, return_aux=wanted)
+    if not one_normalisation:
+        return softmax if linear is None else _gated(softmax, linear, branch_gate)
+    c, scale = aux.max_scores, 1.0
+    with torch.no_grad():
+        if not row_max:
+            c = torch.maximum(aux.lse, linear[..., -1].log())
+            scale = (-c.clamp(min=-64.0)).exp()[..., None]
+        elif c is None:  # PyTorch returns the largest scores only on GPUs.
+            position = torch.arange(query.shape[2], device=query.device)
+            outside = ~windows.mask_mod(None, None, position[:, None], position)
+            c = (query @ key.mT).masked_fill(outside, -torch.inf).amax(-1) / query.shape[-1] ** 0.5
+    mass = (aux.lse - c).exp()[..., None]
+    return (mass * softmax + scale * linear[..., :-1]) / (mass + scale * linear[..., -1:])
 
 
 def window_attention(*arrays: Tensor, **form) -> Tensor:
