@@ -123,7 +123,7 @@ def test_the_command_prints_and_writes_what_it_measured(process, tmp_path, capsy
     assert "| full attention, PyTorch, forward, 3 to 6 frames |" in printed
 
 
-def test_the_two_implementations_in_pytorch_take_turns(process, capsys, monkeypatch):
+def test_the_implementations_in_pytorch_take_turns(process, capsys, monkeypatch):
     monkeypatch.setattr(torch_attention, "measuring_process", lambda: contextlib.nullcontext(process))
     command = "--frames 4 --tokens-per-frame 2 --heads 1 --head-dim 8 --rounds 2"
     assert torch_attention.main(command.split()) == 0
@@ -131,7 +131,8 @@ def test_the_two_implementations_in_pytorch_take_turns(process, capsys, monkeypa
     assert [tuple(row[:2]) for row in rows] == [
         (f"| {stabilizer}", direction) for stabilizer in ("row_max", "joint") for direction in (FORWARD, BACKWARD)
     ]
-    assert all(float(row[4]) > 0 for row in rows)
+    assert all(float(seconds) > 0 for row in rows for seconds in row[2:4])
+    assert [row[4] == "-" for row in rows] == [False, True, False, True]  # "flex" has no backward pass on CPUs
     assert torch_attention.main(["--rounds", "0"]) == 2
     plain, sdpa = (torch_attention.prepare(SHAPE, name, "joint", BACKWARD)() for name in ("plain", "sdpa"))
     for expected, found in zip(plain, sdpa, strict=True):
