@@ -62,9 +62,10 @@ class ModelSpec:
       infer: (shapes of the checkpoint, source for messages) -> the fields, and a transformer's "width", that the
         shapes imply.
       foreign: prefixes of tensor names -> the model that they belong to, which cannot be converted.
+      is_transformer: whether the model has stacked blocks of attention with heads, and may have rehyat.json.
       unsupported: description of the models that `fixed` fields of config.json exclude, for messages.
       head_dim: head_dim of a transformer's checkpoint whose config.json and tensors do not state it; None for other
-        models, which have no stacked blocks, heads or rehyat.json.
+        models.
       defaulted: fields that have their defaults in the layouts without a config.json, because no tensor implies them.
       copies: names of tensors that some files store twice -> the name that is kept.
       file_name: name of the files of weights that are written, without their suffix.
@@ -83,17 +84,13 @@ class ModelSpec:
     smallest: Any
     infer: Callable[[ShapeOf, Any], dict[str, Inferred]]
     foreign: Mapping[tuple[str, ...], str]
+    is_transformer: bool = False
     unsupported: str = ""
     head_dim: int | None = None
     defaulted: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     file_name: str = NAME
     original_file: str = ""
-
-    @property
-    def is_transformer(self) -> bool:
-        """True if the model has stacked blocks of attention with heads, and may have rehyat.json."""
-        return self.head_dim is not None
 
     def find(self, path: Path) -> Path:
         """The model's own folder or file in a diffusers pipeline or an original repository; else the path itself."""

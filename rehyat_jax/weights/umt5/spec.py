@@ -84,6 +84,7 @@ UMT5 = ModelSpec(
     smallest=UMT5Config(vocab_size=1, model_dim=1, num_heads=1, head_dim=1, ffn_dim=1, num_layers=1),
     infer=_infer,
     foreign={("decoder.block.", "lm_head."): "a umT5 with a decoder"},
+    is_transformer=True,
     unsupported="another activation",
     head_dim=64,
     defaulted=("eps", "max_distance"),

@@ -91,6 +91,7 @@ WAN = ModelSpec(
     smallest=WanConfig(num_heads=1, head_dim=1, ffn_dim=1, num_layers=1),
     infer=_infer,
     foreign={("img_emb.", "condition_embedder.image_embedder."): "an image-to-video model"},
+    is_transformer=True,
     unsupported="image conditioning or other normalisation",
     head_dim=128,
 )
