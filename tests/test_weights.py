@@ -225,6 +225,24 @@ def test_pipeline_folder_is_read_through_its_transformer(tmp_path):
     assert read_model_metadata(tmp_path) == read_model_metadata(tmp_path / "transformer")
 
 
+@pytest.mark.parametrize("prefix", ["model.", "diffusion_model.", "model.diffusion_model."])
+def test_a_prefix_of_all_names_in_a_repackaged_file_is_left_out(tmp_path, prefix):
+    random_wan().save_pretrained(tmp_path / "published")
+    (tmp_path / "repackaged").mkdir()
+    (tmp_path / "repackaged" / "config.json").write_bytes((tmp_path / "published" / "config.json").read_bytes())
+    tensors = {prefix + name: tensor for name, tensor in load_file(tmp_path / "published" / WEIGHTS).items()}
+    save_file(tensors, tmp_path / "repackaged" / "wan.safetensors")
+    for name in ("published", "repackaged"):
+        convert_from_torch(tmp_path / name, tmp_path / f"{name}.model")
+    (config, params, metadata), expected = (load_params(tmp_path / f"{n}.model") for n in ("repackaged", "published"))
+    assert (config, metadata) == (expected[0], expected[2])
+    assert_same_trees(params, expected[1])
+
+    save_file(tensors | {"vae.conv1.weight": torch.zeros(2)}, tmp_path / "repackaged" / "wan.safetensors")
+    with pytest.raises(InputError, match=rf"begin with '{prefix}' or none, found {prefix}blocks.* and vae.conv1"):
+        read_model_metadata(tmp_path / "repackaged")
+
+
 # ------------------------------------------------------------------------------------------------- safetensors files
 
 

@@ -20,6 +20,9 @@ from rehyat_jax.weights.torch_folder import create_files, find_tensors
 MAX_SHARD_BYTES = 5 * 10**9
 """Size of the shards in the published diffusers repositories."""
 
+REPACKAGED = ("model.diffusion_model.", "diffusion_model.", "model.")
+"""Prefixes of all tensors' names in checkpoints that were repackaged, for ComfyUI for example."""
+
 Progress = Callable[[int], object]
 """Called with the size in bytes of each tensor that was read or written."""
 
@@ -34,7 +37,8 @@ def open_torch_checkpoint(
     """Checks names, shapes, dtypes and configuration of a PyTorch checkpoint; its values are read on demand.
 
     Args:
-      source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder.
+      source: a safetensors file, an index, a folder of them or a diffusers pipeline's folder. All names of tensors may
+        have one prefix of `REPACKAGED`.
       progress: called with the size in bytes of each tensor that is read.
       specs: the models that it may be of, all of the same part of a pipeline.
 
@@ -44,6 +48,7 @@ def open_torch_checkpoint(
     """
     (part,) = {spec.part for spec in specs.values()}
     folder, tensors = find_tensors(source, part)
+    tensors = _without_prefix(source, tensors)
     spec, layout = _detect(source, tensors, specs)
     _remove_copies(spec, tensors)
     config, metadata = read_torch_config(spec, folder, _infer(spec, source, tensors, layout), layout)
@@ -112,6 +117,18 @@ def _template(name: str) -> str:
     """A tensor's name with {block} in place of the block's index, as in the table."""
     match = _block(name)
     return f"{name[: match.start(1)]}{{block}}{name[match.end(1) :]}" if match else name
+
+
+def _without_prefix(source: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors by their names without a prefix of `REPACKAGED`. Raises InputError if only some names have it."""
+    prefix = next((prefix for prefix in REPACKAGED if any(name.startswith(prefix) for name in tensors)), "")
+    if others := sorted(name for name in tensors if not name.startswith(prefix)):
+        one = min(name for name in tensors if name.startswith(prefix))
+        raise InputError(
+            f"{source}: expected all names of tensors to begin with {prefix!r} or none, found {one} and {others[0]} "
+            f"({len(others)} of {len(tensors)} are without it); give a file that has only the model"
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _remove_copies(spec: ModelSpec, tensors: dict[str, StoredTensor]) -> None:
