@@ -11,7 +11,8 @@ Options:
   --config.field=value ...           as for `train`; docs/configuration.md lists the fields
   --frames N --height H --width W    size of a video in pixels; 81 x 480 x 832 by default
   --json FILE                        also write all figures
-  --table                            alone: plan the runs that configs/ lists, and write docs/planned_runs.md
+  --table [TEXT ...]                 alone: plan the runs that configs/ lists and that have no record, and write
+                                     docs/planned_runs.md; with texts: plan again the runs that contain one of them
   --sample                           plan sampling a video in place of training; `plan --sample --help` has its options
 
 Exit codes:
@@ -70,15 +71,20 @@ def announced_plan(request: Request) -> Plan:
 
 
 def plan_table(arguments: Sequence[str] = ("--table",)) -> None:
-    """Plans the runs that the configurations list and the record lacks; see `PlanTable.update`.
+    """Plans runs that the configurations list, by default those that the record lacks; see `PlanTable.update`.
+
+    Args:
+      arguments: "--table", and texts that the runs to be planned again contain.
 
     Raises:
-      InputError: there are other arguments, this is not the repository's root, or the recorded plans are damaged.
+      InputError: no run contains one of the texts, there are other options, this is not the repository's root, or the
+        recorded plans are damaged.
     """
-    if list(arguments) != ["--table"]:
-        raise InputError(f"--table takes no other arguments, found {list(arguments)}")
+    option, *again = arguments
+    if option != "--table":
+        raise InputError(f"--table takes no other options, found {option}; put texts of runs after it")
     of_run = lambda run: announced_plan(parse_arguments(["plan", *shlex.split(run)]).request)
-    table.TRAINING.update(table.planned_runs(), lambda run: table.record(of_run(run)))
+    table.TRAINING.update(table.planned_runs(), lambda run: table.record(of_run(run)), again)
 
 
 def planned_model(config: ml_collections.ConfigDict) -> WanConfig:

@@ -558,8 +558,17 @@ def test_the_table_keeps_every_plan_that_is_there_and_makes_the_others(monkeypat
     assert page.count("20.00 GiB of 15.75 GiB: does not fit") == sum("v5e" in run for run in runs)
     assert "`--topology h100:8` | not planned yet" in page and "no plugin" in capsys.readouterr().err
 
-    assert main(["--table", "--config=configs/demo_teacher.py"]) == 2
-    assert "--table takes no other arguments" in capsys.readouterr().err
+    planned.clear()
+    before = table.TRAINING.read_records()
+    again = next(run for run in runs if "v6e" in run)
+    assert main(["--table", again]) == 0
+    assert [request.topology for request in planned] == [again.split()[3]]
+    assert table.TRAINING.read_records() == before
+
+    assert main(["--table", "wan_1_3b_distil.py"]) == 2
+    assert "found 'wan_1_3b_distil.py'; the closest run is '--config configs/wan_1_3b" in capsys.readouterr().err
+    assert main(["--config=configs/demo_teacher.py", "--table"]) == 2
+    assert "--table takes no other options" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main(["--table"]) == 2
     assert "PLANNED_RUNS" in capsys.readouterr().err

@@ -274,6 +274,10 @@ def test_the_table_has_a_row_for_every_topology_and_keeps_what_is_planned(tmp_pa
     table.update(runs[:3], lambda run: planned.append(run) or (large if run == runs[1] else record))
     table.update(runs[:4], lambda run: planned.append(run) or record)
     assert planned == runs[:4]
+    table.update(runs[:4], lambda run: planned.append(run) or large, [runs[1], runs[1][5:]])
+    assert planned[4:] == [runs[1]]
+    table.update(runs[:5], lambda run: planned.append(run) or record, [runs[4]])
+    assert planned[5:] == [runs[4]]
     page = table.page.read_text()
     assert "## `--preset t2v-1.3B --size 480p`" in page
     cell = "3.00 GiB of 15.75 GiB; 0.25 to 1,234 s"
@@ -299,7 +303,7 @@ def test_the_table_has_a_row_for_every_topology_and_keeps_what_is_planned(tmp_pa
         (["--preset=tiny", "--topology=v5e:2x2", "--mesh", "context=3"], "does not make 4 devices"),
         (["--preset=tiny", "--topology=v5e:2x2", "--mesh", "data=4"], "data x fsdp of 1, 2"),
         (["--preset=tiny", "--topology=v5e:1x1", "--json=README.md/plan.json"], "README.md"),
-        (["--table", "--preset=tiny"], "required: --topology"),
+        (["--table", "--preset=tiny"], "expected a part of a run, found '--preset=tiny'; the closest run is"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_compiled(options, message, capsys, monkeypatch):

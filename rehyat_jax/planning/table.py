@@ -8,13 +8,14 @@ import json
 import runpy
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import InputError
 from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.packaged import importable_configs
+from rehyat_jax.files.shown import closest
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.planning.planner import Plan
 from rehyat_jax.planning.report import gib
@@ -25,9 +26,11 @@ None of these runs has been made. The configurations list them as `PLANNED_RUNS`
 `python -m rehyat_jax.plan --config configs/NAME.py` with the options in the row. [plan.md](plan.md) says how figures
 are formed. Memory and cycles are those of one device. `plan` knows no cycles of GPUs.
 
-This command writes the page. It plans only the runs that [the record](measurements/planned_runs.json) does not have:
+This command writes the page. It plans only the runs that [the record](measurements/planned_runs.json) does not have.
+With texts, it plans again the runs whose command lines contain one of them, and no others:
 
     python -m rehyat_jax.plan --table
+    python -m rehyat_jax.plan --table wan_14b_distill.py "wan_14b_finetune.py --topology v5p:4x4x4"
 """
 
 
@@ -51,19 +54,27 @@ class PlanTable:
     split: Callable[[str], tuple[str, str]]
     cells: Callable[[dict[str, Any]], tuple[str, ...]]
 
-    def update(self, runs: list[str], plan: Callable[[str], dict[str, Any]]) -> None:
+    def update(self, runs: list[str], plan: Callable[[str], dict[str, Any]], again: Sequence[str] = ()) -> None:
         """Plans the runs that have no record, in their order, and writes record and page after each.
 
         A run that cannot be planned here, because its compiler is not installed, is named and keeps its record, if any.
 
+        Args:
+          runs: all runs of the table.
+          plan: a run -> its plan, for the record.
+          again: texts. If there are some, only the runs that contain one of them are planned, also if recorded.
+
         Raises:
-          InputError: the recorded plans are damaged.
+          InputError: the recorded plans are damaged, or no run contains one of the texts.
         """
         records = self.read_records()
-        for number, run in enumerate(runs, 1):
-            if run in records:
-                continue
-            print(f"run {number} of {len(runs)}: {run}", file=sys.stderr, flush=True)
+        for text in again:
+            if not any(text in run for run in runs):
+                nearest = closest(text, runs)[0]
+                raise InputError(f"--table: expected a part of a run, found {text!r}; the closest run is {nearest!r}")
+        wanted = [run for run in runs if (any(text in run for text in again) if again else run not in records)]
+        for number, run in enumerate(wanted, 1):
+            print(f"run {number} of {len(wanted)}: {run}", file=sys.stderr, flush=True)
             try:
                 records[run] = plan(run)
             except InputError as error:

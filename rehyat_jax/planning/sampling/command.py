@@ -48,16 +48,17 @@ def announced_part(program: Program) -> PartPlan:
         return part_plan(program)
 
 
-def plan_table() -> None:
-    """Plans the rows of docs/planned_sampling.md that the record lacks; see `PlanTable.update`.
+def plan_table(again: Sequence[str]) -> None:
+    """Plans rows of docs/planned_sampling.md, by default those that the record lacks; see `PlanTable.update`.
 
     Raises:
-      InputError: this is not the repository's root, or the recorded plans are damaged.
+      InputError: no row contains one of the texts `again`, this is not the repository's root, or the recorded plans are
+        damaged.
     """
     if not SAMPLING.page.parent.is_dir():
         raise InputError(f"{SAMPLING.page.parent}: expected the folder of the documentation; run in the repository")
     of_run = lambda run: announced_plan(request_of(parser().parse_args(shlex.split(run))))
-    SAMPLING.update(planned_samplings(), lambda run: of_run(run).to_json())
+    SAMPLING.update(planned_samplings(), lambda run: of_run(run).to_json(), again)
 
 
 def hybrid_blocks(text: str) -> str:
@@ -135,8 +136,8 @@ def request_of(arguments: argparse.Namespace) -> SamplingRequest:
 def main(argv: Sequence[str]) -> int:
     """Plans with the arguments of `plan`, among them --sample; returns the exit code."""
     argv = [argument for argument in argv if argument != "--sample"]
-    if argv == ["--table"]:
-        return report_input_errors(plan_table)
+    if argv[:1] == ["--table"]:
+        return report_input_errors(lambda: plan_table(argv[1:]))
     arguments = parser().parse_args(argv)
     code = 0
 

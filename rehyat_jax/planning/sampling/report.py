@@ -86,9 +86,10 @@ reading the weights and compilation. On GPUs the range of seconds is arithmetic 
 | `tpu7x:2x2x1` | tpu7x-8: 4 chips of two devices |
 
 This command writes the page. It plans only the rows that [the record](measurements/planned_sampling.json) does not
-have:
+have. With texts, it plans again the rows whose command lines contain one of them, and no others:
 
     python -m rehyat_jax.plan --sample --table
+    python -m rehyat_jax.plan --sample --table v5p:2x2x1 "v6e:2x4 --hybrid-blocks none"
 """
 
 _PARTS = ("text_encoder", "transformer", "vae")
