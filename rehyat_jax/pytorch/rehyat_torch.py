@@ -18,7 +18,6 @@ This file needs only torch, diffusers and safetensors. The method is that of ReH
 
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import re
@@ -46,11 +45,6 @@ FUSED_QUERIES = 512
 
 FLEX_BLOCK = 128
 """Queries and keys of a block of flex attention's masks."""
-
-FLEX_SHARED_MEMORY = 160 * 1024
-"""Bytes of shared memory per thread block from which "auto" is "flex". For float32 and heads of 128, PyTorch's kernel
-on Ampere GPUs has a tile of 128 queries and, in three stages, tiles of 32 keys and 32 values. An RTX 4090 has 99 KiB.
-"""
 
 IDENTITY_VALUES = 64
 """Values of every tensor in the identity of a base."""
@@ -225,8 +219,7 @@ def hybrid_attention(
         - "sdpa": `scaled_dot_product_attention` computes the window, and no such arrays are kept for the backward pass;
         - "flex": one call of `flex_attention` computes the windows of all chunks. It needs PyTorch 2.9. On a GPU it is
           compiled. On a CPU it is not, writes an array of all scores, and has no gradients;
-        - "auto": "flex" on a GPU that can run it, else "sdpa" if a chunk has at least `FUSED_QUERIES` tokens, else
-          "plain".
+        - "auto": "sdpa" if a chunk has at least `FUSED_QUERIES` tokens, else "plain".
         They compute the same, to rounding.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`.
@@ -457,17 +450,16 @@ def _merged_by_sdpa(
 
 def _takes_flex(implementation: str, *arrays: Tensor) -> bool:
     """Whether `flex_attention` computes the windows of queries, keys and values. An impossible "flex" is an error."""
+    if implementation != "flex":
+        return False
     device, reason = arrays[0].device, None
     if not hasattr(flex, "AuxRequest"):
         reason = f"needs PyTorch 2.9 or later, found {torch.__version__}"
     elif device.type != "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
         reason = f"has no gradients on the device {device.type!r} in PyTorch"
-    if implementation == "flex" and reason:
+    if reason:
         raise ValueError(f'implementation "flex" {reason}; use "sdpa" or "auto"')
-    if implementation != "auto" or reason or device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return implementation == "flex"
-    memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return memory >= FLEX_SHARED_MEMORY and arrays[0].dtype != torch.float64
+    return True
 
 
 @functools.lru_cache(maxsize=16)
