@@ -8,9 +8,9 @@
 Hardware: one CPU core, 3.8 seconds a step by chunk with teacher forcing (measured next to another program); as much
 memory as stage 2 and a copy of the model.
 
-Expectation, measured by chunk in the demo's recipe: 8 steps show the asked-for digit in 98.4% of the frames, where the
-initial model has 98.8% with 8 steps and guidance (one seed, 80 videos; docs/recipe.md). With one noise level in all
-frames, as here, it has not been run.
+Expectation, measured by chunk in the demo's recipe: 8 steps show the asked-for digit in 98.3% of the frames, where the
+initial model has 97.1% with 50 steps and guidance (three seeds, 480 videos each; docs/recipe.md). With one noise level
+in all frames, as here, it has not been run.
 """
 
 from configs import demo_finetune
