@@ -239,6 +239,23 @@ class Conditions(NamedTuple):
         return self._replace(time=pad(cut(self.time)), time_modulation=pad(cut(self.time_modulation)))
 
 
+class Embedded(NamedTuple):
+    """The inputs of the blocks; made by `WanTransformer.embedded`.
+
+    Attributes:
+      x: tokens [B, N, D].
+      conditions: see `Conditions`.
+      grid: how many tokens there are along frames, height and width, padding included.
+      rope, frames: see `WanBlock.__call__`.
+    """
+
+    x: jax.Array
+    conditions: Conditions
+    grid: tuple[int, int, int]
+    rope: tuple[jax.Array, jax.Array]
+    frames: tuple[int, int]
+
+
 class Embedder(nnx.Module):
     """Two linear layers around an activation, for the timestep and for the text."""
 
@@ -389,14 +406,30 @@ class WanTransformer(nnx.Module):
         Returns:
           (velocity, attend's auxiliary outputs stacked on a leading layer axis).
         """
+        embedded = self.embedded(latents, timestep, text, frames=frames)
+        x, aux = self.run_blocks(embedded, attend, per_block)
+        return self.velocity_of(embedded, x), aux
+
+    def embedded(
+        self,
+        latents: jax.Array,
+        timestep: jax.Array,
+        text: jax.Array,
+        *,
+        frames: tuple[jax.Array, jax.Array] | None = None,
+    ) -> Embedded:
+        """The first part of `forward`, up to the blocks; the arguments are its own."""
         self._check(latents, timestep, text)
         conditions = self.conditions(timestep, text)
         x, grid = self.embed(latents)
         conditions = conditions.for_frames(grid[0])
         num_frames = latents.shape[1] // self.config.patch_size[0]
         rope = rope_table(grid, self.config.head_dim, frames=frames)
-        sizes = (grid[1] * grid[2], num_frames)
+        return Embedded(x, conditions, grid, rope, (grid[1] * grid[2], num_frames))
 
+    def run_blocks(self, embedded: Embedded, attend: Attend, per_block: Any) -> tuple[jax.Array, Any]:
+        """The second part of `forward`: (the last block's tokens [B, N, D], attend's auxiliary outputs)."""
+        x, conditions, _, rope, sizes = embedded
         block_def, block_params = nnx.split(self.blocks)
 
         def run_block(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
@@ -411,14 +444,17 @@ class WanTransformer(nnx.Module):
             run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         layers = (block_params, per_block)
         if self.scan_layers:
-            x, aux = jax.lax.scan(run_block, x, layers)
-        else:
-            outputs = []
-            for index in range(self.config.num_layers):
-                x, output = run_block(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
-                outputs.append(output)
-            aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-        return self.velocity(x, conditions, grid)[:, : num_frames * self.config.patch_size[0]], aux
+            return jax.lax.scan(run_block, x, layers)
+        outputs = []
+        for index in range(self.config.num_layers):
+            x, output = run_block(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    def velocity_of(self, embedded: Embedded, x: jax.Array) -> jax.Array:
+        """The last part of `forward`: the velocity [B, T, H, W, C_out] from the last block's tokens [B, N, D]."""
+        num_frames = embedded.frames[1] * self.config.patch_size[0]
+        return self.velocity(x, embedded.conditions, embedded.grid)[:, :num_frames]
 
     def conditions(self, timestep: jax.Array, text: jax.Array) -> Conditions:
         """The first step of `forward`. With timesteps [B, T], those of frames of patches."""
