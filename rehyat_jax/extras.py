@@ -12,6 +12,7 @@ EXTRAS = {
     "diffusers": "torch",
     "libtpu": "tpu",
     "pyarrow": "data",
+    "qwix": "quantize",
     "shtab": "completion",
     "sklearn": "demo",
     "torch": "torch",

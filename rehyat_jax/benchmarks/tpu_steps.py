@@ -4,7 +4,8 @@ Compiles two programs of a complete transformer for each choice of its blocks, a
 
 - train: forward and backward pass for the gradients of all parameters, of one video a device. Parameters are float32,
   products are bfloat16, and every block keeps only its input. There is no optimizer.
-- sample: one step of the solver with guidance, as `plan --sample` compiles it.
+- sample: one step of the solver with guidance, as `plan --sample` compiles it. `--quantize` also compiles it with
+  products of 8 bits.
 
 Cycles are issue cycles without stalls, and the compiler's estimates for its own operations.
 """
@@ -12,12 +13,13 @@ Cycles are issue cycles without stalls, and the compiler's estimates for its own
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +32,14 @@ from rehyat_jax.cost_model.hlo_operations import executed_operations
 from rehyat_jax.cost_model.memory_bound import memory_bytes
 from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, compiled_for_tpu
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import check_installed
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.generation.codecs import WanVaeLatents
 from rehyat_jax.generation.options import number, size
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.flops import forward_flops, training_flops
 from rehyat_jax.models.wan.modeling import WanTransformer, apply_model
+from rehyat_jax.models.wan.quantized import Numbers
 from rehyat_jax.parallel.mesh import AXES, BATCH
 from rehyat_jax.parallel.sharding import abstract_arrays, param_specs, shardings
 from rehyat_jax.planning.estimate import cycles_of_kernels, program_cost
@@ -56,12 +60,14 @@ class Step:
       blocks: key in `BLOCKS`.
       wan: the model, with these blocks.
       latents: frames, height and width of a video's latents.
+      quantize: numbers of the products in sampling, see `SamplingOptions`; None for bfloat16.
     """
 
     direction: str
     blocks: str
     wan: WanConfig
     latents: tuple[int, int, int]
+    quantize: Numbers | None = None
 
     @property
     def flops(self) -> int:
@@ -77,7 +83,7 @@ class Step:
         model = {"model": self.wan.to_dict(), "latents": list(self.latents)}
         if self.direction == "train":
             return f"{__spec__.name}:lowered_gradient", model | {"mesh": mesh | {"fsdp": devices}}
-        sampling = {"part": "transformer", "guided": True, "stream": False}
+        sampling = {"part": "transformer", "guided": True, "stream": False, "quantize": self.quantize}
         return f"{programs.__name__}:lowered", model | sampling | {"mesh": mesh | {"tensor": devices}}
 
 
@@ -115,6 +121,7 @@ def measured(step: Step, topology: str, devices: int, *, details: int = 0) -> di
     """
     start = time.monotonic()
     row: dict[str, Any] = {"direction": step.direction, "blocks": step.blocks, "topology": topology}
+    row["products"] = step.quantize or "bfloat16"
     try:
         with compiled_for_tpu(*step.case(devices), topology, for_all_devices=True) as program:
             row["compile_seconds"] = round(time.monotonic() - start, 1)
@@ -150,19 +157,24 @@ def run(arguments: argparse.Namespace) -> None:
             f"--devices {arguments.devices}: expected at most {device_count(arguments.topology)}, the devices of "
             f"{arguments.topology}"
         )
+    if arguments.quantize != ["none"]:
+        check_installed("--quantize", "qwix")
     preset = WAN_PRESETS[arguments.preset]
     latents = WanVaeLatents().latent_shape(arguments.frames, *arguments.size)[:3]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
     print(f"{arguments.preset}, {arguments.frames} frames, {arguments.topology}, {versions}\n", flush=True)
     print(
-        "| direction | blocks | M cycles | of kernels | peak GiB | TFLOP | compile s |\n|---|---|---|---|---|---|---|"
+        "| direction | blocks | products | M cycles | of kernels | peak GiB | TFLOP | compile s |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     rows = []
     for direction in arguments.only:
-        for blocks in arguments.blocks:
+        products = arguments.quantize if direction == "sample" else ["none"]
+        for blocks, quantize in itertools.product(arguments.blocks, products):
             count = {"half": str(preset.num_layers // 2)}.get(BLOCKS[blocks], BLOCKS[blocks])
-            step = Step(direction, blocks, with_hybrid_blocks(preset, count), latents)
-            with progress(f"compiling {direction}, {blocks}"):
+            numbers = None if quantize == "none" else quantize
+            step = Step(direction, blocks, with_hybrid_blocks(preset, count), latents, numbers)
+            with progress(f"compiling {direction}, {blocks}, {numbers or 'bfloat16'}"):
                 rows.append(measured(step, arguments.topology, arguments.devices, details=arguments.details))
             print(_line(rows[-1]), flush=True)
             if arguments.json:
@@ -171,7 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    cells = [row["direction"], row["blocks"]]
+    cells = [row["direction"], row["blocks"], row["products"]]
     if row["cycles"] is None:
         cells += ["does not fit", "", ""]
     else:
@@ -194,6 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     option("--frames", type=number(int, 1, 1_000_000), default=81, help="of the video" + default)
     option("--only", nargs="+", choices=("train", "sample"), default=["train", "sample"], help="steps to compile")
     option("--blocks", nargs="+", choices=tuple(BLOCKS), default=list(BLOCKS), help="kinds of blocks")
+    products = "numbers of the products in sampling; several are compiled in turn (default: none)"
+    option("--quantize", nargs="+", choices=("none", *get_args(Numbers)), default=["none"], help=products)
     option("--details", type=int, default=0, metavar="N", help="also list the N dearest kernels and operations")
     option("--json", type=Path, metavar="FILE", help="also write the rows there")
     return report_input_errors(lambda: run(parser.parse_args(argv)))

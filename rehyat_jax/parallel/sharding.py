@@ -54,7 +54,7 @@ def _axes(variable: nnx.Variable) -> Axes:
 def gathered(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
     """One block's parameters, those cut along "fsdp" whole again and in the compute dtype, which halves what moves.
 
-    Their gradients are summed whole and cut then.
+    Their gradients are summed whole and cut then. Quantised ones, of one byte, keep their dtype.
     """
     if math.prod(map(axis_size, FSDP)) == 1:
         return params
@@ -63,7 +63,8 @@ def gathered(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
         axes = _axes(variable)
         if FSDP not in axes:
             return variable
-        return variable.replace(_gather(variable[...].astype(dtype), axes))
+        value = variable[...]
+        return variable.replace(_gather(value if value.dtype.itemsize == 1 else value.astype(dtype), axes))
 
     return jax.tree.map(whole, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

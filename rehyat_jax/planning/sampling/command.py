@@ -9,13 +9,16 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from rehyat_jax.attention.forms.hybrid import HybridConfig
 from rehyat_jax.cli import CommandParser, progress, report_input_errors
 from rehyat_jax.cost_model.chips import device_count
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import check_installed
 from rehyat_jax.generation.options import axis_and_size, number, size
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
+from rehyat_jax.models.wan.quantized import Numbers
 from rehyat_jax.planning.outcome import concluded
 from rehyat_jax.planning.sampling.plan import (
     COMPANIONS,
@@ -114,6 +117,8 @@ def parser() -> CommandParser:
         default=[],
         help="shard the transformer along data, fsdp, context or tensor over all devices (default: chosen)",
     )
+    numbers = "multiply numbers of 8 bits in the transformer's blocks (default: bfloat16)"
+    option("--quantize", choices=get_args(Numbers), help=numbers)
     option("--json", type=Path, metavar="FILE", help="also write all figures")
     return made
 
@@ -121,6 +126,8 @@ def parser() -> CommandParser:
 def request_of(arguments: argparse.Namespace) -> SamplingRequest:
     """The request of a command line. Raises InputError if its values are not valid together."""
     device_count(arguments.topology)
+    if arguments.quantize is not None:
+        check_installed(f"--quantize {arguments.quantize}", "qwix")
     return SamplingRequest(
         preset=arguments.preset,
         wan=with_hybrid_blocks(WAN_PRESETS[arguments.preset], arguments.hybrid_blocks),
@@ -130,6 +137,7 @@ def request_of(arguments: argparse.Namespace) -> SamplingRequest:
         guided=arguments.guidance_scale != 1,
         stream=arguments.stream,
         mesh=tuple(arguments.mesh),
+        quantize=arguments.quantize,
     )
 
 

@@ -16,6 +16,7 @@ from rehyat_jax.generation.codecs import WanVaeLatents
 from rehyat_jax.models.umt5.config import UMT5_PRESETS, UMT5Config
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import forward_flops
+from rehyat_jax.models.wan.quantized import Numbers
 from rehyat_jax.models.wan.streaming import check_streams
 from rehyat_jax.models.wan_vae.config import WAN_VAE_PRESETS, WanVaeConfig
 from rehyat_jax.parallel.mesh import AXES, resolve_sizes
@@ -60,6 +61,7 @@ class SamplingRequest:
       guided: evaluate the prompt and the negative prompt.
       stream: sample part by part.
       mesh: sizes of mesh axes for the transformer, -1 for all devices that others leave; empty to choose them.
+      quantize: numbers of 8 bits in the transformer's products, see `models.wan.quantized`; None for bfloat16.
     """
 
     preset: str
@@ -70,6 +72,7 @@ class SamplingRequest:
     guided: bool = True
     stream: bool = False
     mesh: tuple[tuple[str, int], ...] = ()
+    quantize: Numbers | None = None
 
     @property
     def videos(self) -> int:
@@ -119,6 +122,8 @@ class SamplingRequest:
                 latents=[self.part_frames, *self.latents[1:]],
                 guided=self.guided,
                 stream=self.stream,
+                # Recorded plans have programs without this option.
+                **({} if self.quantize is None else {"quantize": self.quantize}),
             ),
             "vae": make(
                 "vae",
@@ -268,6 +273,7 @@ class SamplingPlan:
             "preset": request.preset,
             "hybrid_blocks": len(request.wan.hybrid_block_indices),
             "stream": request.stream,
+            **({} if request.quantize is None else {"quantize": request.quantize}),
             "frames": request.video[0],
             "height": request.video[1],
             "width": request.video[2],

@@ -26,6 +26,7 @@ from rehyat_jax.models.umt5.config import UMT5Config
 from rehyat_jax.models.umt5.modeling import UMT5Encoder, apply_encoder
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.models.wan.quantized import Numbers, quantized, unit_ranges
 from rehyat_jax.models.wan.streaming import initial_states, part_positions
 from rehyat_jax.models.wan_vae.config import WanVaeConfig
 from rehyat_jax.models.wan_vae.modeling import WanAutoencoder
@@ -83,7 +84,9 @@ def text_encoder(*, model: UMT5Config, tokens: int) -> AbstractProgram:
     return AbstractProgram(jax.jit(apply_encoder(graphdef)), (), arguments)
 
 
-def transformer(*, model: WanConfig, latents: Sequence[int], guided: bool, stream: bool) -> AbstractProgram:
+def transformer(
+    *, model: WanConfig, latents: Sequence[int], guided: bool, stream: bool, quantize: Numbers | None = None
+) -> AbstractProgram:
     """A step of the solver for one video.
 
     Args:
@@ -92,11 +95,16 @@ def transformer(*, model: WanConfig, latents: Sequence[int], guided: bool, strea
       guided: evaluate the model with the prompt and with the negative prompt.
       stream: only for the first part of the video. Later parts have the same program, but for a last one that is
         shorter.
+      quantize: the numbers of `models.wan.quantized`; None for a model in the compute dtype.
     """
     mesh, videos = jax.sharding.get_mesh(), 2 if guided else 1
     check_batch(mesh, videos)
     check_heads(mesh, model.num_heads)
-    make = lambda: WanTransformer(model, rngs=nnx.Rngs(0), dtype=DTYPE, param_dtype=DTYPE)
+
+    def make() -> WanTransformer:
+        made = WanTransformer(model, rngs=nnx.Rngs(0), dtype=DTYPE, param_dtype=DTYPE)
+        return made if quantize is None else quantized(made, quantize, unit_ranges(model.num_layers))
+
     graphdef, params = _abstract_module(make)
     frames, height, width = latents
     frames = part_frames(model, frames) if stream else frames

@@ -25,7 +25,7 @@ def report(plan: SamplingPlan) -> str:
             "model",
             f"{request.preset}: {request.wan.num_layers} blocks of width {request.wan.width}, {forms_of(request.wan)}",
         ),
-        ("sampling", f"{request.steps} steps {guidance}, {way}"),
+        ("sampling", f"{request.steps} steps {guidance}, {way}, products of {request.quantize or 'bfloat16'}"),
         ("topology", f"{request.topology}, {gib(chip.hbm_bytes)} a device"),
         *((name, _part(part)) for name, part in plan.parts.items()),
         ("fits", "yes" if plan.fits else "NO"),
