@@ -90,11 +90,14 @@ class Sampler:
 
 
 def _of_side(sampling: SamplingOptions, name: str, side: Side, *, student_steps: int | None) -> SamplingOptions:
-    """The options of a side's samples. The order is the student's, and a model of few steps has its own solver."""
+    """The options of a side's samples.
+
+    The order and the approximations are the student's, and a model of few steps has its own solver.
+    """
     if SAMPLING in side.metadata:
         sampling = dataclasses.replace(sampling, steps=None, guidance_scale=None, flow_shift=None, sampler=None)
     if name != STUDENT:
-        return dataclasses.replace(sampling, order=None)
+        return dataclasses.replace(sampling, order=None, quantize=None, exact=(), guidance_every=1, step_cache=None)
     return dataclasses.replace(sampling, steps=student_steps or sampling.steps)
 
 

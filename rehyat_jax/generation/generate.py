@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.errors import InputError
 from rehyat_jax.generation.codecs import Codec
 from rehyat_jax.generation.guidance import guided_velocity
+from rehyat_jax.generation.reuse import BlockReuse, Call, GuidanceReuse
 from rehyat_jax.generation.streaming import stream_latents
 from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.models.wan.config import WanConfig
@@ -85,6 +86,8 @@ def generate_latents(
     guidance_scale: float,
     flow_shift: float,
     sampler: Sampler = "unipc",
+    guidance_every: int = 1,
+    skipped: Sequence[bool] | None = None,
     progress: bool = False,
     on_step: Callable[[int, Coefficients, Array], None] | None = None,
 ) -> Array:
@@ -94,23 +97,35 @@ def generate_latents(
     `on_step` gets its number, its coefficients (sigma and timestep among them), and the latents [B, T, H, W, C] that
     the model will see.
 
+    Args:
+      guidance_every: evaluate the negative prompt at every so many steps only, see `rehyat_jax.generation.reuse`.
+      skipped: True for every step that leaves out the blocks, see `reuse.skipped_steps`; None skips none.
+
     Raises:
       InputError: the arrays of a step do not fit into memory.
+      ValueError: both `guidance_every` and `skipped` are given.
     """
+    if guidance_every > 1 and skipped is not None:
+        raise ValueError("expected guidance_every or skipped, found both")
     graphdef, params = nnx.split(model)
     table = coefficient_table(wan_grid(steps, flow_shift), sampler, noise.dtype)
     state = initial_state(noise)
-    if guidance_scale == 1:
-        advance, conditions = conditional_step, (text,)
+    conditions: tuple[Any, ...] = (text,) if guidance_scale == 1 else (text, negative_text, guidance_scale)
+    advance: Advance
+    if skipped is not None:
+        advance = BlockReuse(graphdef, params, conditions, skipped)
+    elif guidance_every > 1 and guidance_scale != 1:
+        advance = GuidanceReuse(graphdef, params, conditions, guidance_every)
     else:
-        advance, conditions = guided_step, (text, negative_text, guidance_scale)
+        advance = _EveryStep(graphdef, params, conditions)
     for index in tqdm(range(steps), desc="sampling", unit="step", disable=not progress):
         step = Coefficients(*(column[index] for column in table))
         if on_step is not None:
             on_step(index, step, state.latents)
+        program, arguments = advance.call(index, state, step)
         if index == 0:
-            _check_memory(advance, graphdef, params, state, step, *conditions)
-        state = advance(graphdef, params, state, step, *conditions)
+            _check_memory(program, state, arguments)
+        state = advance.after(program(*arguments))
         if step.fresh:
             state = state._replace(latents=with_fresh_noise(state.latents, noise, index, step.fresh))
         # JAX returns before the device is done; without waiting, the bar would show how fast steps are queued.
@@ -141,11 +156,36 @@ def latent_shape(config: WanConfig, codec: Codec, frames: int, height: int, widt
     return *size, channels
 
 
-def _check_memory(advance: Any, graphdef: nnx.GraphDef, params: nnx.State, state: SolverState, *more: Any) -> None:
+class Advance(Protocol):
+    """How the steps of one batch are computed: `_EveryStep`, or with reuse of earlier steps."""
+
+    def call(self, index: int, state: SolverState, step: Coefficients) -> Call:
+        """The jitted program of step `index`, and its arguments."""
+
+    def after(self, result: Any) -> SolverState:
+        """The solver's state in the program's result."""
+
+
+class _EveryStep:
+    """Evaluates the complete model at every step."""
+
+    def __init__(self, graphdef: nnx.GraphDef, params: nnx.State, conditions: tuple[Any, ...]):
+        self._model, self._conditions = (graphdef, params), conditions
+
+    def call(self, index: int, state: SolverState, step: Coefficients) -> Call:
+        del index
+        program = conditional_step if len(self._conditions) == 1 else guided_step
+        return program, (*self._model, state, step, *self._conditions)
+
+    def after(self, result: Any) -> SolverState:
+        return result
+
+
+def _check_memory(program: Any, state: SolverState, arguments: tuple[Any, ...]) -> None:
     """Compiles a step, whose first call reuses the program. Raises InputError if it does not fit into memory."""
     batch, *latents = state.latents.shape
     check_step_memory(
-        advance.lower(graphdef, params, state, *more).compile(),
+        program.lower(*arguments).compile(),
         f"a step with {batch} videos, each of latents {'x'.join(map(str, latents))}",
         "sample fewer or smaller videos at once",
     )

@@ -21,12 +21,21 @@ def guided_velocity(
       text, negative_text: [B, L, D], the conditions to move towards and away from.
       guidance_scale: 1 is the plain conditional velocity, at twice its cost.
     """
+    both = guided_difference(model, text, negative_text, guidance_scale)
+    return lambda latents, timestep: both(latents, timestep)[0]
+
+
+def guided_difference(
+    model: Callable[[Array, Array, Array], Array], text: Array, negative_text: Array, guidance_scale: float | Array
+) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """`guided_velocity` that also returns cond - uncond."""
     both_texts = jnp.concatenate([text, negative_text])
 
-    def velocity(latents: Array, timestep: Array) -> Array:
+    def velocity(latents: Array, timestep: Array) -> tuple[Array, Array]:
         both = model(jnp.concatenate([latents, latents]), jnp.concatenate([timestep, timestep]), both_texts)
         # Guidance magnifies the rounding of the difference by guidance_scale.
         conditional, unconditional = jnp.split(both.astype(accumulation_dtype(both.dtype)), 2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        difference = conditional - unconditional
+        return unconditional + guidance_scale * difference, difference
 
     return velocity

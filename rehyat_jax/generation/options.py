@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from rehyat_jax.diffusion.samplers import Sampler
 from rehyat_jax.errors import InputError
+from rehyat_jax.models.wan.quantized import INPUTS, Numbers
 from rehyat_jax.parallel.mesh import AXES
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
@@ -46,6 +47,11 @@ class SamplingOptions:
         for a model that was trained with a noise level for every chunk, unless `stream` is True.
       longest: of videos in parts, see `rehyat_jax.models.wan.streaming.part_positions`; None for no limit.
       mesh: sizes of mesh axes; empty for one device.
+      quantize: "int8" or "fp8" for products of such numbers in the blocks, see `rehyat_jax.models.wan.quantized`; None
+        for those of `dtype`.
+      exact: names of layers that `quantize` leaves as they are.
+      guidance_every: evaluate the negative prompt at every so many steps only, see `rehyat_jax.generation.reuse`.
+      step_cache: threshold of the estimated error below which a step skips the blocks, likewise; None skips none.
     """
 
     negative_prompt: str = ""
@@ -65,11 +71,23 @@ class SamplingOptions:
     order: Order | None = None
     longest: int | None = None
     mesh: tuple[tuple[str, int], ...] = ()
+    quantize: Numbers | None = None
+    exact: tuple[str, ...] = ()
+    guidance_every: int = 1
+    step_cache: float | None = None
 
     @property
     def in_parts(self) -> bool:
         """True if the device holds a part of the video only."""
         return self.stream or self.order == "chunks"
+
+    @property
+    def approximations(self) -> dict[str, Any]:
+        """The options that make samples cheaper and change them, by name; empty if there are none."""
+        used: dict[str, Any] = {"quantize": self.quantize, "step_cache": self.step_cache}
+        used = {name: value for name, value in used.items() if value is not None}
+        used |= {"exact": list(self.exact)} if self.exact else {}
+        return used | ({"guidance_every": self.guidance_every} if self.guidance_every > 1 else {})
 
     @classmethod
     def add_to(
@@ -119,6 +137,14 @@ class SamplingOptions:
             metavar="AXIS=DEVICES",
             help="shard along data, fsdp, context or tensor over all devices, e.g. context=4 (default: one device)",
         )
+        numbers = "multiply numbers of 8 bits in the blocks (default: those of --dtype)"
+        option("--quantize", choices=get_args(Numbers), help=numbers)
+        exact = "layers that --quantize leaves exact, such as feed_forward.down (default: none)"
+        option("--exact", nargs="+", choices=tuple(INPUTS), metavar="LAYER", help=exact)
+        every = "evaluate the negative prompt at every N-th step only" + default
+        option("--guidance-every", type=number(int, 1, 10_000), metavar="N", help=every)
+        cache = "skip the blocks at steps with an estimated error below this, e.g. 0.12 (default: skip none)"
+        option("--step-cache", type=number(float, 0, 1000), metavar="ERROR", help=cache)
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "SamplingOptions":
@@ -128,7 +154,7 @@ class SamplingOptions:
             if arguments.height is not None or arguments.width is not None:
                 raise InputError("--size: expected without --height and --width, found both; give one of them")
             values |= dict(zip(("height", "width"), arguments.size, strict=True))
-        return cls(**values | {"mesh": tuple(arguments.mesh)})
+        return cls(**values | {name: tuple(getattr(arguments, name)) for name in ("mesh", "exact")})
 
 
 def number(kind: type, minimum: float, maximum: float, *, multiple_of: int | None = None) -> Callable[[str], float]:

@@ -14,8 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from rehyat_jax.cli import print_message
 from rehyat_jax.diffusion.samplers import Coefficients
 from rehyat_jax.errors import InputError
+from rehyat_jax.extras import check_installed
+from rehyat_jax.generation.calibration import calibrated_ranges, residual_ratios
 from rehyat_jax.generation.chunks import sample_by_chunk
 from rehyat_jax.generation.codecs import LATENT_SIZES, Codec
 from rehyat_jax.generation.generate import generate_latents, latent_shape
@@ -31,11 +34,13 @@ from rehyat_jax.generation.noise import host_noise
 from rehyat_jax.generation.opening import get_codec, get_text_encoder, given_models
 from rehyat_jax.generation.options import DEFAULT_SHIFT, WAN, Order, SamplingOptions
 from rehyat_jax.generation.pipeline_folder import check_pipeline, find_part, scheduler_shift
+from rehyat_jax.generation.reuse import skipped_steps
 from rehyat_jax.generation.streaming import PART_CHUNKS, stream_latents
 from rehyat_jax.generation.text_encoders import TextEncoder
 from rehyat_jax.generation.umt5 import MAX_TOKENS, FoundTextEncoder, find_text_encoder, sharding_mesh
 from rehyat_jax.generation.wan_codec import default_dtype, load_wan_codec
 from rehyat_jax.models.wan.modeling import WanTransformer
+from rehyat_jax.models.wan.quantized import INPUTS, quantized
 from rehyat_jax.models.wan.streaming import check_causal, check_streams
 from rehyat_jax.parallel.memory import check_device_memory, check_host_memory, fits_device, free_dropped_models
 from rehyat_jax.parallel.mesh import AXES, check_batch, check_heads, make_mesh
@@ -102,6 +107,7 @@ class Pipeline:
         self._check_options()
         self._check_memory()
         self._held: dict[Part, _Held] = {}
+        self._skipped: list[bool] | None = None
 
     @classmethod
     def from_pretrained(
@@ -182,7 +188,7 @@ class Pipeline:
             **models,
             **{"codec": self.codec_name, "text_encoder": self.text_encoder_name},
             **{name: getattr(options, name) for name in names},
-            **{"dtype": options.dtype, "fps": self.fps, **vae, **in_parts},
+            **{"dtype": options.dtype, "fps": self.fps, **vae, **in_parts, **options.approximations},
         }
 
     # ------------------------------------------------------------------------------------------------------- the parts
@@ -224,13 +230,26 @@ class Pipeline:
         names = ("steps", "guidance_scale", "flow_shift", "sampler")
         solver = {name: getattr(options, name) for name in names} | {"progress": progress}
         with self._on(self._mesh):
-            model = self.transformer(progress=progress)
+            model = self.transformer(negative_text[0], progress=progress)
             texts = jnp.asarray(text), jnp.asarray(negative_text)
             if options.order == "chunks":
                 return sample_by_chunk(model, *texts, noise, before=before, longest=options.longest, **solver)
             if options.stream:
                 return stream_latents(model, *texts, noise, before=before, longest=options.longest, **solver)
+            solver |= {
+                "guidance_every": options.guidance_every,
+                "skipped": self._skipped_steps(model, negative_text[0]),
+            }
             return np.asarray(generate_latents(model, *texts, jnp.asarray(noise), on_step=on_step, **solver))
+
+    def _skipped_steps(self, model: WanTransformer, negative_text: np.ndarray) -> list[bool] | None:
+        """The steps that `step_cache` skips, from a calibration in the first call; None without this option."""
+        options = self.options
+        if options.step_cache is not None and self._skipped is None:
+            how = {name: getattr(options, name) for name in ("steps", "flow_shift", "sampler")}
+            ratios = residual_ratios(model, jnp.asarray(negative_text), self.latent_shape, **how)
+            self._skipped = skipped_steps(ratios, options.step_cache)
+        return self._skipped
 
     def frames(self, latents: np.ndarray, *, progress: bool = False) -> Iterator[np.ndarray]:
         """The videos of latents [B, T, H, W, C] in successive pieces, uint8 [B, F, height, width, 3]; see `Codec`.
@@ -269,12 +288,28 @@ class Pipeline:
         """The noise of these numbers, float32 [B, *latent_shape]; see `host_noise`. The seed is the options' own."""
         return host_noise(self.options.seed if seed is None else seed, list(numbers), self.latent_shape)
 
-    def transformer(self, *, progress: bool = False) -> WanTransformer:
-        """The transformer, in memory until `free`. Its weights are in the compute dtype, see `WanTransformer`."""
-        dtype = jnp.dtype(self.options.dtype)
-        load = lambda update: load_module(
-            self._checkpoint, self._model, progress=update, dtype=dtype, param_dtype=dtype
-        )
+    def transformer(self, negative_text: np.ndarray | None = None, *, progress: bool = False) -> WanTransformer:
+        """The transformer, in memory until `free`. Its weights are in the compute dtype, see `WanTransformer`.
+
+        Args:
+          negative_text: embedding [L, text_dim] of the options' negative prompt. Only `quantize` needs it, for its
+            calibration.
+          progress: show the rate and the remaining time.
+        """
+        options, dtype = self.options, jnp.dtype(self.options.dtype)
+
+        def load(update: Callable[[int], object]) -> WanTransformer:
+            model = load_module(self._checkpoint, self._model, progress=update, dtype=dtype, param_dtype=dtype)
+            if options.quantize is None:
+                return model
+            if negative_text is None or options.flow_shift is None:
+                raise ValueError("quantize: expected the negative prompt's embedding for its calibration, found none")
+            ranges = calibrated_ranges(model, jnp.asarray(negative_text), self.latent_shape, options.flow_shift)
+            if progress:
+                layers = ", ".join(name for name in INPUTS if name not in options.exact)
+                print_message(f"{options.quantize} in every block: {layers}; all other layers stay {options.dtype}")
+            return quantized(model, options.quantize, ranges, exact=options.exact)
+
         return self._hold("transformer", self._model.nbytes, load, progress)
 
     def codec(self, *, progress: bool = False) -> Codec:
@@ -350,6 +385,9 @@ class Pipeline:
         if self._mesh is not None:
             check_batch(self._mesh, self._evaluated(options))
             check_heads(self._mesh, config.num_heads)
+            if options.guidance_every > 1:
+                check_batch(self._mesh, options.batch)
+        self._check_approximations()
         if not options.in_parts:
             if options.longest is not None:
                 raise InputError(
@@ -372,6 +410,31 @@ class Pipeline:
             raise InputError(
                 f"--longest {options.longest}: expected at least the {part} frames of a chunk; choose a larger one, "
                 f"such as the latent frames of a training video"
+            )
+
+    def _check_approximations(self) -> None:
+        """Raises InputError unless the options that make sampling cheaper fit the others and one another."""
+        options = self.options
+        if options.quantize is not None:
+            check_installed(f"--quantize {options.quantize}", "qwix")
+        elif options.exact:
+            raise InputError(f"--exact {' '.join(options.exact)}: expected with --quantize, found without; give one")
+        reuse = [
+            *[f"--guidance-every {options.guidance_every}"] * (options.guidance_every > 1),
+            *[f"--step-cache {options.step_cache}"] * (options.step_cache is not None),
+        ]
+        if len(reuse) > 1:
+            raise InputError(f"{' '.join(reuse)}: expected one of them, found both; choose one")
+        if reuse and options.in_parts:
+            how = "--order chunks" if options.order == "chunks" else "--stream"
+            raise InputError(
+                f"{reuse[0]} {how}: expected the complete video at every step, found parts of it, for each of which "
+                f"an earlier step would have to be kept; sample without {reuse[0].split()[0]}, or without {how}"
+            )
+        if options.guidance_every > 1 and options.guidance_scale == 1:
+            raise InputError(
+                f"{reuse[0]}: expected guidance, found --guidance-scale 1, which evaluates no negative prompt; leave "
+                f"one of them out"
             )
 
     def _check_order(self) -> None:

@@ -64,6 +64,7 @@ def prepare_trajectories(
         **solver,
         **{"negative_prompt": sampling.negative_prompt, "seed": sampling.seed, "compute_dtype": sampling.dtype},
         **{"batch": sampling.batch, "keep": keep, "dtype": dtype, **fingerprints(checkpoint)},
+        **sampling.approximations,
         "latents_shape": pipeline.latent_shape,
     }
     if (encoder := pipeline.found_encoder) is not None:

@@ -39,8 +39,8 @@ INPUTS = {
 }
 """Name of every layer of a block that can be quantised -> name of its input, which some layers share.
 
-Three projections are left out, because rounding their inputs costs more cycles than their products save: the outputs of
-both kinds of attention, and the queries of cross-attention. Only layers that share an input, and wide ones, gain.
+Three projections are left out, because rounding their inputs costs nearly the cycles that their products save: the
+outputs of both kinds of attention, and the queries of cross-attention. Layers that share an input, and wide ones, gain.
 """
 
 
