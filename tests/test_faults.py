@@ -56,7 +56,8 @@ from rehyat_jax.weights.model_checkpoint import save_model
 
 
 def test_a_run_that_is_killed_and_stopped_again_and_again_ends_as_if_nothing_had_happened(tmp_path):
-    config = digits_config(tmp_path, "finetune", steps=40, checkpoint_every=4, keep_every=4, batch_size=1)
+    changes = {"steps": 40, "checkpoint_every": 4, "keep_every": 4, "batch_size": 1, "ema_decay": 0.9}
+    config = digits_config(tmp_path, "finetune", **changes)
     whole, run = FaultRun(tmp_path, config, "whole"), FaultRun(tmp_path, config)
     assert whole.start().end() == 0, whole.log.read_text()
 
@@ -315,7 +316,7 @@ def test_useful_updates_are_those_of_the_optimizer_to_the_bit():
 def test_a_run_that_diverges_ends_with_its_last_good_state_and_the_batch(tmp_path):
     config = digits_config(tmp_path, "finetune", steps=20, max_skipped=3, checkpoint_every=20, log_every=4)
     # Adam's first update is of the size of the learning rate: all later losses overflow.
-    config.optimizer.learning_rate, config.optimizer.warmup_steps, config.ema_decay = 1e25, 0, 0.0
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e25, 0
     with pytest.raises(RunDivergedError, match=r"the last 3 updates were skipped.* those after step 1, .*step_2"):
         train(config, tmp_path / "run", jax.devices()[:1])
     assert load_file(tmp_path / "run" / "skipped_step_2.safetensors")["latents"].shape == (1, 4, 21, 6, 6, 16)

@@ -70,9 +70,9 @@ def assert_same_updates(found, expected):
     assert max(jax.tree.leaves(ratios)) < PARAMS, ratios
 
 
-def two_heads(tmp_path):
+def two_heads(tmp_path, num_layers=2):
     """A softmax teacher with two heads, so that they can be cut."""
-    config = WAN_PRESETS["tiny"].replace(num_layers=3, ffn_dim=64, num_heads=2, head_dim=16)
+    config = WAN_PRESETS["tiny"].replace(num_layers=num_layers, ffn_dim=64, num_heads=2, head_dim=16)
     save_model(tmp_path / "two", config, tiny_model(config)[1], codec="space_to_depth", text_encoder="word_vectors")
     return str(tmp_path / "two")
 
@@ -88,8 +88,8 @@ def data_with_a_corrupt_record(folder):
 
 
 CASES = {
-    "distill": {"ema_decay": 0.9},
-    "finetune": {"accumulation_steps": 2, "remat": "block", "steps": 10},
+    "distill": {"ema_decay": 0.9, "steps": 10},
+    "finetune": {"ema_decay": 0.9, "accumulation_steps": 2, "remat": "block"},
 }
 
 
@@ -101,14 +101,15 @@ def single(tmp_path_factory):
         folder = tmp_path_factory.mktemp(stage)
         if stage == "distill":
             changes = changes | data_with_a_corrupt_record(folder / "data")
-        config = digits_config(folder, stage, init_from=two_heads(folder), batch_size=8, **changes)
+        teacher = two_heads(folder, num_layers=3 if stage == "distill" else 2)
+        config = digits_config(folder, stage, init_from=teacher, batch_size=8, **changes)
         config.hybrid.blocks, config.hybrid.chunk_frames, config.hybrid.feature_map.features = (1,), 2, 16
         if stage == "distill":  # softmax, and two forms of different chunks and feature maps
             config.forms = ({"blocks": (2,), "chunk_frames": 3, "feature_map": {"kind": "hedgehog"}},)
         config.optimizer.learning_rate = 1e-3
         run(config, folder / "run", (1, 1, 1, 1))
         runs[stage] = config, folder / "run"
-    assert logged(runs["distill"][1], "skipped_records")[-1] == 4  # of 48 draws of 12 examples
+    assert logged(runs["distill"][1], "skipped_records")[-1] == 7  # of 80 draws of 12 examples
     return runs
 
 
@@ -213,62 +214,48 @@ def run_in_two_processes(config, workdir, sizes, *, meanwhile=lambda processes: 
     return outputs
 
 
-def test_two_processes_of_which_one_cannot_read_a_record_lose_no_step_and_go_on_on_another_mesh(single, tmp_path):
+def test_two_processes_train_as_one_through_an_unreadable_record_other_meshes_and_a_sigterm(single, tmp_path):
+    """One process cannot read a record; later, SIGTERM reaches one while they save, and every video is cut over both."""
     config, expected = single["distill"]
-    config = config.copy_and_resolve_references()
+    config, workdir = config.copy_and_resolve_references(), tmp_path / "run"
     config.data.corrupt, config.checkpoint_every = "error", 100
-    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 1, 2), code=2)
+    outputs = run_in_two_processes(config, workdir, (1, 2, 1, 2), code=2)
     messages = sorted(stderr for _, stderr in outputs)
     named = [process for process, (_, stderr) in enumerate(outputs) if "array_record: record 1" in stderr]
     assert len(named) == 1, messages
-    (saved,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    (saved,) = saved_steps(workdir)
     assert f"processes {named} cannot read their part of step {saved + 1}" in outputs[1 - named[0]][1]
 
-    config.data.corrupt, config.data.workers = "skip", 0  # `single` skips it in a worker process
-    outputs = run_in_two_processes(config, tmp_path / "run", (1, 2, 2, 1))
-    assert f"after step {saved}" in outputs[0][0] and "continuing" not in outputs[1][0]
-    assert "wrote" in outputs[0][0] and "wrote" not in outputs[1][0]
-    assert_same_updates(tmp_path / "run", expected)
-    assert logged(tmp_path / "run", "skipped_records")[-1] == logged(expected, "skipped_records")[-1]
-    shutil.rmtree(tmp_path / "run" / "model")
-    run(config, tmp_path / "run", (1, 2, 1, 1))  # and in one, which only writes the model
-    assert_same_updates(tmp_path / "run", expected)
-
-
-def test_two_processes_train_as_one_and_sigterm_to_one_stops_both_after_the_same_step(single, tmp_path):
-    """SIGTERM while they save, and before a step of a resumed run. Every video is cut over both."""
-    config, expected = single["finetune"]
-    config, workdir = config.copy_and_resolve_references(), tmp_path / "run"
-    config.checkpoint_every = 1
+    # `single` skips the record in a worker process.
+    config.data.corrupt, config.data.workers, config.checkpoint_every = "skip", 0, 1
     log = workdir / "metrics.jsonl"
 
-    def stop_one(condition):
-        def meanwhile(processes):
-            deadline = time.monotonic() + 200
-            while not condition():
-                assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-                time.sleep(0.02)
-            processes[1].send_signal(signal.SIGTERM)
+    def stop_one_while_they_save(processes):
+        deadline = time.monotonic() + 200
+        while len(log.read_text().splitlines()) <= saved:
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGTERM)
 
-        return meanwhile
-
-    while_it_saves = stop_one(lambda: log.exists() and len(logged(workdir, "loss")) >= 2)
-    outputs = run_in_two_processes(config, workdir, (1, 1, 2, 1), meanwhile=while_it_saves, code=75)
+    outputs = run_in_two_processes(config, workdir, (1, 1, 2, 1), meanwhile=stop_one_while_they_save, code=75)
+    assert f"after step {saved}" in outputs[0][0] and "continuing" not in outputs[1][0]
     assert all("stopped by SIGTERM after everything was saved" in stderr for _, stderr in outputs)
     assert "step/s" in outputs[0][1] and "step/s" not in outputs[1][1]  # one process logs
     made = len(logged(workdir, "loss"))
-    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == made
+    assert saved < made < config.steps and max(saved_steps(workdir)) == made
 
-    # Of a run that goes on, the log is written anew just before the first step, which then compiles.
-    before = log.stat().st_ino
-    before_a_step = stop_one(lambda: log.stat().st_ino != before)
-    outputs = run_in_two_processes(config, workdir, (1, 1, 2, 1), meanwhile=before_a_step, code=75)
+    outputs = run_in_two_processes(config, workdir, (1, 1, 2, 1))
     assert f"after step {made}" in outputs[0][0]
-    losses = logged(workdir, "loss")
-    assert made < len(losses) <= made + 3
-    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == len(losses)
-    # Every loss but the first is that of parameters which both have updated.
-    np.testing.assert_allclose(losses, logged(expected, "loss")[: len(losses)], rtol=LOSS)
+    assert "wrote" in outputs[0][0] and "wrote" not in outputs[1][0]
+    assert_same_updates(workdir, expected)
+    assert logged(workdir, "skipped_records")[-1] == logged(expected, "skipped_records")[-1]
+    shutil.rmtree(workdir / "model")
+    run(config, workdir, (1, 2, 1, 1))  # and in one, which only writes the model
+    assert_same_updates(workdir, expected)
+
+
+def saved_steps(workdir):
+    return [int(path.name) for path in (workdir / "checkpoints").iterdir()]
 
 
 def parts_of(topology, sizes, **options):

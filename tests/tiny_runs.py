@@ -56,10 +56,11 @@ def one_at_a_time(batch):
 
 
 def tiny_config(stage, **changes):
+    """Without a moving average of the parameters, which makes programs larger: tests of one ask for it."""
     config = default_config()
     config.stage, config.dtype = stage, "float32"
     config.steps, config.batch_size, config.optimizer.warmup_steps = 6, 4, 2
-    config.log_every, config.checkpoint_every = 1, 3
+    config.log_every, config.checkpoint_every, config.ema_decay = 1, 3, 0.0
     config.update_from_flattened_dict(changes)
     return config
 
