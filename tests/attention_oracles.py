@@ -135,7 +135,7 @@ def output_and_gradients(attend, arrays):
 def reference_results(form, causal, stabilizer, **inputs):
     """Output and gradients by the definition, in float64, of what `make_arrays` makes of `form` and `inputs`."""
     with jax.enable_x64(True):
-        arrays = [array.astype(np.float64) for array in make_arrays(*form[:2], **inputs)]
+        arrays = [np.asarray(array, np.float64) for array in make_arrays(*form[:2], **inputs)]
         return output_and_gradients(attention(form, causal, stabilizer), arrays)
 
 

@@ -205,14 +205,13 @@ def test_hybrid_attention(implementation, causal, stabilizer):
         @jit
         def run(arrays, tangents, cotangent):
             pushed, expected = (jax.jvp(function, arrays, tangents)[1] for function in (attend, definition))
-            difference = central_difference(attend, arrays, tangents)
+            difference = central_difference(attend, arrays, tangents) if stabilizer == "joint" else pushed
             return pushed, expected, difference, jax.vjp(attend, *arrays)[1](cotangent)
 
         pushed, expected, difference, pulled = run(arrays, tangents, cotangent)
     assert_close(pushed, expected, 1e-12)
     assert_same_inner_product((cotangent, pushed), (pulled, tangents))
-    if stabilizer == "joint":
-        assert_close(pushed, difference, FINITE_DIFFERENCE)
+    assert_close(pushed, difference, FINITE_DIFFERENCE)
 
 
 LATENTS = (1, 3, 8, 6, 4)  # 36 tokens, more than any kernel has rows: fewer would not use the gated product
@@ -232,7 +231,6 @@ STUDENT = TEACHER.replace(
     hybrid_blocks="all", hybrid=HybridConfig(chunk_frames=2, feature_map=FeatureMapConfig(features=8))
 )
 MODELS = {
-    "teacher": (TEACHER, None),
     "half scan": (STUDENT.replace(hybrid_blocks=(1,)), "scan"),
     "scan": (STUDENT, "scan"),
     "xla": (STUDENT, "xla"),
@@ -269,7 +267,7 @@ def test_models_in_bfloat16_have_nearly_the_tangents_of_float32(name):
     assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name, remat", [("teacher", "block"), ("half scan", "none"), ("xla", "block")])
+@pytest.mark.parametrize("name, remat", [("half scan", "block"), ("xla", "none")])
 def test_mean_flow_is_trained_through_forward_mode(name, remat):
     """One pass of forward mode gives the velocity u and its slope du/dt (arXiv 2505.13447).
 

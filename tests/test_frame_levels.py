@@ -39,12 +39,11 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (TINY, {}),
         (TINY.replace(num_layers=2, hybrid_blocks=(1,), hybrid=FORM), dict(scan_layers=False)),
         (HYBRID, dict(remat="block")),
         (HYBRID, dict(dtype=jnp.bfloat16)),
     ],
-    ids=["softmax", "mixed unrolled", "hybrid", "bfloat16"],
+    ids=["mixed unrolled", "hybrid", "bfloat16"],
 )
 def test_frames_of_one_level_are_a_video_of_that_level(config, options):
     graphdef, params = tiny_model(config, **options)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from rehyat_jax.benchmarks.gpu_run.results import Results, is_right, read_result
 from rehyat_jax.benchmarks.gpu_run.runner import run_sections
 from rehyat_jax.benchmarks.gpu_run.sections import SECTIONS, sizes_for
 from rehyat_jax.benchmarks.gpu_run.targets import targets
+from rehyat_jax.planning.planner import placement
 
 # One of each kind: other sections are the same code at other sizes.
 KINDS = {
@@ -36,8 +38,8 @@ def test_the_sections_tried_are_one_of_each_kind():
     assert kinds(KINDS) == kinds(SECTIONS)
 
 
-# One section that others run next to, and the one that trains on all devices. Processes take seconds to start.
-IN_PROCESSES = ("machine", "plan", "demo")
+# A short one, and the one that trains on all devices. Processes take seconds to start.
+IN_PROCESSES = ("machine", "demo")
 
 
 def test_everything_runs_on_a_cpu(tmp_path, capfd):
@@ -55,8 +57,15 @@ def test_everything_runs_on_a_cpu(tmp_path, capfd):
     assert "nan" not in report
 
 
+def placed(request):
+    """A plan without its compilation: tests/test_plan.py has that."""
+    arguments = placement(request).arguments
+    return SimpleNamespace(peak=sum(arguments.values()), cost=None, outcome=SimpleNamespace(compile_seconds=0.0))
+
+
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in IN_PROCESSES])
-def test_a_section_gives_rows_that_the_report_shows(name):
+def test_a_section_gives_rows_that_the_report_shows(name, monkeypatch):
+    monkeypatch.setattr("rehyat_jax.benchmarks.gpu_run.plan.make_plan", placed)
     rows = json.loads(json.dumps(list(SECTIONS[name].rows(sizes_for("cpu", tiny=True)))))
     assert len(rows) >= KINDS[name]
     assert is_right({"status": "complete", "rows": rows}), rows
@@ -87,9 +96,10 @@ def test_a_section_that_is_cut_off_keeps_its_rows(monkeypatch, tmp_path):
 
 def test_a_section_that_fails_keeps_its_rows_and_says_why(monkeypatch, tmp_path, capfd):
     fake(monkeypatch, ROWS + "raise MemoryError('no more of it')")
-    run_sections(["machine", "student"], Results(tmp_path / "run.json"), budget=100, device="cpu", tiny=True)
+    names = ["machine", "plan"]  # others run next to "plan"
+    run_sections(names, Results(tmp_path / "run.json"), budget=100, device="cpu", tiny=True)
     sections = json.loads((tmp_path / "run.json").read_text())
-    for name in ("machine", "student"):
+    for name in names:
         assert (sections[name]["status"], sections[name]["rows"]) == ("failed", [{"figure": 1}])
         assert "no more of it" in sections[name]["error"]
     assert "no more of it" in capfd.readouterr().err

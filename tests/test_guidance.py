@@ -1,5 +1,7 @@
 """Stage "guidance": a student learns its own velocity after guidance, and then samples with fewer evaluations."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,8 @@ def test_a_student_by_chunk_starts_at_its_own_velocity_and_keeps_its_solver(tmp_
     config = digits_config(tmp_path, "guidance", init_from=str(by_chunk), **changes)
     made = train(config, tmp_path / "guided", jax.devices()[:1])
     solver = {"steps": 7, "guidance_scale": 1.0, "flow_shift": config.flow_shift, "sampler": "unipc"}
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "guided" / "metrics.jsonl").open()]
+    assert len(losses) == 3 and np.isfinite(losses).all()
     metadata = read_model_metadata(made)[1]
     assert (metadata["sampling"], metadata["noise_levels"]) == (solver, "by_chunk")
     options = Pipeline.from_pretrained(student=made).options

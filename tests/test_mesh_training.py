@@ -215,7 +215,7 @@ def run_in_two_processes(config, workdir, sizes, *, meanwhile=lambda processes: 
 
 
 def test_two_processes_train_as_one_through_an_unreadable_record_other_meshes_and_a_sigterm(single, tmp_path):
-    """One process cannot read a record; later, SIGTERM reaches one while they save, and every video is cut over both."""
+    """One process cannot read a record; later SIGTERM reaches one while they save, and every video is cut over both."""
     config, expected = single["distill"]
     config, workdir = config.copy_and_resolve_references(), tmp_path / "run"
     config.data.corrupt, config.checkpoint_every = "error", 100

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from attention_oracles import tpu_kernels_as_xla
 from tpu_topologies import TOPOLOGIES, compiled_for_tpu
 
 from rehyat_jax.attention import interpreted_tpu, softmax_attention
@@ -30,11 +31,14 @@ def random_arrays(queries, keys, *, heads=1, head_dim=64, batch=1, dtype="float3
     return [jnp.asarray(rng.normal(size=(batch, n, heads, head_dim)), dtype) for n in lengths.values()]
 
 
-def output_and_gradients(attend, query, key, value, cotangent):
+def output_and_gradients(attend, query, key, value, cotangent, interpreted=tpu_kernels_as_xla):
     # A function of its own, or jit would remember what an equal one did before a constant was changed.
-    with interpreted_tpu():
-        output, pullback = jax.vjp(jax.jit(lambda *arrays: attend(*arrays)), query, key, value)
+    def run(query, key, value, cotangent):
+        output, pullback = jax.vjp(attend, query, key, value)
         return dict(zip(("output", "query", "key", "value"), (output, *pullback(cotangent)), strict=True))
+
+    with interpreted():
+        return jax.jit(run)(query, key, value, cotangent)
 
 
 def of_pytorch(*arrays):
@@ -47,9 +51,9 @@ def of_pytorch(*arrays):
     return {name: array.transpose(1, 2).numpy() for name, array in found.items()}
 
 
-def assert_equal_to_pytorch(attend, arrays):
+def assert_equal_to_pytorch(attend, arrays, **how):
     expected = of_pytorch(*arrays)
-    for name, found in output_and_gradients(attend, *arrays).items():
+    for name, found in output_and_gradients(attend, *arrays, **how).items():
         assert found.dtype == arrays[0].dtype, name
         error = np.abs(np.asarray(found, np.float64) - expected[name]).max() / np.abs(expected[name]).max()
         assert error < TOLERANCE[found.dtype.name], name
@@ -64,7 +68,8 @@ def test_every_implementation_equals_pytorch(attend, dtype):
 # One block of queries and keys, or several; complete blocks of keys or a shorter last one; and queries that are padded.
 @pytest.mark.parametrize("queries, keys", [(1100, 1100), (256, 512), (130, 2100), (1024, 129)])
 def test_the_kernels_equal_pytorch_at_any_number_of_blocks(queries, keys):
-    assert_equal_to_pytorch(kernels, random_arrays(queries, keys))
+    # A TPU's memory and copies are simulated too, which takes three times as long.
+    assert_equal_to_pytorch(kernels, random_arrays(queries, keys), interpreted=interpreted_tpu)
 
 
 def test_gradients_that_do_not_fit_into_vmem_are_summed_group_by_group(monkeypatch):
@@ -129,13 +134,14 @@ def kernel_names(compiled):
     return sorted(next(name for name in names if name in call) for call in calls)
 
 
-# The kernels of a long video take the most VMEM, of which v5p has the least. Short ones have less code to compile.
+# The kernels of a long video take the most VMEM, of which v5p has the least. Short ones, for the other topologies, have
+# less code to compile.
 @pytest.mark.parametrize(
     "topology, queries, keys",
     [
         ("v5p:2x2x1", 21 * TOKENS_PER_FRAME, 21 * TOKENS_PER_FRAME),
         ("v5p:2x2x1", 21 * TOKENS_PER_FRAME, WAN.text_length),
-        *((topology, 1024, 1000) for topology in TOPOLOGIES),
+        *((topology, 1024, 1000) for topology in TOPOLOGIES if topology != "v5p:2x2x1"),
     ],
 )
 def test_on_tpus_wan_attention_is_a_forward_and_a_backward_kernel_and_no_branch(topology, queries, keys):

@@ -1,13 +1,16 @@
 """Studies: what they run, what they refuse, and the sentences and pages that come out."""
 
+import contextlib
 import dataclasses
+import importlib
+import io
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import chex
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -343,8 +346,24 @@ def get_study():
 """
 
 
+class InThisProcess:
+    """Stands in for `subprocess.Popen`, whose processes take seconds to import everything: tests/test_surgery.py."""
+
+    def __init__(self, argv, *, stdout, **options):
+        module, output = importlib.import_module(argv[2]), io.TextIOWrapper(stdout, write_through=True)
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            self.returncode = module.main(list(argv[3:]))
+        output.detach()  # the log, which stays open
+
+    def poll(self):
+        return self.returncode
+
+
 def test_a_study_trains_measures_and_reports_and_finished_runs_are_not_repeated(tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    own = SimpleNamespace(Popen=InThisProcess, DEVNULL=None, STDOUT=None)
+    monkeypatch.setattr("rehyat_jax.studies.processes.subprocess", own)
+    train_on = train.train
+    monkeypatch.setattr(train, "train", lambda config, workdir: train_on(config, workdir, jax.devices()[:1]))
     config = tiny_config("distill", steps=2, checkpoint_every=2, init_from="set by the study")
     config.optimizer.warmup_steps, config.hybrid.blocks, config.hybrid.feature_map.features = 1, "all", 16
     write_config(tmp_path / "distill.py", config)
