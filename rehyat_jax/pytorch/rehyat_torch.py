@@ -214,13 +214,11 @@ def hybrid_attention(
         window. None for no decay.
       branch_gate: [heads]; the branches are normalised separately, (1 - gate) softmax + gate linear. None for one
         normalisation.
-      implementation: one of
-        - "plain": scores are arrays, [batch, heads, a chunk's tokens, its window's tokens];
-        - "sdpa": `scaled_dot_product_attention` computes the window, and no such arrays are kept for the backward pass;
-        - "flex": one call of `flex_attention` computes the windows of all chunks. It needs PyTorch 2.9. On a GPU it is
-          compiled. On a CPU it is not, writes an array of all scores, and has no gradients;
-        - "auto": "sdpa" if a chunk has at least `FUSED_QUERIES` tokens, else "plain".
-        They compute the same, to rounding.
+      implementation: "plain" writes scores into arrays, [batch, heads, a chunk's tokens, its window's tokens]. "sdpa"
+        is `scaled_dot_product_attention` for each window, and keeps no such arrays for the backward pass. "flex" is one
+        call of `flex_attention` for the windows of all chunks. It needs PyTorch 2.9, and is compiled on a GPU. On a CPU
+        it is not, writes an array of all scores, and has no gradients. "auto" is "sdpa" if a chunk has at least
+        `FUSED_QUERIES` tokens, else "plain". All compute the same, to rounding.
 
     Returns: y, [batch, tokens, heads, head_dim] in the dtype of `query`.
 
