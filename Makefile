@@ -26,9 +26,8 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-# Three processes on two cores: each of them waits for its child processes and for disks an eighth of its time.
 test: lint
-	$(BIN)/pytest -n 3 --dist worksteal --durations 20 tests
+	$(BIN)/pytest -n 2 --dist worksteal --durations 20 tests
 
 # Kills, damage, full disks: see docs/faults.md. As root, for the disks.
 fault-test: install
