@@ -269,14 +269,13 @@ def kernel_case(form, options, causal, implementation, groups=None, dtype=np.flo
         ((7, 9, 3, 1), {}, True, None, 128),  # padded frames, a ragged chunk
         ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, None, 128),
         ((6, 8, 2, 2, 1), {"log_decay": LOG_DECAY}, False, None, 128),
-        ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, [(0, 4), (4, 7)], 128),
+        ((7, 8, 2, 1), {"log_decay": LOG_DECAY}, True, [(0, 2), (2, 6), (6, 7)], 128),
         ((8, 9, 3, 1, 3), {}, True, None, 128),  # the second window begins with an anchor
-        # A part between two others, which takes a state and returns one. Each part has kernels of its own to compile.
         ((7, 8, 2, 1, 2), {"log_decay": LOG_DECAY}, True, [(0, 2), (2, 6), (6, 7)], 128),
         ((7, 9, 3, 1, 1), {"branch_gate": GATE, "log_decay": LOG_DECAY}, False, None, 128),
-        ((7, 8, 2, 1), {"branch_gate": GATE}, True, [(0, 4), (4, 7)], 128),
+        ((7, 8, 2, 1), {"branch_gate": GATE}, True, [(0, 2), (2, 6), (6, 7)], 128),
         ((7, 9, 3, 1), {}, True, None, 0),
-        ((7, 8, 2, 1, 1), {}, True, [(0, 4), (4, 7)], 0),
+        ((7, 8, 2, 1, 1), {}, True, [(0, 2), (2, 6), (6, 7)], 0),
         ((7, 9, 3, 1), {"linear_window": True, "stabilizer": "row_max"}, True, None, 128),
         ((7, 8, 2, 1, 2), {"linear_window": True}, False, None, 128),
         ((7, 8, 2, 1), {"linear_window": True}, True, [(0, 4), (4, 7)], 128),

@@ -118,7 +118,7 @@ def test_models_that_are_not_causal_in_every_block_are_refused(hybrid, blocks, f
 
 
 def test_a_model_says_that_it_was_trained_by_chunk_and_is_made_one_of_few_steps(tmp_path):
-    """As a run of stage "guidance" writes it: tests/test_guidance.py trains one."""
+    """tests/test_guidance.py has a run that trains by chunk, and what it writes; here the model is saved directly."""
     wan = load_params(pretrained(tmp_path))[0].replace(hybrid_blocks="all", hybrid=FORM)
     path, parts = tmp_path / "by_chunk", {"codec": "space_to_depth", "text_encoder": "word_vectors"}
     save_model(path, wan, tiny_model(wan)[1], **parts, noise_by_chunk=True)
