@@ -11,8 +11,8 @@ Options:
   --config.field=value ...           as for `train`; docs/configuration.md lists the fields
   --frames N --height H --width W    size of a video in pixels; 81 x 480 x 832 by default
   --json FILE                        also write all figures
-  --table [TEXT ...]                 alone: plan the runs that configs/ lists and that have no record, and write
-                                     docs/planned_runs.md; with texts: plan again the runs that contain one of them
+  --table [TEXT ...]                 without other options: plan the runs that configs/ lists and that have no record,
+                                     and write docs/planned_runs.md; TEXT plans again the runs that contain it
   --sample                           plan sampling a video in place of training; `plan --sample --help` has its options
 
 Exit codes:

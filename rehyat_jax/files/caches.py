@@ -1,4 +1,4 @@
-"""The folder of what can be made again at any time."""
+"""The folder of caches: of files that can be made again at any time."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a model is measured for before it samples: ranges for numbers of 8 bits, and lengths of residuals.
+"""Measurements of a model before it samples: the ranges of its inputs, for 8 bits, and the lengths of its residuals.
 
 The model samples a short video without guidance, with the negative prompt, from noise of a fixed seed. So a calibration
 depends on the model and the options of sampling, and neither on the prompts of a run nor on their order.

@@ -261,7 +261,7 @@ def hybrid_attention(
     count = lambda n: torch.full((1,), n, device=query.device)
 
     def linear_reads() -> Iterator[Tensor]:
-        """What the queries of one chunk after another read from the linear branch, `linear` of `_merged`."""
+        """For each chunk, what its queries read from the linear branch: the argument `linear` of `_merged`."""
         past, seen = linear_sums(0, 0), 0
         future = [past]  # the sums over all later chunks, for the chunks from last to first
         for start, end in [] if causal else reversed(bounds[1:]):
@@ -447,7 +447,7 @@ def _merged_by_sdpa(
 
 
 def _takes_flex(implementation: str, *arrays: Tensor) -> bool:
-    """Whether `flex_attention` computes the windows of queries, keys and values. An impossible "flex" is an error."""
+    """Whether `flex_attention` computes the windows. Raises ValueError if it should, and cannot for these arrays."""
     if implementation != "flex":
         return False
     device, reason = arrays[0].device, None
