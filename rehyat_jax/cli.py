@@ -128,19 +128,26 @@ def report_input_errors(run: Callable[[], Any]) -> int:
 
 
 @contextlib.contextmanager
-def progress(message: str) -> Iterator[None]:
-    """Prints a message on stderr, and the elapsed time every half minute until the block ends."""
+def progress(message: str) -> Iterator[Callable[[str], None]]:
+    """Prints a message on stderr, and the elapsed time every half minute until the block ends.
+
+    Yields a function that prints a further message with the elapsed time.
+    """
     print(message, file=sys.stderr, flush=True)
     done, start = threading.Event(), time.monotonic()
 
+    def report(text: str = "") -> None:
+        text = f": {text}" if text else ""
+        print(f"  {time.monotonic() - start:.0f} seconds{text}", file=sys.stderr, flush=True)
+
     def tick() -> None:
         while not done.wait(30):
-            print(f"  {time.monotonic() - start:.0f} seconds", file=sys.stderr, flush=True)
+            report()
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()
     try:
-        yield
+        yield report
     finally:
         done.set()
         thread.join()

@@ -66,8 +66,8 @@ def announced_plan(request: Request) -> Plan:
     with progress(
         f"compiling the step for {request.topology}: {axes} accumulation_steps={config.accumulation_steps} "
         f"remat={config.remat}; this takes minutes"
-    ):
-        return make_plan(request)
+    ) as report:
+        return make_plan(request, report)
 
 
 def plan_table(arguments: Sequence[str] = ("--table",)) -> None:

@@ -24,7 +24,8 @@ from rehyat_jax.cost_model.collectives import collective_bytes
 from rehyat_jax.cost_model.hlo_branches import branch_shares, weighted
 from rehyat_jax.cost_model.hlo_operations import Branch, Operation, executed_operations
 from rehyat_jax.cost_model.memory_bound import memory_bytes
-from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, topology_devices
+from rehyat_jax.cost_model.tpu_compile import DoesNotFitError
+from rehyat_jax.cost_model.tpu_target import topology_devices
 from rehyat_jax.errors import InputError
 from rehyat_jax.models.wan.config import WAN_PRESETS, WanConfig
 from rehyat_jax.models.wan.flops import StepFlops, distillation_flops, forward_flops, training_flops
@@ -522,7 +523,7 @@ def test_what_the_mesh_cannot_cut_is_no_remedy():
 
 
 def test_a_run_that_does_not_fit_ends_with_code_3(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("rehyat_jax.plan.make_plan", lambda request: too_large(request, peak=20))
+    monkeypatch.setattr("rehyat_jax.plan.make_plan", lambda request, report: too_large(request, peak=20))
     file = tmp_path / "plan.json"
     arguments = ["--config=configs/demo_teacher.py", "--topology=v5e:2x2", f"--json={file}"]
     assert main(arguments) == 3
@@ -538,7 +539,7 @@ def test_the_table_keeps_every_plan_that_is_there_and_makes_the_others(monkeypat
     monkeypatch.setattr(table, "TRAINING", dataclasses.replace(table.TRAINING, **files))
     planned = []
 
-    def make_plan(request):
+    def make_plan(request, report):
         planned.append(request)
         if request.topology.startswith("h100"):
             raise InputError("no plugin")

@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from rehyat_jax.cost_model.chips import chip_of
-from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, topology_devices
+from rehyat_jax.cost_model.tpu_compile import DoesNotFitError
+from rehyat_jax.cost_model.tpu_target import topology_devices
 from rehyat_jax.cost_model.traced_flops import traced_flops
 from rehyat_jax.models.umt5.config import UMT5_PRESETS
 from rehyat_jax.models.wan.config import WAN_PRESETS
@@ -18,7 +19,7 @@ from rehyat_jax.parallel.mesh import AXES, make_mesh
 from rehyat_jax.plan import main
 from rehyat_jax.planning import compiled
 from rehyat_jax.planning.compiled import Outcome
-from rehyat_jax.planning.sampling import plan, programs
+from rehyat_jax.planning.sampling import command, plan, programs
 from rehyat_jax.planning.sampling.command import parser, request_of, with_hybrid_blocks
 from rehyat_jax.planning.sampling.plan import Companions, PartPlan, Program, SamplingPlan, SamplingRequest, chosen_mesh
 from rehyat_jax.planning.sampling.remedies import smallest_remedy
@@ -196,7 +197,7 @@ def test_sampling_that_does_not_fit_ends_with_code_3_and_what_would_fit(tmp_path
     monkeypatch.setitem(plan.COMPANIONS, "tiny", smaller_vae())
     asked = []
 
-    def planned_part(program: Program) -> PartPlan:
+    def part_plan(program: Program, report) -> PartPlan:
         asked.append(program)
         if program.part != "transformer" or program.arguments["stream"]:
             cost = dataclasses.make_dataclass(
@@ -206,7 +207,7 @@ def test_sampling_that_does_not_fit_ends_with_code_3_and_what_would_fit(tmp_path
             return PartPlan(program, {"weights": GIB}, fits)
         return PartPlan(program, {"weights": GIB}, Outcome({}, 20 * GIB, None, 1.0))
 
-    monkeypatch.setattr(plan, "planned_part", planned_part)
+    monkeypatch.setattr(command, "part_plan", part_plan)
     file = tmp_path / "plan.json"
     assert main([*TINY, f"--json={file}"]) == 3
     out = capsys.readouterr().out

@@ -1,9 +1,11 @@
 """Static cycles, counted in real programs of the TPU compiler whose counts are known by construction."""
 
+import gzip
 import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -13,10 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rehyat_jax.benchmarks import splash_blocks, tpu_cases, tpu_report, tpu_static, vae_static
+from rehyat_jax.cost_model import tpu_compile, tpu_kernels
 from rehyat_jax.cost_model.static_cycles import StaticProgram
-from rehyat_jax.cost_model.tpu_bundles import Kernel
+from rehyat_jax.cost_model.tpu_bundles import LISTINGS, Kernel, listing_file
 from rehyat_jax.cost_model.tpu_compile import DoesNotFitError, compiled_for_tpu
+from rehyat_jax.cost_model.tpu_kernels import KernelCall, kernel_calls, list_kernels
 from rehyat_jax.cost_model.tpu_scalar import ScalarProgram
+from rehyat_jax.cost_model.tpu_target import running
 from rehyat_jax.errors import InputError
 
 ROWS, COLUMNS, DEPTH = 512, 256, 256
@@ -148,12 +153,67 @@ def equal_kernels_in_a_loop():
 def test_loops_multiply_kernels_and_estimates():
     cost = compiled("equal_kernels_in_a_loop", "v5e:2x2").cost()
     assert sorted(kernel.calls for kernel in cost.kernels) == [1, 1, 5]
-    # The compiler lists only one of those that are equal, the second and that inside the loop.
+    # Two that have their arrays in the same memories have the same bundles.
     assert len({kernel.cycles // kernel.calls for kernel in cost.kernels}) == 2
     executions = {operation.kind: operation.executions for operation in cost.xla}
     assert (executions["sine"], executions["cosine"]) == (1, 5)
     assert cost.xla_cycles == sum(operation.executions * operation.estimated_cycles for operation in cost.xla)
     assert cost.cycles == cost.kernel_cycles + cost.xla_cycles
+
+
+def kernels_with_arrays_in_vmem():
+    """A kernel, and one whose result takes the memory of its operand; XLA keeps their arrays in VMEM."""
+
+    def add(x, y, total):
+        total[...] = x[...] + y[...]
+
+    def call(x, y, **options):
+        block = pl.BlockSpec((256, 256), lambda i: (i, 0))
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(add, grid=(4,), in_specs=[block] * 2, out_specs=block, out_shape=shape, **options)(x, y)
+
+    def function(x):
+        once = call(jnp.sin(x), x, name="once")
+        return jnp.cos(call(once, jnp.cos(x), name="in_place", input_output_aliases={0: 0}))
+
+    return function, (jax.ShapeDtypeStruct((1024, 256), jnp.float32),)
+
+
+def test_a_kernel_has_the_same_bundles_alone_as_in_its_program(tmp_path):
+    topology, case = "v5e:2x2", "kernels_with_arrays_in_vmem"
+    label = LISTINGS[1]  # the slots in use in every bundle
+    options = f"--xla_jf_dump_to={tmp_path} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={label}"
+    program = [sys.executable, "-m", tpu_compile.__name__, f"{Path(__file__).stem}:{case}", "{}", topology]
+    with running([*program, str(tmp_path), "one"], tmp_path / "log.txt", options) as process:
+        assert process.wait() == 0, (tmp_path / "log.txt").read_text()
+    calls = kernel_calls(json.loads((tmp_path / "result.json").read_text())["hlo"])
+    assert [bool(call.aliases) for call in calls.values()] == [False, True]
+    assert all(call.is_placed for call in calls.values())
+    with compiled_for_tpu(f"{Path(__file__).stem}:{case}", {}, topology) as alone:
+        for name, call in calls.items():
+            (listed,) = tmp_path.glob(f"*-{name}-*-{label}.txt")
+            file = listing_file(alone.directory, call.digest("v5e"), label)
+            assert gzip.decompress(file.read_bytes()).decode() == listed.read_text(), name
+
+
+def test_listings_come_from_the_cache_unless_they_are_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tpu_kernels, "running", lambda *_: pytest.fail("compiled"))
+    call = KernelCall([], "f32[8]", [], {"custom_call_config": {"body": ""}}, 0)
+    monkeypatch.setattr(tpu_kernels, "kernel_calls", lambda hlo: {"kernel": call})
+    digest, cache = call.digest("v5e"), tmp_path / "rehyat_jax" / "kernels"
+    cache.mkdir(parents=True)
+    for label in LISTINGS:
+        listing_file(cache, digest, label).write_bytes(gzip.compress(label.encode()))
+    directory = tmp_path / "listings"
+    directory.mkdir()
+    list_kernels("", "v5e:2x2", directory)
+    assert gzip.decompress(listing_file(directory, digest, LISTINGS[0]).read_bytes()).decode() == LISTINGS[0]
+
+    damaged = listing_file(cache, digest, LISTINGS[1])
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    with pytest.raises(pytest.fail.Exception, match="compiled"):
+        list_kernels("", "v5e:2x2", directory)
 
 
 def too_large():

@@ -1,8 +1,8 @@
 """Measures compilation time: python -m rehyat_jax.benchmarks.compile_seconds --config FILE --topology NAME.
 
 Compiles the train step of a configuration for a slice of TPUs or the GPUs of a host, like `rehyat_jax.train` at its
-start. It needs neither. The command line is that of `rehyat_jax.plan`. For TPUs, `plan` takes about twice as long,
-because the compiler then also writes the listings from which static cycles are read.
+start. It needs neither. The command line is that of `rehyat_jax.plan`. For TPUs, `plan` takes longer, because it
+compiles the kernels again for their listings.
 
 Options, all of which are those of `rehyat_jax.plan`:
 

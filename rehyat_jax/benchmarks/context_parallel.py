@@ -16,7 +16,7 @@ from rehyat_jax.attention.on_mesh import CONTEXT, hybrid_attention_on_mesh, soft
 from rehyat_jax.cli import CommandParser
 from rehyat_jax.cost_model.collectives import collective_bytes
 from rehyat_jax.cost_model.hlo_operations import executed_operations
-from rehyat_jax.cost_model.tpu_compile import topology_devices
+from rehyat_jax.cost_model.tpu_target import topology_devices
 from rehyat_jax.models.wan.config import WAN_PRESETS
 from rehyat_jax.parallel.mesh import make_mesh
 

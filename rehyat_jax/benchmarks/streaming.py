@@ -28,7 +28,8 @@ from rehyat_jax.benchmarks.environment import describe_environment
 from rehyat_jax.benchmarks.peak_memory import measuring_process, peak_bytes
 from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.cost_model.static_cycles import StaticProgram
-from rehyat_jax.cost_model.tpu_compile import check_libtpu, compiled_for_tpu
+from rehyat_jax.cost_model.tpu_compile import compiled_for_tpu
+from rehyat_jax.cost_model.tpu_target import check_libtpu
 from rehyat_jax.diffusion.samplers import Coefficients, SolverState, coefficient_table, solver_step
 from rehyat_jax.diffusion.sigma_grid import wan_grid
 from rehyat_jax.generation.chunks import chunk_state, chunk_step

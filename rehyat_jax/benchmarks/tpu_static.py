@@ -23,7 +23,9 @@ from rehyat_jax.benchmarks.tpu_report import details, growth, table_head, table_
 from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.cost_model.static_cycles import SPLASH_DATA, ProgramCost, StaticProgram, assumed_data
 from rehyat_jax.cost_model.tpu_bundles import generation_of
-from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, check_libtpu, compiled_for_tpu
+from rehyat_jax.cost_model.tpu_compile import CompiledProgram, DoesNotFitError, compiled_for_tpu
+from rehyat_jax.cost_model.tpu_target import check_libtpu
+from rehyat_jax.errors import InputError
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.models.wan.config import WAN_PRESETS
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rehyat_jax.cli import CommandParser, report_input_errors
 from rehyat_jax.cost_model.chips import chip_of
 from rehyat_jax.cost_model.hlo_operations import executed_operations
-from rehyat_jax.cost_model.tpu_compile import topology_devices
+from rehyat_jax.cost_model.tpu_target import topology_devices
 
 TOKENS, WIDTH, HIDDEN, HEADS = 32768, 5120, 13824, 40
 

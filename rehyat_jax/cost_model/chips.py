@@ -6,7 +6,7 @@ import math
 import jax
 
 from rehyat_jax.cost_model.gpu_target import gpu_devices
-from rehyat_jax.cost_model.tpu_compile import topology_devices
+from rehyat_jax.cost_model.tpu_target import topology_devices
 from rehyat_jax.errors import InputError
 
 

@@ -4,24 +4,43 @@ import math
 import re
 from typing import NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
+
 _ARRAY = re.compile(r"(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::(?:T\(([\d,]+)\))?([^}]*))?\})?")
+_KIND = re.compile(r"([a-z]+?)(\d+)(\w*)")
 
 
 class HloArray(NamedTuple):
     """One array.
 
     Attributes:
+      kind: "f32", "bf16", "pred"...
       bits: bits of an element.
       minor_to_major: its dimensions in their order in memory, minor first; empty if the listing does not give it.
       tile: sizes of a tile in its minor dimensions, the minor one last.
-      in_hbm: True unless it is in a TPU's VMEM or another memory.
+      memory: 0 for a TPU's HBM, 1 for its VMEM; others have other numbers.
     """
 
+    kind: str
     bits: int
     shape: tuple[int, ...]
     minor_to_major: tuple[int, ...]
     tile: tuple[int, ...]
-    in_hbm: bool
+    memory: int
+
+    @property
+    def in_hbm(self) -> bool:
+        return self.memory == 0
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The array's dtype."""
+        if self.kind == "pred":
+            return jnp.dtype(bool)
+        letters, width, form = _KIND.fullmatch(self.kind).groups()
+        name = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}[letters] + width
+        return jnp.dtype(f"{name}_{form}" if form else name)
 
     @property
     def bytes(self) -> int:
@@ -42,11 +61,12 @@ def arrays_of(hlo_type: str) -> list[HloArray]:
     numbers = lambda text: tuple(int(number) for number in text.split(",") if number)
     return [
         HloArray(
+            kind,
             8 if kind == "pred" else int(bits),
             numbers(shape),
             numbers(order),
             numbers(tile),
-            not re.search(r"S\([1-9]", layout),
+            int(memory.group(1)) if (memory := re.search(r"S\((\d+)\)", layout)) else 0,
         )
         for kind, bits, shape, order, tile, layout in _ARRAY.findall(hlo_type)
     ]

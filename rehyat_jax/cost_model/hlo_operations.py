@@ -1,6 +1,7 @@
 """The executed operations of an optimised HLO module, and how often each runs: loops multiply their contents."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -82,6 +83,18 @@ def executed_operations(hlo: str, *, of_fusions: bool = False) -> Iterator[Opera
     Raises:
       ValueError: a loop that does not count in constant steps to a constant.
     """
+    entry, computations = _computations(hlo)
+    yield from _Walk(computations, of_fusions).operations(entry, 1, ())
+
+
+def types_of(hlo: str) -> dict[str, str]:
+    """The type of the result of every operation in the text of an HLO module, by the operation's name."""
+    lines = itertools.chain.from_iterable(_computations(hlo)[1].values())
+    return {match.group(1): match.group(2) for line in lines if (match := _OPERATION.match(line))}
+
+
+def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of the first computation to run, and the lines of all. Raises ValueError if there is none."""
     computations: dict[str, list[str]] = {}
     entry = None
     for line in hlo.splitlines():
@@ -94,7 +107,7 @@ def executed_operations(hlo: str, *, of_fusions: bool = False) -> Iterator[Opera
             lines[-1:] = [f"{last} {line}" for last in lines[-1:]]
     if entry is None:
         raise ValueError("expected an HLO module, found no ENTRY computation")
-    yield from _Walk(computations, of_fusions).operations(entry, 1, ())
+    return entry, computations
 
 
 @dataclasses.dataclass(frozen=True)

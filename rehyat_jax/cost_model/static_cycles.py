@@ -16,6 +16,7 @@ from rehyat_jax.cost_model.hlo_branches import ShareOf, branch_shares, weighted
 from rehyat_jax.cost_model.hlo_operations import Branch, Operation, executed_operations
 from rehyat_jax.cost_model.tpu_bundles import Kernel, Region, read_kernel, regions
 from rehyat_jax.cost_model.tpu_compile import CompiledProgram
+from rehyat_jax.cost_model.tpu_kernels import kernel_calls
 from rehyat_jax.cost_model.tpu_scalar import ScalarProgram
 
 CORES_SHARING_A_GRID = {"v5p": 2}
@@ -112,14 +113,9 @@ class StaticProgram:
             raise ValueError(f"found {listed} kernels in the program, but reached only {[x.name for x in self._calls]}")
 
         self._kernels: dict[str, tuple[Kernel, ScalarProgram]] = {}
-        for call in self._calls:
-            # libtpu compiles equal kernels once, and lists them under the name of one of them.
-            for name in [call.name] + [other.name for other in self._calls if other.kernel_body == call.kernel_body]:
-                if (kernel := read_kernel(program.directory, name, program.generation)) is not None:
-                    self._kernels[call.name] = kernel, ScalarProgram(kernel)
-                    break
-            else:
-                raise ValueError(f"expected libtpu to list the bundles of {call.name}, found nothing")
+        for name, call in kernel_calls(program.hlo).items():
+            kernel = read_kernel(program.directory, call.digest(program.generation), program.generation)
+            self._kernels[name] = kernel, ScalarProgram(kernel)
         self.depends_on_data = any(scalars.depends_on_data for _, scalars in self._kernels.values())
 
     def cost(

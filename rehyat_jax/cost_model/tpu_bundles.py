@@ -1,6 +1,7 @@
 """The listing of a compiled TPU kernel: its VLIW bundles, and how often each is issued."""
 
 import dataclasses
+import gzip
 import itertools
 import re
 from pathlib import Path
@@ -61,26 +62,29 @@ class Region:
         return (self.end - self.start) * self.times
 
 
-def read_kernel(directory: Path, name: str, generation: str) -> Kernel | None:
-    """The kernel of the HLO instruction `name` on a generation of TPUs ("v5e", "v5p", "v6e", "tpu7x").
+def listing_file(directory: Path, digest: str, label: str) -> Path:
+    """The compressed file of one of the LISTINGS of the kernel with this digest (`tpu_kernels`)."""
+    return directory / f"{digest}-{label}.txt.gz"
 
-    It is read from libtpu's listings; None if there are none. They are made before idle cycles are folded into delays,
-    so one row is one cycle.
+
+def read_kernel(directory: Path, digest: str, generation: str) -> Kernel:
+    """A kernel on a generation of TPUs ("v5e", "v5p", "v6e", "tpu7x"), from libtpu's listings.
+
+    They are made before idle cycles are folded into delays, so one row is one cycle.
 
     Raises:
       ValueError: the two listings do not describe the same bundles: libtpu's format has changed.
     """
-    bundles, slots = (_listing(directory, name, label) for label in LISTINGS)
-    if bundles is None or slots is None:
-        return None
-    bundles = _read_bundles(bundles.read_text())
+    texts = (gzip.decompress(listing_file(directory, digest, label).read_bytes()).decode() for label in LISTINGS)
+    bundles, slots = texts
+    bundles = _read_bundles(bundles)
     # A title, the names, the capacities, another title, and a row for every bundle.
-    _, names, capacity, _, *rows = slots.read_text().strip().splitlines()
+    _, names, capacity, _, *rows = slots.strip().splitlines()
     names = [name.strip().split(":")[-1] for name in names.split(",")]
     capacity, *slots = (np.array(row.split(), int) for row in (capacity, *rows))
     if len(slots) != len(bundles) or len(names) != len(capacity) or names[0] not in ("MATMUL", "MXU"):
         raise ValueError(
-            f"{name}: found {len(bundles)} bundles, {len(slots)} rows of slots in use and slots named {names}"
+            f"{digest}: found {len(bundles)} bundles, {len(slots)} rows of slots in use and slots named {names}"
         )
     return Kernel(bundles, names, np.array(slots), capacity, DELAY_SLOTS[generation])
 
@@ -92,11 +96,6 @@ def regions(kernel: Kernel, times: np.ndarray) -> list[Region]:
         Region(start, end, int(times[start]), kernel.slots[start:end].mean(axis=0) / kernel.capacity)
         for start, end in itertools.pairwise(cuts)
     ]
-
-
-def _listing(directory: Path, name: str, label: str) -> Path | None:
-    pattern = re.compile(rf"\d+-{re.escape(name)}-\d+-{label}\.txt")
-    return max((file for file in directory.iterdir() if pattern.fullmatch(file.name)), default=None)
 
 
 def _read_bundles(text: str) -> list[str]:

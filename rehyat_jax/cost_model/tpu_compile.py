@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation for TPUs, on any machine, with the compiler's own listings.
+"""Ahead-of-time compilation for TPUs, on any machine, with the compiler's listings of the kernels.
 
-libtpu compiles on any machine. It reads its options for listings (the VLIW bundles of every kernel) only once, when it
-is loaded, so a process of its own compiles every program:
+libtpu compiles on any machine. A process of its own compiles every program, without listings. Others list the kernels
+of the compiled program (`tpu_kernels`). This is the first one's command:
 
   python -m rehyat_jax.cost_model.tpu_compile MODULE:FUNCTION ARGUMENTS TOPOLOGY DIRECTORY MESH
 """
@@ -10,8 +10,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -20,23 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rehyat_jax.cost_model.tpu_bundles import LISTINGS, generation_of
-from rehyat_jax.errors import InputError
-from rehyat_jax.extras import check_installed
+from rehyat_jax.cost_model.tpu_bundles import generation_of
+from rehyat_jax.cost_model.tpu_kernels import list_kernels
+from rehyat_jax.cost_model.tpu_target import check_libtpu, described_topology, on_one_chip, running, unknown_topology
 
-NO_TPU = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    # Nothing is run, so compilations need not wait for one another's lock on the chip.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-"""Environment in which libtpu, when it is loaded, neither looks for a TPU nor asks a cloud machine for its type."""
+_RESULT = "result.json"
 
 
 class DoesNotFitError(Exception):
@@ -49,7 +36,7 @@ class CompiledProgram:
 
     `result_bytes` counts all results, `output_bytes` those that do not take the place of arguments. `peak_bytes` is
     the most memory in use at a time, without the program itself. `host_bytes` is the host's memory that one device
-    uses while the program runs. `directory` has the compiler's listings.
+    uses while the program runs. `directory` has the listings of its kernels.
     """
 
     generation: str
@@ -68,34 +55,16 @@ class CompiledProgram:
         return self.temporary_bytes + self.argument_bytes + self.output_bytes
 
 
-def check_libtpu() -> None:
-    """Raises InputError if the TPU compiler is missing."""
-    check_installed("compiling for TPUs, which needs no TPU,", "libtpu")
-
-
-def topology_devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology, in this process. Raises InputError if libtpu is missing or does not know it."""
-    check_libtpu()
-    os.environ.update(NO_TPU)
-    try:
-        return _described(topology)
-    except Exception as error:  # jaxlib's own error, or one of libtpu's plugin
-        raise _unknown_topology(topology, str(error).splitlines()[0]) from error
-
-
-def _described(topology: str) -> list[jax.Device]:
-    """The devices of a topology, from libtpu."""
-    # libtpu divides a slice into hosts of 2x2 chips unless it is told otherwise. A single chip is a host of its own.
-    single = set(topology.partition(":")[2].split("x")) == {"1"}
-    options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-
-
 @contextmanager
 def compiled_for_tpu(
-    case: str, arguments: dict, topology: str, *, for_all_devices: bool = False
+    case: str,
+    arguments: dict,
+    topology: str,
+    *,
+    for_all_devices: bool = False,
+    on_compiled: Callable[[CompiledProgram], None] | None = None,
 ) -> Iterator[CompiledProgram]:
-    """Compiles one case for a topology; its listings last as long as the context.
+    """Compiles one case for a topology; the listings of its kernels last as long as the context.
 
     Args:
       case: "module:function". The function takes `arguments` as keywords, and returns a function, jitted or not, and a
@@ -105,6 +74,7 @@ def compiled_for_tpu(
         larger, or a single chip: "v5e:1x1", "v5p:1x1x1".
       for_all_devices: True if the case is a program for all devices of the topology: the function takes them first,
         and returns a `jax.stages.Lowered`.
+      on_compiled: called with the program before its kernels are listed.
 
     Raises:
       InputError: libtpu is missing, or the topology is unknown to it or to this package.
@@ -113,23 +83,19 @@ def compiled_for_tpu(
     """
     check_libtpu()
     generation = generation_of(topology)
-    with tempfile.TemporaryDirectory(prefix="tpu_compile_") as directory:
-        mesh = "all" if for_all_devices else "one"
-        command = [sys.executable, "-m", __spec__.name, case, json.dumps(arguments), topology, directory, mesh]
-        environment = (
-            os.environ
-            | NO_TPU
-            | {
-                # The listings of all seventy passes of a large kernel would be half a gigabyte.
-                "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
-                f"--xla_jf_dump_llo_pass_label_regex={'|'.join(LISTINGS)}",
-            }
-        )
-        child = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if child.returncode:
-            _raise(child.stderr, textwrap.shorten(f"{case} {arguments}", 200), topology)
-        result = Path(directory, "result.json").read_text()
-        yield CompiledProgram(generation, **json.loads(result), directory=Path(directory))
+    with tempfile.TemporaryDirectory(prefix="tpu_compile_") as folder:
+        directory, mesh = Path(folder), "all" if for_all_devices else "one"
+        log = directory / "log.txt"
+        command = [sys.executable, "-m", __spec__.name, case, json.dumps(arguments), topology, folder, mesh]
+        with running(command, log) as process:
+            if process.wait():
+                _raise(log.read_text(), textwrap.shorten(f"{case} {arguments}", 200), topology)
+        result = json.loads((directory / _RESULT).read_text())
+        program = CompiledProgram(generation, **result, directory=directory)
+        if on_compiled is not None:
+            on_compiled(program)
+        list_kernels(program.hlo, topology, directory)
+        yield program
 
 
 def _raise(stderr: str, case: str, topology: str):
@@ -138,28 +104,19 @@ def _raise(stderr: str, case: str, topology: str):
     if "RESOURCE_EXHAUSTED" in stderr:
         raise DoesNotFitError(message)
     if "get_topology_desc" in stderr:
-        raise _unknown_topology(topology, message)
+        raise unknown_topology(topology, message)
     raise RuntimeError(f"{case}: cannot be compiled for {topology}: {message}")
 
 
-def _unknown_topology(topology: str, message: str) -> InputError:
-    return InputError(
-        f"--topology {topology}: expected a name that libtpu knows, for example v5e:2x2, v5p:2x2x1, v6e:2x2 or "
-        f"tpu7x:2x2x1; found {message}"
-    )
-
-
 def _compile(case: str, arguments: dict, topology: str, directory: Path, *, for_all_devices: bool) -> None:
-    """Compiles in the child process, and writes result.json next to the listings."""
+    """Compiles in the child process, and writes the result."""
     module, function = case.split(":")
-    devices = _described(topology)
+    devices = described_topology(topology)
     make_case = getattr(importlib.import_module(module), function)
-    compiled = (
-        make_case(devices, **arguments) if for_all_devices else _for_one(devices[0], make_case, arguments)
-    ).compile()
-    result = dataclasses.asdict(compiled_program(compiled, topology))
+    lowered = make_case(devices, **arguments) if for_all_devices else on_one_chip(devices[0], make_case, arguments)
+    result = dataclasses.asdict(compiled_program(lowered.compile(), topology))
     del result["directory"], result["generation"]
-    directory.joinpath("result.json").write_text(json.dumps(result))
+    directory.joinpath(_RESULT).write_text(json.dumps(result))
 
 
 def compiled_program(compiled: jax.stages.Compiled, topology: str) -> CompiledProgram:
@@ -181,16 +138,6 @@ def compiled_program(compiled: jax.stages.Compiled, topology: str) -> CompiledPr
     )
 
 
-def _for_one(device: jax.Device, make_case: Callable, arguments: dict) -> jax.stages.Lowered:
-    mesh = Mesh(np.array([device]), ("chip",))
-    here = NamedSharding(mesh, PartitionSpec())
-    # Without a mesh, Pallas and the choice of its blocks would ask the default device for the type of TPU.
-    with jax.set_mesh(mesh):
-        function, abstract = make_case(**arguments)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-        return (function if hasattr(function, "lower") else jax.jit(function)).lower(*abstract)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog=f"python -m {__spec__.name}",
@@ -201,7 +148,7 @@ if __name__ == "__main__":
     parser.add_argument("case", metavar="MODULE:FUNCTION", help="function that returns another one and its arguments")
     parser.add_argument("keywords", metavar="ARGUMENTS", type=json.loads, help="of FUNCTION, as a JSON object")
     parser.add_argument("topology", metavar="TOPOLOGY", help="a slice of TPUs, v5e:2x2")
-    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="for the listings and result.json")
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="for result.json")
     parser.add_argument("mesh", metavar="MESH", choices=("all", "one"), help="all or one: devices of the program")
     given = parser.parse_args()
     _compile(given.case, given.keywords, given.topology, given.directory, for_all_devices=given.mesh == "all")

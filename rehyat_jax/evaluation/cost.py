@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from rehyat_jax.cli import progress as announced
 from rehyat_jax.cost_model.chips import chip_of, device_count
-from rehyat_jax.cost_model.tpu_compile import check_libtpu
+from rehyat_jax.cost_model.tpu_target import check_libtpu
 from rehyat_jax.errors import InputError
 from rehyat_jax.evaluation.bootstrap import Estimate
 from rehyat_jax.evaluation.results import Curve, Evaluation
@@ -12,7 +12,7 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import forward_flops
 from rehyat_jax.parallel.mesh import AXES
 from rehyat_jax.planning.estimate import TpuCost
-from rehyat_jax.planning.sampling.plan import Program, planned_part
+from rehyat_jax.planning.sampling.plan import Program, part_plan
 
 X_LABEL = "latent frames"
 
@@ -74,7 +74,7 @@ def static_by_duration(
                 stream=False,
             )
             with announced(f"compiling the {name} with {frames} latent frames for {topology}; this takes minutes"):
-                plan = planned_part(program)
+                plan = part_plan(program)
             found = plan.cost.cycles if isinstance(plan.cost, TpuCost) else float("nan")
             cycles.setdefault(name, []).append(found)
             memory.setdefault(name, []).append(float("nan") if plan.peak is None else plan.peak)

@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,13 @@ from rehyat_jax.files.json_files import read_json_object
 from rehyat_jax.files.write import written_whole
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.planning.estimate import Cost, GpuCost, TpuCost, bytes_asked_for, memory_by_kind, step_cost
+
+Report = Callable[[str], None]
+"""Takes a message about work that has been done."""
+
+
+def no_report(message: str) -> None:
+    del message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +96,7 @@ def compiled_outcome(
     wan: WanConfig | None,
     flops: float,
     vmem_remedy: str,
+    report: Report = no_report,
 ) -> Outcome:
     """Compiles a program, unless an earlier plan did: the same case, by the same code, with the same compiler.
 
@@ -100,6 +108,7 @@ def compiled_outcome(
       arguments: bytes of the program's arguments on a device, by kind.
       devices, wan, flops: see `step_cost`.
       vmem_remedy: what to change if a kernel does not fit the chip's VMEM.
+      report: is told the program's memory as soon as it is compiled, before its cycles are known.
 
     Raises:
       InputError: a kernel needs more VMEM than the chip has.
@@ -109,8 +118,15 @@ def compiled_outcome(
         if file.exists():
             return Outcome.from_json(read_json_object(file), chip)
     start = time.monotonic()
+
+    def report_memory(program: CompiledProgram) -> None:
+        needed = sum(memory_by_kind(program, dict(arguments)).values())
+        fits = "fits" if needed <= chip.hbm_bytes else "does not fit"
+        sizes = f"{needed / 2**30:.2f} of {chip.hbm_bytes / 2**30:.2f} GiB"
+        report(f"the program needs {sizes} and {fits}; the cycles of its kernels follow")
+
     try:
-        with _compiled(module, case, topology) as program:
+        with _compiled(module, case, topology, report_memory) as program:
             seconds = time.monotonic() - start
             cost = step_cost(program, chip, devices, wan, flops)
     except DoesNotFitError as error:
@@ -131,13 +147,14 @@ def compiled_outcome(
 
 
 def _compiled(
-    module: str, case: Mapping[str, Any], topology: str
+    module: str, case: Mapping[str, Any], topology: str, on_compiled: Callable[[CompiledProgram], None]
 ) -> contextlib.AbstractContextManager[CompiledProgram]:
     """The compiled program for all devices; its listings last as long as the context."""
     if chip_of(topology).is_gpu:
         lowered = importlib.import_module(module).lowered(devices_of(topology), **case)
         return contextlib.nullcontext(compiled_program(lowered.compile(), topology))
-    return compiled_for_tpu(f"{module}:lowered", dict(case), topology, for_all_devices=True)
+    function = f"{module}:lowered"
+    return compiled_for_tpu(function, dict(case), topology, for_all_devices=True, on_compiled=on_compiled)
 
 
 def _file(module: str, case: Mapping[str, Any], topology: str) -> Path:

@@ -13,7 +13,7 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.flops import StepFlops
 from rehyat_jax.parallel.mesh import make_mesh
 from rehyat_jax.planning import train_step
-from rehyat_jax.planning.compiled import HasOutcome, Outcome, compiled_outcome
+from rehyat_jax.planning.compiled import HasOutcome, Outcome, Report, compiled_outcome, no_report
 from rehyat_jax.planning.estimate import TpuCost
 from rehyat_jax.training.stages import STAGES
 
@@ -146,8 +146,11 @@ def placement(request: Request) -> Placement:
     return Placement(len(devices), dict(mesh.shape), arguments)
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(request: Request, report: Report = no_report) -> Plan:
     """The plan of a run. Compiling its train step takes minutes.
+
+    Args:
+      report: see `compiled_outcome`.
 
     Raises:
       InputError: see `placement`; or a kernel needs more VMEM than the chip has.
@@ -163,5 +166,6 @@ def make_plan(request: Request) -> Plan:
         wan=request.wan,
         flops=flops * request.config.batch_size / placed.devices,
         vmem_remedy="choose another config.attention_implementation or another form of config.hybrid",
+        report=report,
     )
     return Plan(request, **placed._asdict(), outcome=outcome)

@@ -47,8 +47,8 @@ def announced_plan(request: SamplingRequest) -> SamplingPlan:
 
 def announced_part(program: Program) -> PartPlan:
     mesh = " ".join(f"{axis}={size}" for axis, size in program.mesh.items() if size > 1) or "one device"
-    with progress(f"compiling the {program.part} for {program.topology}: {mesh}; this takes minutes"):
-        return part_plan(program)
+    with progress(f"compiling the {program.part} for {program.topology}: {mesh}; this takes minutes") as report:
+        return part_plan(program, report)
 
 
 def plan_table(again: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from rehyat_jax.models.wan.quantized import Numbers
 from rehyat_jax.models.wan.streaming import check_streams
 from rehyat_jax.models.wan_vae.config import WAN_VAE_PRESETS, WanVaeConfig
 from rehyat_jax.parallel.mesh import AXES, resolve_sizes
-from rehyat_jax.planning.compiled import HasOutcome, Outcome, compiled_outcome
+from rehyat_jax.planning.compiled import HasOutcome, Outcome, Report, compiled_outcome, no_report
 from rehyat_jax.planning.estimate import TpuCost
 from rehyat_jax.planning.sampling import programs
 from rehyat_jax.planning.train_step import bytes_on_device
@@ -300,11 +300,6 @@ def check_request(request: SamplingRequest) -> None:
         placement(program)
 
 
-def part_plan(program: Program) -> PartPlan:
-    """The plan of a part. An equal program may have been planned before, and run more or less often."""
-    return dataclasses.replace(planned_part(program), program=program)
-
-
 class Placement(NamedTuple):
     """A program before anything is compiled.
 
@@ -347,9 +342,8 @@ def _flops(case: dict[str, Any], abstract: programs.AbstractProgram) -> int:
     return videos * (of_frames(2 * frames) - of_frames(frames) if case["stream"] else of_frames(frames))
 
 
-@functools.cache
-def planned_part(program: Program) -> PartPlan:
-    """The plan of a program; equal programs are compiled once.
+def part_plan(program: Program, report: Report = no_report) -> PartPlan:
+    """The plan of a program. `report`: see `compiled_outcome`.
 
     Raises:
       InputError: see `placement`; or a kernel needs more VMEM than the chip has.
@@ -366,5 +360,6 @@ def planned_part(program: Program) -> PartPlan:
         wan=WanConfig.from_dict(case["model"]) if program.part == "transformer" else None,
         flops=placed.flops,
         vmem_remedy="choose another --topology or --size",
+        report=report,
     )
     return PartPlan(program, placed.arguments, outcome)
