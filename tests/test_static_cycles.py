@@ -282,6 +282,13 @@ def test_command_line_writes_rows(tmp_path, capsys):
     assert "slots in use" in capsys.readouterr().out
 
 
+def test_forms_are_chosen_by_their_names(capsys):
+    assert tpu_static.chosen_forms([]) == list(tpu_cases.FORMS)
+    assert tpu_static.chosen_forms(["strided", "linear only", "decay"])[0] == "hybrid, decay"
+    assert tpu_static.main(["--forms", "nothing"]) == 2
+    assert "--forms nothing: expected texts of softmax, hybrid, " in capsys.readouterr().err
+
+
 def test_softmax_as_a_form_takes_at_least_the_cycles_of_its_products():
     shape = dict(heads=1, head_dim=128, frames=8, tokens_per_frame=128)
     case = tpu_static.Case("v5e:2x2", "", "softmax", "form", shape | {"name": "softmax", "direction": "forward"})

@@ -126,11 +126,9 @@ def groups(arguments: argparse.Namespace) -> Iterator[list[Case]]:
         }
         blocks = SPLASH_BLOCKS[generation_of(topology)]
         splash = [(name, splash_arguments(name, blocks)) for name in ("splash", "splash_fused", "splash_unfused")]
-        if arguments.forms:
-            yield [
-                Case(topology, preset, name, "form", shape | {"name": name, "direction": direction})
-                for name, direction in itertools.product(tpu_cases.FORMS, ("forward", "backward"))
-            ]
+        if arguments.forms is not None:
+            for name, direction in itertools.product(chosen_forms(arguments.forms), ("forward", "backward")):
+                yield [Case(topology, preset, name, "form", shape | {"name": name, "direction": direction})]
             continue
         hybrid = [
             (name, {"implementation": name, "direction": direction})
@@ -142,6 +140,14 @@ def groups(arguments: argparse.Namespace) -> Iterator[list[Case]]:
             *(Case(topology, preset, "softmax", "form", shape | keywords) for keywords in softmax),
             *(Case(topology, preset, name, "hybrid", shape | keywords) for name, keywords in hybrid),
         ]
+
+
+def chosen_forms(texts: list[str]) -> list[str]:
+    """The forms whose names contain one of the texts; all without texts. Raises InputError if there is none."""
+    found = [name for name in tpu_cases.FORMS if not texts or any(text in name for text in texts)]
+    if not found:
+        raise InputError(f"--forms {' '.join(texts)}: expected texts of {', '.join(tpu_cases.FORMS)}; found none")
+    return found
 
 
 def costs(case: Case) -> list[Result]:
@@ -228,7 +234,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     option("--json", type=Path, metavar="FILE", help="also write the rows there")
     option("--details", action="store_true", help="also print what binds every part of every kernel")
-    option("--forms", action="store_true", help="compare all forms of attention instead")
+    forms = "compare all forms of attention instead, or those whose names contain a TEXT"
+    option("--forms", nargs="*", metavar="TEXT", help=forms)
     option("--vae", action="store_true", help="cost of Wan2.1's VAE instead, decoding and encoding (minutes each)")
     option("--search", action="store_true", help="search splash attention's block sizes instead")
     arguments = parser.parse_args(argv)
