@@ -13,7 +13,7 @@ from rehyat_jax.attention.hybrid.state import LinearState
 from rehyat_jax.attention.hybrid.window import attend_window
 from rehyat_jax.attention.platform import target_platform
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
 
 # Bytes of the scores that are in memory at once.
 _SCORE_BYTES = 2**28
@@ -39,7 +39,8 @@ def strided_attention(
       phi_query, phi_key: non-negative features [batch, tokens, heads, features], or `InlineFeatures`.
       stride: R, at least 1.
       stabilizer: see `hybrid_attention`.
-      implementation: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or None for the best one here.
+      implementation: "xla", "cudnn" (NVIDIA GPUs, 16 bits), "pallas_tpu" (TPUs; not with `axis`), or None for the best
+        one here.
       axis: mesh axis along which tokens are sharded, inside `shard_map`; None if they are not.
       num_tokens: tokens of the video that are not padding; None for all. The result of padding is zero.
 
@@ -48,6 +49,13 @@ def strided_attention(
     Raises:
       ValueError: an implementation that does not exist, or cannot take these arrays.
     """
+    implementation = _checked(implementation, query, phi_query, axis)
+    if implementation == "pallas_tpu":
+        # TPU kernels are imported where they are used.
+        from rehyat_jax.attention.hybrid.tpu import strided
+
+        arrays = query, key, value, phi_query, phi_key
+        return strided.strided_attention(*arrays, stride=stride, stabilizer=stabilizer)
     phi_query, phi_key = as_array(phi_query), as_array(phi_key)
     count = query.shape[1]
     first = 0 if axis is None else jax.lax.axis_index(axis) * count
@@ -59,24 +67,37 @@ def strided_attention(
         linear = jax.lax.psum(linear, axis)
         key, value = (jax.lax.all_gather(tokens, axis, axis=1, tiled=True) for tokens in (key, value))
     key, value = (tokens[:, :total:stride] for tokens in (key, value))
-    attend = _implementation(implementation, query)
+    attend = _cudnn if implementation == "cudnn" else _xla
     y = attend(query, key, value, phi_query, linear, stabilizer)
     return y if num_tokens is None else jnp.where((token < total)[:, None, None], y, 0)
 
 
-def _implementation(name: str | None, query: jax.Array):
+def _checked(name: str | None, query: jax.Array, phi_query: jax.Array | InlineFeatures, axis: str | None) -> str:
+    """The implementation of that name, or the best one. Raises ValueError if it cannot do this."""
     if name not in (None, *IMPLEMENTATIONS):
         raise ValueError(f'implementation "{name}" cannot do strided attention: use one of {IMPLEMENTATIONS}')
-    if name == "xla" or (name is None and target_platform() != "gpu"):
-        return _xla
-    from rehyat_jax.attention.hybrid.gpu.cudnn_calls import why_not_cudnn
-
-    problem = why_not_cudnn(query)
+    fused = {"tpu": "pallas_tpu", "gpu": "cudnn"}.get(target_platform(), "xla")
+    problem = _problem(name or fused, query, phi_query, axis)
     if name is None:
-        return _xla if problem else _cudnn
+        return "xla" if problem else fused
     if problem:
-        raise ValueError(f'implementation "cudnn" cannot do this: {problem}')
-    return _cudnn
+        raise ValueError(f'implementation "{name}" cannot do this: {problem}')
+    return name
+
+
+def _problem(name: str, query: jax.Array, phi_query: jax.Array | InlineFeatures, axis: str | None) -> str | None:
+    """The reason why an implementation cannot take these arrays, and the remedy; None if it can."""
+    if name == "cudnn":
+        from rehyat_jax.attention.hybrid.gpu.cudnn_calls import why_not_cudnn
+
+        return why_not_cudnn(query)
+    if name == "pallas_tpu":
+        from rehyat_jax.attention.hybrid.tpu.op import why_not_arrays
+
+        if axis is not None:
+            return 'the video is sharded along time: use implementation="xla"'
+        return why_not_arrays(query, phi_query)
+    return None
 
 
 def _xla(query, key, value, phi_query, linear: LinearState, stabilizer: str) -> jax.Array:

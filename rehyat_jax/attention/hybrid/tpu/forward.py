@@ -70,6 +70,7 @@ def attend(
     stabilizer: str,
     missing_frames: jax.Array | None,
     anchors: jax.Array | None = None,
+    has_own_keys: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Attention to the window and to the state of the queries' chunk, jointly normalised.
 
@@ -85,6 +86,7 @@ def attend(
         [2, chunks].
       anchors: number of anchors that each chunk attends to in addition to its window, int32 [chunks]; None without
         anchors. They are the first frames of the keys.
+      has_own_keys: False for one chunk whose only keys are those of the overlap before it, all of which are there.
 
     Returns:
       (output; the joint log-sum-exp, base 2; with "row_max" the stabilizer c, base 2, else None), the last two
@@ -94,7 +96,8 @@ def attend(
     geometry, scale = tiling.geometry, score_scale(head_dim)
     parts = tiling.key_blocks_per_frame
     anchor_steps = geometry.anchor_frames * parts
-    steps = anchor_steps + (geometry.chunk_frames + geometry.overlap_frames) * parts
+    window_frames = geometry.overlap_frames + (geometry.chunk_frames if has_own_keys else 0)
+    steps = anchor_steps + window_frames * parts
     num_key_blocks = key.shape[1] // tiling.key_block
     window = functools.partial(window_block, tiling=tiling, continues=missing_frames is not None)
 
@@ -132,7 +135,7 @@ def attend(
             add_keys(query, key, value, scratch, tiles, tiling.key_tiles(), scale=scale, running=running, valid=valid)
 
         is_key_block = (key_block >= 0) & (key_block < num_key_blocks)
-        if missing_frames is not None:
+        if missing_frames is not None and has_own_keys:
             is_key_block &= is_in_window(step - anchor_steps, chunk, inputs["missing_frames"], tiling)
         if anchors is not None:
             is_anchor = step < inputs["anchors"][chunk] * parts

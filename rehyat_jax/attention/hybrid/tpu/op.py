@@ -11,7 +11,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from rehyat_jax.attention.features.inline import InlineFeatures, as_inline, with_gain
-from rehyat_jax.attention.flat_tokens import cut, joined
+from rehyat_jax.attention.flat_tokens import cut, flat, joined, with_heads
 from rehyat_jax.attention.hybrid.backend import Backend, Request, sums_by_xla
 from rehyat_jax.attention.hybrid.chunks import attend_branches
 from rehyat_jax.attention.hybrid.geometry import ChunkGeometry
@@ -35,9 +35,12 @@ from rehyat_jax.attention.hybrid.tpu.states import (
     chunk_states,
     chunk_states_backward,
     first_chunk_with_past,
+    state_rows,
 )
 from rehyat_jax.attention.hybrid.tpu.tiling import Tiling
 from rehyat_jax.attention.residuals import kept
+from rehyat_jax.attention.softmax.tpu.backward import attend_backward
+from rehyat_jax.attention.softmax.tpu.blocks import Blocks
 from rehyat_jax.attention.tpu.blocks import HeadBlocks, unview
 from rehyat_jax.attention.tpu.token_dots import token_dots
 
@@ -149,6 +152,76 @@ def _anchors(request: Request) -> dict[str, jax.Array]:
     return found
 
 
+def attend_to_overlap(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    linear_value: jax.Array,
+    phi_query: InlineFeatures,
+    phi_key: InlineFeatures,
+    geometry: ChunkGeometry,
+    *,
+    stabilizer: str,
+) -> jax.Array:
+    """Attention of a video of one chunk to the keys of the overlap before it, and to sums over the chunk's own tokens.
+
+    Args:
+      query, linear_value: of the chunk, [batch, tokens, heads, head_dim]. They may be fewer tokens than it has.
+      key, value: of the overlap.
+      phi_query, phi_key: of the chunk, with their sources. phi_key has a gain.
+      geometry: one chunk, with linear_window.
+
+    Returns: [batch, tokens, heads, head_dim].
+    """
+    batch, tokens, heads, head_dim = query.shape
+    widths = phi_query.source.shape[-1], phi_key.source.shape[-1]
+    # Long videos get frames that the blocks of `_overlap_backward` divide.
+    rows = geometry.tokens_per_frame
+    if geometry.num_frames * rows > _LARGEST_GROUP:
+        rows = -(-rows // _LONG_FRAME) * _LONG_FRAME
+    tiling = Tiling.choose(
+        dataclasses.replace(geometry, tokens_per_frame=rows),
+        head_dim=head_dim,
+        source_width=max(widths),
+        dtype=query.dtype,
+        continues=True,
+        largest_group=_LARGEST_GROUP,
+    )
+    tiling = dataclasses.replace(tiling, tokens_per_frame=geometry.tokens_per_frame)
+
+    def padded(array: jax.Array, frames: int) -> jax.Array:
+        """Zeros at the end, which have no gain."""
+        missing = frames * tiling.frame - array.shape[1]
+        if array.ndim == 3:
+            return jnp.pad(array, ((0, 0), (0, missing), (0, 0)))
+        return with_heads(jnp.pad(flat(array), ((0, 0), (0, missing), (0, 0))), heads)
+
+    of_overlap = {"key": key, "value": value}
+    of_chunk = {
+        "query": query,
+        "state_value": linear_value,
+        "query_source": None if phi_query.of_own_tokens else phi_query.source,
+        "key_source": phi_key.source,
+        "query_gain": phi_query.gain,
+        "key_gain": phi_key.gain,
+    }
+    operands: dict[str, Any] = {"query_source": None}
+    for frames, arrays in ((geometry.overlap_frames, of_overlap), (geometry.num_frames, of_chunk)):
+        operands |= {name: padded(array, frames) for name, array in arrays.items() if array is not None}
+    nothing = jnp.zeros((batch, heads, state_rows(head_dim), phi_key.shape[-1]), jnp.float32)
+    operands |= {
+        "query_weights": phi_query.weights,
+        "key_weights": phi_key.weights,
+        "past": nothing,
+        "overlap": nothing,
+        "missing_frames": jnp.zeros((2, 1), jnp.int32),
+    }
+    functions = phi_query.function, phi_key.function
+    call = _Call(tiling, heads, False, True, stabilizer, *functions, has_own_keys=False)
+    output, _, _ = _attention(call, _views(operands))
+    return cut(unview(output, heads), 0, tokens)
+
+
 def video_sums(
     phi_key: jax.Array | InlineFeatures, value: jax.Array, geometry: ChunkGeometry, num_frames: jax.Array | None
 ) -> tuple[LinearState, LinearState]:
@@ -179,13 +252,18 @@ def video_sums(
 
 def why_not(request: Request) -> str | None:
     """The reason why the kernels cannot do a request, and the remedy; None if they can."""
-    query, instead = request.query, 'use implementation="xla"'
+    return why_not_arrays(request.query, request.phi_query)
+
+
+def why_not_arrays(query: jax.Array, phi_query: jax.Array | InlineFeatures) -> str | None:
+    """The reason why the kernels cannot take these arrays, and the remedy; None if they can."""
+    instead = 'use implementation="xla"'
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query of dtype {query.dtype}, only of bfloat16 and float32: {instead}"
     if query.shape[-1] % 64:
         return f"query of head_dim {query.shape[-1]}, only of multiples of 64: {instead}"
-    if request.phi_query.shape[-1] % 128:  # none is right: attention to the window alone
-        return f"phi_query of {request.phi_query.shape[-1]} features, only of multiples of 128: {instead}"
+    if phi_query.shape[-1] % 128:  # none is right: attention to the window alone
+        return f"phi_query of {phi_query.shape[-1]} features, only of multiples of 128: {instead}"
     return None
 
 
@@ -203,6 +281,8 @@ class _Call:
     stabilizer: str
     query_function: Callable[..., jax.Array]
     key_function: Callable[..., jax.Array]
+    # False if all softmax keys are those of the overlap before the first chunk.
+    has_own_keys: bool = True
 
     @property
     def num_chunks(self) -> int:
@@ -221,7 +301,10 @@ class _Call:
 
         With linear_window the past includes the window, so that its last state holds all frames.
         """
-        past = Walk(self.tiling, False, self.num_chunks + self.return_state, accumulates)
+        # The padding of the overlap is not that of the chunk's own tokens.
+        whole = dataclasses.replace(self.tiling, tokens_per_frame=self.tiling.frame)
+        tiling = self.tiling if self.has_own_keys else whole
+        past = Walk(tiling, False, self.num_chunks + self.return_state, accumulates)
         if self.causal or self.linear_window:
             return [past]
         return [past, Walk(self.tiling, True, self.num_chunks, accumulates)]
@@ -265,6 +348,10 @@ class _Call:
         return dataclasses.replace(features, gain=operands.get(_FUTURE_GAIN, features.gain)) if future else features
 
 
+# Queries of about a chunk. More would leave too little VMEM for keys.
+_LARGEST_GROUP = 4096
+_LONG_FRAME = 512
+
 _FUTURE_GAIN = "future_key_gain"
 
 # Token arrays are passed, kept for the backward pass and returned as the views that kernels read. A TPU would pad the
@@ -300,8 +387,11 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
 
     states, sums, squares = _chunk_states(call, operands)
     if continues:
-        overlap_squares = frame_squares(cut(key, None, -query.shape[1]), call.tiling.frame)
-        squares["key"] = jnp.concatenate([overlap_squares, squares["key"]], axis=-1)
+        if call.has_own_keys:
+            before, own = frame_squares(cut(key, None, -query.shape[1]), call.tiling.frame), squares["key"]
+        else:
+            before, own = _frame_squares(key, call.tiling), jnp.zeros_like(squares["query"])
+        squares["key"] = jnp.concatenate([before, own], axis=-1)
 
     output, log_sum_exp, stabilizer = attend(
         query,
@@ -315,6 +405,7 @@ def _forward(call: _Call, operands: dict[str, Any]) -> tuple[tuple[Any, ...], tu
         stabilizer=call.stabilizer,
         missing_frames=operands.get("missing_frames"),
         anchors=operands.get("anchors"),
+        has_own_keys=call.has_own_keys,
     )
     output = HeadBlocks.of(output).view(output)
     output, log_sum_exp, stabilizer, states = kept((output, log_sum_exp, stabilizer, states))
@@ -332,7 +423,9 @@ def _chunk_states(
     """The states of all chunks; with decay, the sums that they are made of; the norms that `chunk_states` measures."""
     query, key = operands["query"], operands["key"]
     value, padding_frames = operands.get("state_value", operands["value"]), operands.get("padding_frames")
-    measured = {"query": query, "key": cut(key, -query.shape[1], None)}
+    measured = {"query": query}
+    if call.has_own_keys:
+        measured["key"] = cut(key, -query.shape[1], None)
     has_decay = "log_decay" in operands
     past_walk, *future_walks = call.walks(accumulates=not has_decay)
     if call.linear_window:
@@ -360,6 +453,12 @@ def _chunk_states(
     if "later" in operands:
         states = added(states, jnp.broadcast_to(operands["later"], (call.num_chunks, *states.shape[1:])))
     return states, (), squares
+
+
+def _frame_squares(tokens: jax.Array, tiling: Tiling) -> jax.Array:
+    """`frame_squares` by a kernel."""
+    dots = token_dots(tokens, tokens, tiling.key_block)
+    return dots.reshape(*dots.shape[:2], -1, tiling.frame).max(axis=-1)
 
 
 def _given(operands: dict[str, Any]) -> dict[str, jax.Array]:
@@ -461,7 +560,12 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
     for name, source in (("query", "query_source"), ("key", "key_source"), ("value", "state_value")):
         if operands.get(source) is not None:
             gradients[source], begin[name] = begin[name], None
-    if wanted.names & {"query", "key", "value"}:
+    if not call.has_own_keys:
+        names = ("query", "key", "value")
+        found = _overlap_backward(call, *(operands[name] for name in names), d_output, log_sum_exp, delta)
+        for name, gradient in zip(names, found, strict=True):
+            gradients[name] = gradient if begin[name] is None else begin[name] + gradient
+    elif wanted.names & {"query", "key", "value"}:
         begin = (jnp.zeros_like(operands[name]) if d is None else d for name, d in begin.items())
         gradients["query"], gradients["key"], gradients["value"] = window_backward(
             operands["query"],
@@ -478,6 +582,23 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
     return (_views(gradients),)
 
 
+def _overlap_backward(
+    call: _Call, query: jax.Array, key: jax.Array, value: jax.Array, *rows: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of the softmax part where all queries attend to the overlap before them, and to no other keys.
+
+    Args:
+      rows: the output's cotangent; log-sum-exp and delta, see `window_backward`.
+    """
+    count = call.tiling.tokens_per_frame
+    blocks = Blocks.choose(query.shape[1], count, head_dim=query.shape[-1], dtype=query.dtype)
+    assert blocks is not None  # see `attend_to_overlap`
+    keys = (cut(array, 0, count) for array in (key, value))
+    d_query, *found = attend_backward(query, *keys, *rows, blocks)
+    padded = (pad_frames(d, count, call.tiling.frame) for d in found)
+    return d_query, *padded
+
+
 _attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
@@ -490,8 +611,7 @@ def _window(call: _Call, operands: dict[str, Any]) -> jax.Array:
 def _window_forward(call: _Call, operands: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
     arrays = _unviews(operands, call.heads)
     query, key = arrays["query"], arrays["key"]
-    by_block = (token_dots(tokens, tokens, call.tiling.key_block) for tokens in (query, key))
-    squares = (dots.reshape(*dots.shape[:2], -1, call.tiling.frame).max(axis=-1) for dots in by_block)
+    squares = (_frame_squares(tokens, call.tiling) for tokens in (query, key))
     continues = "missing_frames" in operands
     output, log_sum_exp, _ = attend(
         query,

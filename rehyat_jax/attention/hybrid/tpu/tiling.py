@@ -83,7 +83,14 @@ class Tiling:
 
     @classmethod
     def choose(
-        cls, geometry: ChunkGeometry, *, head_dim: int, source_width: int, dtype: jnp.dtype, continues: bool = False
+        cls,
+        geometry: ChunkGeometry,
+        *,
+        head_dim: int,
+        source_width: int,
+        dtype: jnp.dtype,
+        continues: bool = False,
+        largest_group: int | None = None,
     ) -> "Tiling":
         """The largest blocks that fit, with frames padded only where they cannot be divided otherwise.
 
@@ -92,6 +99,7 @@ class Tiling:
 
         Args:
           continues: True if anchors and the overlap of earlier frames go before the keys.
+          largest_group: largest backward_group, for frames that are longer than a chunk should be; None for no bound.
         """
         before = geometry.anchor_frames + geometry.overlap_frames if continues else 0
         lengths = [geometry.num_frames, geometry.num_frames + before]
@@ -100,6 +108,8 @@ class Tiling:
         vmem = _Vmem(max(head_dim, LANES), max(source_width, LANES), np.dtype(dtype).itemsize)
         for frame, group in _cuts(geometry.tokens_per_frame, chunk_frames, unit):
             largest = functools.partial(_largest_block, unit=unit)
+            if largest_group is not None:
+                group = largest(frame, largest_group.__ge__)
             key_block = largest(frame, functools.partial(vmem.holds_keys, group))
             query_block = largest(chunk_frames * frame, functools.partial(vmem.holds_forward, key_block))
             backward_block = largest(
