@@ -560,7 +560,7 @@ def _backward_rule(call: _Call, saved: tuple[Any, ...], cotangents: tuple[Any, .
     for name, source in (("query", "query_source"), ("key", "key_source"), ("value", "state_value")):
         if operands.get(source) is not None:
             gradients[source], begin[name] = begin[name], None
-    if not call.has_own_keys:
+    if not call.has_own_keys and wanted.names & {"query", "key", "value"}:
         names = ("query", "key", "value")
         found = _overlap_backward(call, *(operands[name] for name in names), d_output, log_sum_exp, delta)
         for name, gradient in zip(names, found, strict=True):
