@@ -1,8 +1,8 @@
-"""Listings of the TPU kernels that a compiled program calls. Processes of their own compile each kernel alone.
+"""Listings of the TPU kernels that a compiled program calls. Separate processes compile each kernel by itself.
 
 With listings, libtpu takes several times as long to compile a program: it forms and writes the bundles of every fusion
-in several ways. Only the kernels' listings are read. Compiled alone, with its arrays in the same memories, a kernel has
-the same bundles. This is the command of a process; FILE has the calls of kernels:
+in several ways. Only the kernels' listings are read. Compiled by itself, with its arrays in the same memories, a kernel
+has the same bundles. This is the command of a process; FILE has the calls of kernels:
 
   python -m rehyat_jax.cost_model.tpu_kernels FILE TOPOLOGY DIRECTORY
 
@@ -215,7 +215,12 @@ def _compile(call: KernelCall, device: jax.Device) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__spec__.name}",
+        description=__doc__,
+        epilog=f"example:\n  python -m {__spec__.name} calls.json v5e:2x2 listings",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("file", metavar="FILE", type=Path, help="digests and calls of kernels, JSON")
     parser.add_argument("topology", metavar="TOPOLOGY", help="a slice of TPUs, v5e:2x2")
     parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="where libtpu's options tell it to write")

@@ -108,7 +108,7 @@ def compiled_outcome(
       arguments: bytes of the program's arguments on a device, by kind.
       devices, wan, flops: see `step_cost`.
       vmem_remedy: what to change if a kernel does not fit the chip's VMEM.
-      report: is told the program's memory as soon as it is compiled, before its cycles are known.
+      report: called with a message about the program's memory when it is compiled, before its cycles are known.
 
     Raises:
       InputError: a kernel needs more VMEM than the chip has.
